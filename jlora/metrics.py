@@ -1,0 +1,56 @@
+"""What is shown and logged: the progress bar, TensorBoard events, metrics.jsonl."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Logger:
+    """Writes each logged step to the bar, to `logs/` and to `metrics.jsonl`. A context manager."""
+
+    def __init__(self, run: Path, first: int, steps: int) -> None:
+        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run / "logs"))
+        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._since = time.perf_counter()
+        self._tokens = 0
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._events.close()
+        self._file.close()
+
+    def restart_clock(self) -> None:
+        """Leaves out of tokens/s what was not training: compilation, evaluation, saving."""
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def step(self, tokens: int) -> None:
+        """Counts one step of so many real tokens."""
+        self._bar.update(1)
+        self._tokens += tokens
+
+    def log(self, step: int, **values: float) -> None:
+        """Writes values of a step everywhere; training values get tokens/s."""
+        if "loss" in values:
+            seconds = time.perf_counter() - self._since
+            values["tokens_per_second"] = round(self._tokens / max(seconds, 1e-9), 1)
+            shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
+            self._bar.set_postfix(shown)
+            self.restart_clock()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._bar.write(text)

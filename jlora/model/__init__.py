@@ -1,0 +1,1 @@
+"""The network, its attention, and its names on disk."""

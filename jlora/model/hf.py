@@ -1,0 +1,195 @@
+"""Hugging Face's side of the model: config.json, THE table of names in both directions, and the loader.
+
+Weights lie in jlora as they lie on disk, [out, in], stacked over layers; no row is ever permuted or transposed.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from jlora.errors import UserError
+from jlora.model.llama import Llama, LlamaConfig, LoraConfig
+from jlora.sharding import shardings
+
+# Place in the model -> tensor name in the files; {i} is the layer. The adapter's tensors are named after these.
+NAMES = {
+    ("embed_tokens", "weight"): "model.embed_tokens.weight",
+    ("layers", "input_layernorm", "weight"): "model.layers.{i}.input_layernorm.weight",
+    ("layers", "self_attn", "q_proj", "weight"): "model.layers.{i}.self_attn.q_proj.weight",
+    ("layers", "self_attn", "k_proj", "weight"): "model.layers.{i}.self_attn.k_proj.weight",
+    ("layers", "self_attn", "v_proj", "weight"): "model.layers.{i}.self_attn.v_proj.weight",
+    ("layers", "self_attn", "o_proj", "weight"): "model.layers.{i}.self_attn.o_proj.weight",
+    ("layers", "post_attention_layernorm", "weight"): "model.layers.{i}.post_attention_layernorm.weight",
+    ("layers", "mlp", "gate_proj", "weight"): "model.layers.{i}.mlp.gate_proj.weight",
+    ("layers", "mlp", "up_proj", "weight"): "model.layers.{i}.mlp.up_proj.weight",
+    ("layers", "mlp", "down_proj", "weight"): "model.layers.{i}.mlp.down_proj.weight",
+    ("norm", "weight"): "model.norm.weight",
+    ("lm_head", "weight"): "lm_head.weight",
+}
+
+# Fields of config.json that change the numbers, with the one value that jlora computes.
+REQUIRED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_type": "default",
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """config.json as the model's own config.
+
+    Raises:
+      UserError: the file is missing or broken, or asks for something that jlora does not compute, by name.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"base_model {directory}: no config.json, so this is not a model directory") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    given = {**raw, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    problems = [
+        f"{field}={given[field]!r} (jlora computes {expected!r})"
+        for field, expected in REQUIRED.items()
+        if field in given and given[field] != expected
+    ]
+    if problems or "model_type" not in raw:
+        raise UserError(f"{path} asks for what jlora does not compute: {'; '.join(problems) or 'no model_type'}")
+    try:
+        heads = raw["num_attention_heads"]
+        return LlamaConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope_theta=float(given.get("rope_theta", 10000.0)),  # transformers' default for Llama 1 and 2 files
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),  # transformers' default
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: the field {error.args[0]!r} is missing") from None
+
+
+def abstract(
+    config: LlamaConfig, spec: LoraConfig, *, param_dtype: Any, compute_dtype: Any, remat: bool = False
+) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
+    """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again."""
+    model = nnx.eval_shape(
+        lambda: Llama(config, spec, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+    )
+    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+    return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it.
+
+    Raises:
+      UserError: there are no safetensors files (pickled weights are named, with the way out), or one is broken.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in [*directory.glob("*.bin"), *directory.glob("*.pt*")])
+        if pickled:
+            raise UserError(
+                f"base_model {directory} has only pickled weights ({pickled[0]}), which can run code when opened. "
+                "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR)"
+                ".save_pretrained(NEW_DIR, safe_serialization=True)"
+            )
+        raise UserError(f"base_model {directory}: expected *.safetensors files, found none")
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                found.update(dict.fromkeys(tensors.keys(), file))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from None
+    return found
+
+
+def load_base(
+    directory: Path, shapes: dict[str, Any], mesh: Mesh, progress: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
+    """Reads the frozen weights, each tensor straight to its place on the mesh.
+
+    Args:
+      directory: the model directory.
+      shapes: the base's tree of shapes and dtypes; values are cast to these dtypes.
+      progress: called with the bytes placed after each stacked tensor.
+
+    Raises:
+      UserError: all missing, surplus and misshapen tensors at once.
+    """
+    files = weight_files(directory)
+    opened = {file: safe_open(file, framework="numpy") for file in set(files.values())}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    placed = jax.tree.leaves(shardings(shapes, mesh, "base"))
+    paths = [tuple(key.key for key in path) for path, _ in leaves]
+    problems, expected = [], set()
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
+        for name in tensor_names(path, leaf.shape):
+            expected.add(name)
+            if name not in files:
+                problems.append(f"{name} is missing")
+            elif (got := tuple(opened[files[name]].get_slice(name).get_shape())) != shape:
+                problems.append(f"{name} has shape {got}, expected {shape}")
+    tied = "lm_head" not in shapes
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    problems += [f"{name} is not part of the model" for name in sorted(files.keys() - expected - ignored)]
+    if problems:
+        listed = "\n  ".join(problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20))
+        raise UserError(f"base_model {directory}: {len(problems)} tensor(s) do not fit its config.json:\n  {listed}")
+
+    def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        names = tensor_names(path, leaf.shape)
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if path[0] != "layers":
+                return opened[files[names[0]]].get_slice(names[0])[index].astype(leaf.dtype)
+            parts = [opened[files[name]].get_slice(name)[index[1:]] for name in names[index[0]]]
+            return np.stack([part.astype(leaf.dtype, copy=False) for part in parts])
+
+        array = jax.make_array_from_callback(leaf.shape, sharding, read)
+        progress(array.nbytes)
+        return array
+
+    arrays = [place(path, leaf, at) for path, (_, leaf), at in zip(paths, leaves, placed, strict=True)]
+    return structure.unflatten(arrays)
+
+
+def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    """The file's names for one leaf: one, or one a layer."""
+    name = NAMES[path]
+    return [name.format(i=i) for i in range(shape[0])] if path[0] == "layers" else [name]
+
+
+def random_base(shapes: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+    """Random weights for a base that is known by its shapes alone: norms one, the rest normal with deviation 0.02."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [
+            jnp.ones(leaf.shape, leaf.dtype)
+            if "norm" in path[-2].key
+            else 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+            for (path, leaf), key in zip(leaves, keys, strict=True)
+        ]
+    )

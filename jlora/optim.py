@@ -1,0 +1,64 @@
+"""The optimizer: AdamW on the adapter, nothing on the base, and the learning-rate schedule.
+
+The base enters `multi_transform` as a masked node: it has no gradient, no state and no update.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from jlora.config import Config
+from jlora.lora import Adapter
+
+State = optax.OptState
+
+
+def schedule(config: Config, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warm-up, then as `lr_scheduler_type` says; as transformers' own.
+
+    Args:
+      steps: optimizer steps of the run.
+    """
+    warmup = -int(-(config.warmup_ratio * steps) // 1)
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.lr_scheduler_type]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); the base is labelled frozen."""
+    adamw = optax.adamw(
+        schedule(config, steps),
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    return optax.multi_transform(
+        {"train": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, {"lora": "train", "base": "frozen"}
+    )
+
+
+def _tree(lora: Adapter) -> dict[str, Any]:
+    return {"lora": lora, "base": optax.MaskedNode()}
+
+
+def init(optimizer: optax.GradientTransformation, lora: Adapter) -> State:
+    """Optimizer state: two adapters (float32 moments) and counters."""
+    return optimizer.init(_tree(lora))
+
+
+def update(
+    optimizer: optax.GradientTransformation, grads: Adapter, state: State, lora: Adapter
+) -> tuple[Adapter, State]:
+    """The adapter and the optimizer state after one step."""
+    updates, state = optimizer.update(_tree(grads), state, _tree(lora))
+    return jax.tree.map(lambda p, u: p + u, lora, updates["lora"]), state

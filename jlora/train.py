@@ -1,0 +1,240 @@
+"""Trains a LoRA adapter: `python -m jlora.train --config configs/law.py [--config.KEY=VALUE ...]`.
+
+This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on SIGTERM; 2 something to change;
+130 saved on Ctrl-C.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jlora
+from jlora import lora, optim, resume, sources
+from jlora.checkpoint import Checkpoints, Progress, write_record
+from jlora.config import Config, load_config
+from jlora.data import formats, inspect
+from jlora.data.batches import Batches, plan_batches
+from jlora.data.chat import Example, load_tokenizer
+from jlora.data.formats import Conversation
+from jlora.errors import UserError, run_program
+from jlora.export import export_run
+from jlora.generate import Generator, show_answers
+from jlora.loop import Loop, Programs, Stop, overfitting
+from jlora.metrics import Logger
+from jlora.model import hf
+from jlora.model.llama import LlamaConfig, LoraConfig
+from jlora.sharding import make_mesh, shardings
+from jlora.step import TrainState
+
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jlora.train",
+        description="Trains a LoRA adapter.",
+        epilog="Any key of the config can be set here: --config.lora_rank=8. All keys: jlora/config.py.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    arguments, overrides = parser.parse_known_args(argv)
+    config = load_config(arguments.config, overrides)
+    kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
+    again = ["python", "-m", "jlora.train", "--config", arguments.config, *kept, f"--config.{resume.KEY}=auto"]
+    train(config, shlex.join(again))
+
+
+def train(config: Config, again: str) -> None:
+    """One run, from files to an adapter; `again` is the command that would continue it."""
+    resume.check_output(config)
+    rows, held_out_rows = read_rows(config)
+    run, stop = Path(config.output_dir), Stop()
+    mesh = make_mesh(find_devices(config))
+    directory = sources.resolve(config.base_model, config.revision)
+    model_config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
+    examples = inspect.encode_all(tokenizer, rows, config.max_seq_length, "train_data_dir")
+    held_out = inspect.encode_all(tokenizer, held_out_rows, config.max_seq_length, "eval_data_dir")
+    print(inspect.summary("training", examples))
+    if held_out:
+        print(inspect.summary("held out", held_out))
+    steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
+
+    record = describe(config, directory)
+    start = resume.decide(config, record)
+    print(start.message)
+    kinds = dtypes(config)
+    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, lora_config(config), **kinds)
+    base = hf.load_base(directory, base_shapes, mesh)
+    optimizer = optim.make_optimizer(config, steps)
+    state = fresh_state(config, adapter_shapes, optimizer, mesh)
+    progress = Progress()
+    if start.source:
+        source = Checkpoints(start.source)
+        restored, remembered = source.restore(start.step, state)
+        source.close()
+        state, progress = (restored, remembered) if start.exact else (state._replace(lora=restored.lora), progress)
+
+    run.mkdir(parents=True, exist_ok=True)
+    write_record(run, record)
+    checkpoints = Checkpoints(run)
+    first = int(state.step)
+    programs = Programs(graphdef, base, optimizer, mesh, dropout=config.lora_dropout > 0, seed=config.seed + 1)
+    print(f"{steps} steps, {len(batches.shapes)} sizes of batch to compile, on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    with Logger(run, first, steps) as logger:
+        state = Loop(
+            config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps
+        ).run(state)
+    if stop.signal:
+        checkpoints.close()
+        print(f"stopped after step {int(state.step)} of {steps}; it is saved. To continue:\n  {again}")
+        sys.exit(0 if stop.signal is signal.SIGTERM else 130)
+    generator = Generator(directory, tokenizer, graphdef, base, kinds["compute_dtype"])
+    finish(config, run, checkpoints, progress, state, generator, held_out_rows)
+
+
+def finish(
+    config: Config,
+    run: Path,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    state: TrainState,
+    generator: Generator,
+    held_out: list[Conversation],
+) -> None:
+    """Exports the best adapter, says how it did, and lets base and adapter answer some held-out questions."""
+    step = progress.best_step or int(state.step)
+    adapter = state.lora if step == int(state.step) else checkpoints.restore_adapter(step, state.lora)
+    checkpoints.close()
+    if progress.best_loss is not None and progress.base_loss is not None:
+        change = progress.best_loss / progress.base_loss - 1
+        print(
+            f"held-out loss: {progress.base_loss:.4f} before, {progress.best_loss:.4f} at step {step} ({change:+.0%})"
+        )
+    if progress.worse_since:
+        print(overfitting(progress))
+    for line in show_answers(generator, adapter, held_out[: config.sample_questions]):
+        print(line)
+    target = run / "adapter"
+    if not target.exists():
+        export_run(run, step, target)
+    print(f"adapter of step {step}: {target}")
+
+
+def read_rows(config: Config) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and held-out conversations."""
+    rows = formats.read_conversations(config.train_data_dir, "train_data_dir")
+    if config.eval_share:
+        return inspect.split(rows, config.eval_share, config.seed)
+    if not config.eval_data_dir:
+        return rows, []
+    held_out = formats.read_conversations(config.eval_data_dir, "eval_data_dir")
+    inspect.refuse_overlap(rows, held_out)
+    return rows, held_out
+
+
+def find_devices(config: Config) -> list[jax.Device]:
+    """The devices that `device` asks for.
+
+    Raises:
+      UserError: there are none, or the batch does not divide over them.
+    """
+    if config.device != "auto":
+        jax.config.update("jax_platforms", PLATFORMS[config.device])
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or jlora[tpu] "
+            "for this machine, or set device=auto"
+        ) from None
+    count = len(devices)
+    if config.batch_size % count:
+        below, above = config.batch_size // count * count, -(-config.batch_size // count) * count
+        sizes = f"{below} or {above}" if below else str(above)
+        raise UserError(f"batch_size={config.batch_size} does not divide over {count} devices: set batch_size={sizes}")
+    return devices
+
+
+def plan(
+    config: Config, model: LlamaConfig, examples: list[Example], held_out: list[Example], devices: int
+) -> tuple[int, Batches, Batches | None]:
+    """Optimizer steps of the run, its batches, and the held-out batches."""
+    heads = model.num_attention_heads * model.head_dim
+    kv_heads = model.num_key_value_heads * model.head_dim
+    matrices = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
+    accumulated = config.gradient_accumulation_steps
+    per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
+    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
+    shared: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "devices": devices,
+        "linear_cost": matrices / (2 * heads),
+    }
+    batches = plan_batches(examples, micro_batches=accumulated, steps=steps, seed=config.seed, **shared)
+    if not held_out:
+        return steps, batches, None
+    return steps, batches, plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, **shared)
+
+
+def lora_config(config: Config) -> LoraConfig:
+    """The adapter that a run's config describes."""
+    return LoraConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
+
+
+def dtypes(config: Config) -> dict[str, Any]:
+    """Keyword arguments of `hf.abstract`: dtypes and recomputation, `auto` resolved for the devices at hand."""
+    own = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    names = {"auto": own, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    param = names[config.param_dtype]
+    compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
+    if config.fp16 and config.compute_dtype == "auto":
+        print("fp16: computing in bfloat16, which needs no loss scaling")
+        compute = jnp.bfloat16
+    return {"param_dtype": param, "compute_dtype": compute, "remat": config.remat == "full"}
+
+
+def fresh_state(
+    config: Config, shapes: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Step 0: random A, zero B, no moments; placed on the mesh."""
+    adapter = lora.init(shapes, jax.random.key(config.seed))
+    state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32))
+    return TrainState(
+        jax.device_put(state.lora, shardings(state.lora, mesh, "lora")),
+        jax.device_put(state.optimizer, shardings(state.optimizer, mesh, "optimizer")),
+        jax.device_put(state.step, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+    )
+
+
+def describe(config: Config, base: Path) -> dict[str, Any]:
+    """What config.json of the run says: the config, versions, and hashes of data and base."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+    return {
+        "config": dataclasses.asdict(config),
+        "data": {
+            "train": formats.hash_files(config.train_data_dir, "train_data_dir"),
+            "held_out": formats.hash_files(config.eval_data_dir, "eval_data_dir") if config.eval_data_dir else "",
+        },
+        "base": {"directory": str(base.resolve()), "fingerprint": resume.fingerprint(base)},
+        "versions": {
+            "jlora": jlora.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    }
+
+
+if __name__ == "__main__":
+    run_program(main)
