@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import sources
@@ -38,7 +39,7 @@ class Generator:
     """
 
     def __init__(
-        self, directory: Path, tokenizer: Any, graphdef: nnx.GraphDef[Llama], base: Any, compute_dtype: Any
+        self, directory: Path, tokenizer: Any, graphdef: nnx.GraphDef[Llama], base: Any, compute_dtype: DTypeLike
     ) -> None:
         self.tokenizer, self._base, self._stops = tokenizer, base, end_tokens(directory, tokenizer)
         self._config, self._dtype = hf.read_config(directory), compute_dtype

@@ -99,7 +99,7 @@ def make_train_step(
         keys = jax.random.split(key, len(batch.tokens))
         (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, keys))
         lora, opt = optim.update(optimizer, grads, state.optimizer, state.lora)
-        metrics = Metrics(loss, optax.global_norm(grads), total)
+        metrics = Metrics(loss, optax.tree.norm(grads), total)
         return TrainState(lora, opt, state.step + 1), metrics
 
     return train_step

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jlora.errors import UserError
@@ -88,7 +89,7 @@ def read_config(directory: Path) -> LlamaConfig:
 
 
 def abstract(
-    config: LlamaConfig, spec: LoraConfig, *, param_dtype: Any, compute_dtype: Any, remat: bool = False
+    config: LlamaConfig, spec: LoraConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike, remat: bool = False
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
     """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again."""
     model = nnx.eval_shape(

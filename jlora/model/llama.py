@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import lora
@@ -71,7 +72,7 @@ class Rope(NamedTuple):
 class Projection(nnx.Module):
     """y = W x, plus the adapter's (alpha/r) B A x where `name` is a target."""
 
-    def __init__(self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
         self.adapted = name in spec.target_modules
         if self.adapted:
@@ -92,7 +93,7 @@ class Projection(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight, the mean square in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype) -> None:
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.zeros((size,), dtype))
         self.eps = eps
 
@@ -105,7 +106,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = Projection("q_proj", config.hidden_size, queries, spec, dtype)
@@ -140,7 +141,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
         self.gate_proj = Projection("gate_proj", config.hidden_size, config.intermediate_size, spec, dtype)
         self.up_proj = Projection("up_proj", config.hidden_size, config.intermediate_size, spec, dtype)
         self.down_proj = Projection("down_proj", config.intermediate_size, config.hidden_size, spec, dtype)
@@ -153,7 +154,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, spec, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -176,7 +177,7 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """The token table [V, D]; also the head where it is tied."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: LlamaConfig, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
 
 
@@ -196,8 +197,8 @@ class Llama(nnx.Module):
         config: LlamaConfig,
         spec: LoraConfig,
         *,
-        param_dtype: jnp.dtype,
-        compute_dtype: jnp.dtype,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
         remat: bool,
     ) -> None:
         self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
@@ -254,7 +255,7 @@ class Llama(nnx.Module):
         return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: LlamaConfig, dtype: jnp.dtype, batch: int, places: int) -> Cache:
+def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:
     """A cache for `batch` rows of up to `places` tokens, with nothing in it."""
     c = config
     shape = (c.num_hidden_layers, batch, places, c.num_key_value_heads, c.head_dim)

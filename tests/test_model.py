@@ -1,0 +1,185 @@
+"""The network against transformers, on tiny random models with real head sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_model
+from flax import nnx
+
+from jlora import lora, sharding
+from jlora.model import attention, hf
+from jlora.model.llama import LoraConfig, empty_cache
+
+SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
+TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries
+
+
+def load(directory, spec=SPEC, **options):
+    """Graph, zero-B adapter and base of a model directory, float32."""
+    config = hf.read_config(directory)
+    graphdef, adapter, base = hf.abstract(
+        config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32, **options
+    )
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    return graphdef, lora.init(adapter, jax.random.key(0)), hf.load_base(directory, base, mesh)
+
+
+def logits(graphdef, adapter, base, tokens, segments=None, positions=None):
+    segments = np.ones_like(tokens) if segments is None else segments
+    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)) if positions is None else positions
+
+    @jax.jit
+    def run(adapter, base, tokens, segments, positions):
+        model = nnx.merge(graphdef, adapter, base)
+        hidden, _ = model(tokens, segments, positions)
+        return model.logits(hidden)
+
+    return np.asarray(run(adapter, base, tokens, segments, positions))
+
+
+def torch_logits(directory, tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def full(adapter, key=1):
+    """The adapter with B drawn too, so that it does something."""
+    leaves, structure = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    return structure.unflatten([0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers(tmp_path, smollm, tied):
+    directory = make_model(tmp_path, smollm, tie_word_embeddings=tied, head_dim=32, num_key_value_heads=1)
+    got, want = logits(*load(directory), TOKENS), torch_logits(directory, TOKENS)
+    assert np.abs(got - want).max() < 2e-4
+    assert np.abs(want).max() > 1  # the bound means something
+
+
+def test_real_model_equals_transformers(smollm):
+    tokens = TOKENS[:1, :80]
+    assert np.abs(logits(*load(smollm), tokens) - torch_logits(smollm, tokens)).max() < 2e-3  # logits up to 30
+
+
+def test_zero_b_is_the_base_and_full_adapter_equals_merge(tiny):
+    graphdef, adapter, base = load(tiny)
+    tokens = TOKENS[:, :64]
+    no_adapter, _, _ = load(tiny, dataclasses.replace(SPEC, target_modules=()))
+    plain = logits(no_adapter, {}, base, tokens)
+    assert np.array_equal(logits(graphdef, adapter, base, tokens), plain)
+    adapter = full(adapter)
+    merged = jax.tree.map(lambda x: x, base)
+    for module, projections in adapter["layers"].items():
+        for name, ab in projections.items():
+            weight = merged["layers"][module][name]["weight"]
+            merge = jax.vmap(lambda w, a, b: lora.merge(w, a, b, scale=SPEC.alpha / SPEC.rank))
+            merged["layers"][module][name]["weight"] = merge(weight, ab["lora_A"], ab["lora_B"])
+    got, want = logits(graphdef, adapter, base, tokens), logits(no_adapter, {}, merged, tokens)
+    assert np.abs(got - want).max() < 1e-4
+    assert np.abs(got - plain).max() > 0.1
+
+
+def test_every_field_of_the_config_changes_the_output(tiny):
+    graphdef, adapter, base = load(tiny)
+    tokens = TOKENS[:, :64]
+    want = logits(graphdef, full(adapter), base, tokens)
+    config = hf.read_config(tiny)
+    for field, value in {"rms_norm_eps": 1e-2, "rope_theta": 5e3}.items():
+        other, _, _ = hf.abstract(
+            dataclasses.replace(config, **{field: value}), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32
+        )
+        assert np.abs(logits(other, full(adapter), base, tokens) - want).max() > 1e-3, field
+    shapes = set("vocab_size hidden_size intermediate_size num_hidden_layers head_dim tie_word_embeddings".split())
+    heads = {"num_attention_heads", "num_key_value_heads"}
+    assert {f.name for f in dataclasses.fields(config)} == {"rms_norm_eps", "rope_theta"} | shapes | heads
+    for field in shapes | heads:  # these decide shapes, so the same weights no longer fit
+        value = not config.tie_word_embeddings if field == "tie_word_embeddings" else getattr(config, field) * 2
+        other = dataclasses.replace(config, **{field: value})
+        _, _, shapes_of = hf.abstract(other, SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        assert jax.tree.map(np.shape, base) != jax.tree.map(np.shape, shapes_of), field
+
+
+def test_packed_examples_do_not_see_each_other(tiny):
+    graphdef, adapter, base = load(tiny)
+    adapter = full(adapter)
+    a, b = TOKENS[:1, :40], TOKENS[1:, :25]
+    row = np.concatenate([a, b, np.zeros((1, 7), np.int32)], axis=1)
+    segments = np.array([[1] * 40 + [2] * 25 + [0] * 7], np.int32)
+    positions = np.array([[*range(40), *range(25), *[0] * 7]], np.int32)
+    packed = logits(graphdef, adapter, base, row, segments, positions)
+    assert np.abs(packed[:, :40] - logits(graphdef, adapter, base, a)).max() < 1e-5
+    assert np.abs(packed[:, 40:65] - logits(graphdef, adapter, base, b)).max() < 1e-5
+    other = row.copy()
+    other[:, :40] = TOKENS[:1, 100:140]
+    changed = logits(graphdef, adapter, base, other, segments, positions)
+    assert np.array_equal(changed[:, 40:65], packed[:, 40:65])
+    leaking = logits(graphdef, adapter, base, row, np.ones_like(segments), positions)  # the negative control
+    assert np.abs(leaking[:, 40:65] - packed[:, 40:65]).max() > 1e-2
+
+
+def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 3)
+    T = 200
+    q = jax.random.normal(keys[0], (2, T, 4, 32))
+    k, v = (jax.random.normal(key, (2, T, 2, 32)) for key in keys[1:])
+    segments = jnp.where(jnp.arange(T) < 90, 1, 2)[None].repeat(2, 0)
+
+    def loss(q, k, v):
+        out = attention.attention(q, k, v, q_segments=segments, k_segments=segments, q_start=0)
+        return jnp.sum(out**2), out
+
+    at_once = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    monkeypatch.setattr(attention, "BLOCK", 64)
+    in_blocks = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    for a, b in zip(jax.tree.leaves(at_once[0][1:] + at_once[1]), jax.tree.leaves(in_blocks[0][1:] + in_blocks[1])):
+        assert np.allclose(a, b, atol=1e-5)
+
+
+def test_cache_gives_the_same_logits_token_by_token(tiny):
+    graphdef, adapter, base = load(tiny)
+    adapter, tokens = full(adapter), TOKENS[:, :20]
+    want = logits(graphdef, adapter, base, tokens)
+    step = jax.jit(lambda *inputs, cache: _step(graphdef, adapter, base, *inputs, cache=cache))
+    cache = empty_cache(hf.read_config(tiny), jnp.float32, 2, 32)
+    pad = np.zeros((2, 4), np.int32)  # left padding, as the generator lays a prompt
+    start = np.concatenate([pad, tokens[:, :10]], axis=1)
+    segments = (np.arange(14) >= 4).astype(np.int32)[None].repeat(2, 0)
+    positions = np.maximum(np.arange(14) - 4, 0).astype(np.int32)[None].repeat(2, 0)
+    last, cache = step(start, segments, positions, cache=cache)
+    got = [last]
+    for t in range(10, 19):
+        one = np.ones((2, 1), np.int32)
+        last, cache = step(tokens[:, t : t + 1], one, one * t, cache=cache)
+        got.append(last)
+    assert np.abs(np.stack(got, axis=1) - want[:, 9:19]).max() < 1e-4
+
+
+def _step(graphdef, adapter, base, *inputs, cache):
+    model = nnx.merge(graphdef, adapter, base)
+    hidden, cache = model(*inputs, cache=cache)
+    return model.logits(hidden[:, -1]), cache
+
+
+def test_remat_changes_nothing(tiny):
+    tokens = TOKENS[:, :64]
+
+    def grads(remat):
+        graphdef, adapter, base = load(tiny, remat=remat)
+
+        def loss(adapter):
+            model = nnx.merge(graphdef, adapter, base)
+            positions = jnp.tile(jnp.arange(64), (2, 1))
+            hidden, _ = model(jnp.asarray(tokens), jnp.ones_like(tokens), positions)
+            return jnp.sum(hidden**2)
+
+        return jax.jit(jax.grad(loss))(full(adapter))
+
+    for a, b in zip(jax.tree.leaves(grads(False)), jax.tree.leaves(grads(True)), strict=True):
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,182 @@
+"""Training in one process: PEFT's own curve, frozen means free, many devices equal one."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from jlora import lora, optim, sharding, train
+from jlora.config import load_config
+from jlora.data import inspect
+from jlora.data.chat import load_tokenizer
+from jlora.export import peft_config, write_adapter
+from jlora.loop import Programs
+from jlora.model import hf
+
+
+class Setup:
+    """All the pieces of a run on some devices, from a config file."""
+
+    def __init__(self, file, devices=1, **changes):
+        self.config = dataclasses.replace(load_config(str(file), []), **changes)
+        self.directory = train.sources.resolve(self.config.base_model)
+        self.model_config = hf.read_config(self.directory)
+        self.tokenizer = load_tokenizer(self.directory)
+        rows, _ = train.read_rows(self.config)
+        self.examples = inspect.encode_all(self.tokenizer, rows, self.config.max_seq_length, "train_data_dir")
+        self.mesh = sharding.make_mesh(jax.devices()[:devices])
+        self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], devices)
+        self.spec = train.lora_config(self.config)
+        self.graphdef, self.shapes, base_shapes = hf.abstract(
+            self.model_config, self.spec, **train.dtypes(self.config)
+        )
+        self.base = hf.load_base(self.directory, base_shapes, self.mesh)
+        self.optimizer = optim.make_optimizer(self.config, self.steps)
+        self.state = train.fresh_state(self.config, self.shapes, self.optimizer, self.mesh)
+        self.programs = Programs(
+            self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.config.lora_dropout > 0, seed=1
+        )
+
+    def losses(self, count):
+        """Trains and returns the loss of each step."""
+        losses = []
+        for step in range(count):
+            self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
+            losses.append(float(metrics.loss))
+        return np.array(losses)
+
+
+def peft_losses(setup, initial, directory, count):
+    """PEFT and torch's AdamW on the same examples, padded as its users pad, from the same A and B."""
+    config = setup.config
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's way of saying that keys do not fit
+        write_adapter(initial, peft_config(setup.spec, str(setup.directory), None), "", directory)
+        base = transformers.AutoModelForCausalLM.from_pretrained(setup.directory, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    make_schedule = getattr(transformers, f"get_{config.lr_scheduler_type}_schedule_with_warmup")
+    schedule = make_schedule(optimizer, int(np.ceil(config.warmup_ratio * setup.steps)), setup.steps)
+    losses = []
+    for step in range(count):
+        chosen = [setup.examples[i] for i in setup.batches.chosen(step)]
+        total = sum(int(e.trained[1:].sum()) for e in chosen)
+        optimizer.zero_grad()
+        loss_of_step = 0.0
+        for start in range(0, len(chosen), config.batch_size):
+            micro = chosen[start : start + config.batch_size]
+            length = max(len(e.tokens) for e in micro)
+            ids = torch.zeros((len(micro), length), dtype=torch.long)
+            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+            for i, e in enumerate(micro):
+                ids[i, : len(e.tokens)] = torch.tensor(e.tokens)
+                labels[i, : len(e.tokens)] = torch.tensor(np.where(e.trained, e.tokens, -100))
+                mask[i, : len(e.tokens)] = 1
+            logits = model(ids, attention_mask=mask).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            )
+            (loss / total).backward()
+            loss_of_step += float(loss.detach()) / total
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss_of_step)
+    return np.array(losses)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_scheduler_type": "cosine"},
+        {"lr_scheduler_type": "linear", "weight_decay": 0.1, "target_modules": ("k_proj", "o_proj", "up_proj")},
+        {"gradient_accumulation_steps": 3, "batch_size": 2, "max_seq_length": 200},
+    ],
+    ids=["cosine", "linear-decay", "accumulation"],
+)
+def test_the_curve_is_pefts_own(config_file, tmp_path, changes):
+    setup = Setup(config_file(max_steps=20, learning_rate=5e-3, warmup_ratio=0.1), **changes)
+    want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
+    got = setup.losses(20)
+    assert np.abs(got / want - 1).max() < 1e-4
+    assert want[-1] < want[0] - 0.1  # the bound means something: it learns
+
+
+def test_the_curve_is_pefts_own_on_the_real_model(config_file, tmp_path, smollm):
+    setup = Setup(config_file(base_model=str(smollm), max_steps=20, learning_rate=1e-3, lora_rank=16))
+    want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 3)
+    assert np.abs(setup.losses(3) / want - 1).max() < 1e-4
+
+
+def test_frozen_means_free(config_file):
+    setup = Setup(config_file(learning_rate=1e-2))
+    before = jax.tree.map(np.array, setup.base)
+    setup.losses(3)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(setup.base), strict=True):
+        assert np.array_equal(a, b)
+    adapter = sum(x.nbytes for x in jax.tree.leaves(setup.state.lora))
+    counters = [x for x in jax.tree.leaves(setup.state.optimizer) if x.ndim == 0]
+    assert sum(x.nbytes for x in jax.tree.leaves(setup.state.optimizer) if x.ndim) == 2 * adapter
+    assert all(x.dtype == jnp.int32 for x in counters)
+    base = sum(x.nbytes for x in jax.tree.leaves(setup.base))
+    assert 3 * adapter + 10_000 < base / 20
+    for program in setup.programs._compiled.values():  # adapter, moments, counters and metrics come out, nothing else
+        assert 3 * adapter <= program.memory_analysis().output_size_in_bytes < 3 * adapter + 10_000
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.0}])
+def test_eight_devices_equal_one(config_file, changes):
+    file = config_file(batch_size=8, learning_rate=5e-3, **changes)
+    one, eight = Setup(file, devices=1), Setup(file, devices=8)
+    assert eight.batches.rows % 8 == 0
+    assert np.abs(one.losses(10) - eight.losses(10)).max() < 1e-5
+    for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(eight.state.lora), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
+    assert len(jax.tree.leaves(eight.state.lora)[0].sharding.device_set) == 8
+
+
+def test_dropout_acts_in_training_only_and_differs_by_step(config_file):
+    plain, dropped = (Setup(config_file(lora_dropout=rate, learning_rate=1e-9)) for rate in (0.0, 0.5))
+    for setup in (plain, dropped):  # B must not be zero for dropout to show
+        setup.state = setup.state._replace(lora=jax.tree.map(lambda x: x + 0.05, setup.state.lora))
+    batch = plain.batches[0]
+    held_out = [setup.programs.held_out_loss(setup.state.lora, setup.batches, print) for setup in (plain, dropped)]
+    assert held_out[0] == held_out[1]
+    _, want = plain.programs.train_step(plain.state, batch, print)
+    state, first = dropped.programs.train_step(dropped.state, batch, print)
+    _, second = dropped.programs.train_step(state, batch, print)
+    assert abs(float(first.loss) - float(want.loss)) > 1e-4
+    assert abs(float(first.loss) - float(second.loss)) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedule_is_transformers_own(config_file, kind):
+    config = dataclasses.replace(
+        load_config(str(config_file()), []), lr_scheduler_type=kind, warmup_ratio=0.1, learning_rate=1.0
+    )
+    steps = 50
+    torch_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    arguments = {"num_warmup_steps": 5} | ({} if kind == "constant" else {"num_training_steps": steps})
+    theirs = transformers.get_scheduler(
+        "constant_with_warmup" if kind == "constant" else kind, torch_optimizer, **arguments
+    )
+    ours = optim.schedule(config, steps)
+    for step in range(steps):
+        assert abs(float(ours(step)) - theirs.get_last_lr()[0]) < 1e-6, step
+        torch_optimizer.step()
+        theirs.step()
+
+
+def test_initial_adapter_is_uniform_within_pefts_bound_and_b_is_zero():
+    shapes = {part: jax.ShapeDtypeStruct((2, 8, 16), jnp.float32) for part in ("lora_A", "lora_B")}
+    initial = lora.init(shapes, jax.random.key(0))
+    assert not np.any(initial["lora_B"])
+    assert 0.9 / 4 < np.abs(initial["lora_A"]).max() <= 1 / 4  # 1 / sqrt(16)
+    assert not np.array_equal(initial["lora_A"][0], initial["lora_A"][1])
