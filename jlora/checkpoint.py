@@ -5,6 +5,8 @@ The latest two and the best are kept. The base is never saved.
 
 import dataclasses
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ class Checkpoints:
         Raises:
           UserError: it could not be written; says why, and which checkpoint is safe.
         """
-        step, before = int(state.step), self.latest()
+        step = int(state.step)
         if step in self.steps():
             return
         items = {
@@ -79,14 +81,26 @@ class Checkpoints:
         }
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
+            self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0][:300]
-            safe = "nothing was saved before" if before is None else f"the checkpoint of step {before} is safe"
-            raise UserError(
-                f"step {step} could not be saved in {self.directory}: {reason}. {safe[0].upper() + safe[1:]}. "
-                "Free space or mend the directory, then run again with --config.resume_from_checkpoint=auto"
-            ) from error
+            raise UserError(f"step {step} could not be saved in {self.directory}: {self.cannot_write(error)}") from error
+
+    def _reserve(self, size: int) -> None:
+        """Fails cleanly where `size` bytes and Orbax's own files do not fit; Orbax itself would fail in many threads."""
+        with tempfile.TemporaryFile(dir=self.directory) as probe:
+            if hasattr(os, "posix_fallocate"):  # macOS lacks it
+                os.posix_fallocate(probe.fileno(), 0, size + size // 4 + (1 << 18))
+
+    def cannot_write(self, error: Exception) -> str:
+        """Why a write failed, which checkpoint is safe, and how to go on."""
+        reason = str(error).strip().split("\n")[0]
+        latest = self.latest()
+        safe = "Nothing was saved before" if latest is None else f"The checkpoint of step {latest} is safe"
+        return (
+            f"{reason[:300]}. {safe}. Free space or mend the directory, then run again with "
+            "--config.resume_from_checkpoint=auto"
+        )
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, Progress]:
         """State and progress of a step; `target` gives shapes, dtypes and shardings."""

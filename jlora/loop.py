@@ -115,6 +115,12 @@ class Loop:
 
     def run(self, state: TrainState) -> TrainState:
         """Trains; every state that counts is saved on the way."""
+        try:
+            return self._run(state)
+        except OSError as error:
+            raise UserError(f"the run could not be written: {self.checkpoints.cannot_write(error)}") from error
+
+    def _run(self, state: TrainState) -> TrainState:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
         self._evaluate_base(state)
         self.logger.restart_clock()
@@ -127,7 +133,7 @@ class Loop:
             self.logger.step(int(np.count_nonzero(batch.segments)))
             last = done == self.steps
             evaluates = self.held_out is not None and (done % every == 0 or last)
-            saves = done % config.save_steps == 0 or last or self.stop.signal is not None
+            saves = done % config.save_steps == 0 or last
             if evaluates or saves or done % config.logging_steps == 0:
                 self._log_losses(done)
             loss = self._evaluate(state, done) if evaluates else None
@@ -135,6 +141,10 @@ class Loop:
                 self.checkpoints.save(state, self.progress, loss)
             if evaluates or saves:
                 self.logger.restart_clock()
+        if self.stop.signal:
+            if self.pending:
+                self._log_losses(int(state.step))
+            self.checkpoints.save(state, self.progress, None)
         if self._given_up():
             self.logger.say(f"stopped early: {self.progress.worse} evaluations without a better one")
         return state

@@ -10,11 +10,22 @@ from tqdm import tqdm
 
 
 class Logger:
-    """Writes each logged step to the bar, to `logs/` and to `metrics.jsonl`. A context manager."""
+    """Writes each logged step to the bar, to `logs/` and to `metrics.jsonl`. A context manager.
+
+    Args:
+      run: the run's directory; lines that an interrupted run logged beyond `first` are dropped, as they come again.
+      first: steps done before.
+      steps: of the whole run.
+    """
 
     def __init__(self, run: Path, first: int, steps: int) -> None:
-        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "logs"))
+        path = run / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run / "logs"), purge_step=first + 1)
         self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._since = time.perf_counter()
         self._tokens = 0

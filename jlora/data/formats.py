@@ -111,8 +111,7 @@ def _from_text(file: Path, text: str) -> list[Conversation]:
         match = PREFIX.match(line)
         role = roles.get(match[1].lower()) if match else None
         if match and role:
-            spoken = {said for said, _, _ in turns}
-            if role == "system" or (role == "user" and "user" in spoken):
+            if role == "system" or (role == "user" and turns and turns[-1][0] != "system"):
                 finish()
             turns.append((role, number, [match[2]]))
         elif turns:

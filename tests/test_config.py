@@ -1,0 +1,119 @@
+"""Configs: both file kinds, overrides, and every mistake in one message."""
+
+import pytest
+
+from jlora.config import Config, default_config, load_config
+from jlora.errors import UserError
+
+PYTHON = """
+from jlora.config import default_config
+def get_config():
+    c = default_config()
+    c.train_data_dir = "pairs"
+    {line}
+    return c
+"""
+
+
+@pytest.fixture
+def python_config(tmp_path):
+    def write(line="pass", text=PYTHON):
+        file = tmp_path / "config.py"
+        file.write_text(text.replace("{line}", line))
+        return str(file)
+
+    return write
+
+
+@pytest.fixture
+def yaml_config(tmp_path):
+    def write(text):
+        file = tmp_path / "config.yaml"
+        file.write_text("train_data_dir: pairs\n" + text)
+        return str(file)
+
+    return write
+
+
+def test_the_defaults_stand_in_one_place():
+    assert Config(**{**default_config(), "train_data_dir": ""}) == Config()
+
+
+def test_python_config_and_overrides(python_config):
+    file = python_config("c.lora_rank = 8")
+    overrides = ["--config.learning_rate=1e-4", "--config.target_modules=('k_proj', 'o_proj')", "--config.epochs", "2"]
+    config = load_config(file, overrides)
+    assert (config.lora_rank, config.learning_rate, config.epochs) == (8, 1e-4, 2.0)
+    assert config.target_modules == ("k_proj", "o_proj")
+    assert load_config(file, ["--config.base_model=owner/name=x"]).base_model == "owner/name=x"
+
+
+def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
+    config = load_config(
+        yaml_config("learning_rate: 1e-4\nfp16: true\ntarget_modules: q_proj, v_proj\nresume_from_checkpoint: true\n"), []
+    )
+    assert config.learning_rate == 1e-4 and config.fp16 is True  # YAML itself reads 1e-4 as text
+    assert config.target_modules == ("q_proj", "v_proj")
+    assert config.resume_from_checkpoint == "auto"
+    assert load_config(yaml_config("resume_from_checkpoint: false\nmetadata_path:\n"), []).resume_from_checkpoint == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.lora_rnk = 8", r"config.py:6: .*lora_r"),
+        ("c.lora_rank = 'eight'", r"config.py:6: .*int"),
+        ("c.lora_rank = 1 / 0", r"config.py:6: division by zero"),
+        ("c.lora_rank = (", r"config.py"),
+        ("return 3", r"must start from jlora.config.default_config\(\)"),
+        ("c.lora_rank = 0; c.device = 'abacus'; c.lora_dropout = 1.0", r"(?s)3 change\(s\).*abacus.*rank=0.*dropout=1.0"),
+        ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj': expected q_proj"),
+        ("c.train_data_dir = ''", r"train_data_dir=''"),
+        ("c.eval_share = 0.1; c.eval_data_dir = 'x'", r"eval_data_dir and eval_share are both set"),
+        ("c.early_stopping_patience = 2", r"needs held-out pairs"),
+    ],
+)
+def test_mistakes_in_a_python_config(python_config, line, message):
+    with pytest.raises(UserError, match=message):
+        load_config(python_config(line), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rnk: 8", "no key 'lora_rnk': did you mean lora_rank"),
+        ("lora_rank: eight", "lora_rank='eight': expected int"),
+        ("fp16: 1", "fp16=1: expected bool"),
+        ("lora_rank: [", "is not YAML"),
+        ("metadata_path: meta.csv", "metadata_path is not read"),
+    ],
+)
+def test_mistakes_in_a_yaml_config(yaml_config, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(yaml_config(text), [])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.lora_rnk=8", "did you mean lora_rank"),
+        ("--config.lora_rank=x", "lora_rank='x': expected int"),
+        ("--lora_rank=8", "expected --config.KEY=VALUE"),
+        ("--config.batch_size=-1", "batch_size=-1: expected a number above 0"),
+    ],
+)
+def test_mistakes_in_an_override(python_config, override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(python_config(), [override])
+
+
+def test_missing_and_empty_files(tmp_path, python_config):
+    with pytest.raises(UserError, match="no such file"):
+        load_config(str(tmp_path / "none.py"), [])
+    with pytest.raises(UserError, match="expected a function get_config"):
+        load_config(python_config(text="x = 1"), [])
+
+
+def test_nan_is_not_a_number_above_zero(python_config):
+    with pytest.raises(UserError, match="learning_rate=nan"):
+        load_config(python_config(), ["--config.learning_rate=.nan"])

@@ -1,0 +1,254 @@
+"""Files to conversations, conversations to tokens and masks, examples to rows without padding."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jlora.data import batches, formats, inspect
+from jlora.data.chat import Example, encode, encode_prompt, load_tokenizer
+from jlora.data.formats import Conversation, Message
+from jlora.errors import UserError
+
+PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content, name="rows.txt"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm):
+    return load_tokenizer(smollm)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "User: What is due?\nLawyer: Under Article 47, pay.\n",
+        "user： What is due?\nlawyer：Under Article 47, pay.",
+        "Q: What is due?\r\nA: Under Article 47, pay.\r\n",
+        "\ufeffQuestion: What is due?\n\n\nAnswer: Under Article 47, pay.\n\n\n",
+        "用户：What is due?\n律师：Under Article 47, pay.",
+        "Worker: What is due?\nCounsel: Under Article 47, pay.",  # unknown names: the first asks, the next answers
+    ],
+)
+def test_text_prefixes(file, text):
+    (row,) = formats.read_file(file(text))
+    assert row.messages == PAIR
+
+
+def test_text_answers_of_many_lines_and_pairs_without_blank_lines(file):
+    text = "User: one?\nmore of it\nLawyer: first\n\nNote: second, with a colon\nUser: two?\nLawyer: b\n\nUser: three?\nLawyer: c"
+    rows = formats.read_file(file(text))
+    assert [[m.content for m in row.messages] for row in rows] == [
+        ["one?\nmore of it", "first\n\nNote: second, with a colon"],
+        ["two?", "b"],
+        ["three?", "c"],
+    ]
+    assert [row.where.rsplit(":", 1)[1] for row in rows] == ["1", "6", "9"]
+
+
+def test_text_with_a_system_line(file):
+    (row,) = formats.read_file(file("System: Be brief.\nUser: a?\nLawyer: b"))
+    assert [m.role for m in row.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "What is due?", "output": "Under Article 47, pay."},
+        {"instruction": "What is", "input": "due?", "output": " Under Article 47, pay. "},
+        {"messages": [{"role": m.role, "content": m.content} for m in PAIR]},
+    ],
+)
+def test_json_lines(file, row):
+    (got,) = formats.read_file(file(json.dumps(row) + "\n\n", "rows.jsonl"))
+    assert got.messages[-1] == PAIR[-1]
+    assert got.messages[0].content.replace("\n", " ") == "What is due?"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.txt", "", "the file is empty"),
+        ("rows.txt", " \n\n", "the file is empty"),
+        ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?\n\nUser: d?\nLawyer: e", r"rows.txt:4: this question has no answer: 'c\?'"),
+        ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?", "rows.txt:4: this question has no answer"),
+        ("rows.txt", "User: a?\nLawyer:\n", "rows.txt:2: the answer is empty"),
+        ("rows.txt", "User:\nLawyer: b\n", "rows.txt:1: the question is empty"),
+        ("rows.txt", "hello\nUser: a?\nLawyer: b\n", "rows.txt:1: expected a line that begins with a role"),
+        ("rows.txt", "User: a?\nLawyer: b\nLawyer: c\n", "rows.txt:1: expected one question and one answer"),
+        ("rows.txt", "no roles at all", "found no role prefix"),
+        ("rows.txt", "User: a?\nLawyer: \xe9".encode("latin-1"), "rows.txt:2: not UTF-8"),
+        ("rows.jsonl", '{"instruction": "a", "output": "b"}\n{broken', "rows.jsonl:2: not JSON"),
+        ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object, got list"),
+        ("rows.jsonl", '{"instruction": "a"}', "rows.jsonl:1: expected instruction and output, or messages; got instruction"),
+        ("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "the assistant last; got user"),
+        ("rows.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "needs a role"),
+        ("rows.jsonl", '{"messages": []}', "the assistant last"),
+        ("rows.jsonl", '{"messages": "hi"}', "needs a role"),
+        ("rows.csv", "a,b", "expected a .txt or .jsonl file"),
+    ],
+)
+def test_bad_rows_are_named(file, name, content, message):
+    with pytest.raises(UserError, match=message):
+        formats.read_file(file(content, name))
+
+
+def test_bad_places_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"train_data_dir=.*none: no such file or directory"):
+        formats.read_conversations(str(tmp_path / "none"), "train_data_dir")
+    with pytest.raises(UserError, match="the directory is empty"):
+        formats.read_conversations(str(tmp_path), "train_data_dir")
+
+
+def test_an_assistants_first_line_is_an_answer_without_a_question(file):
+    with pytest.raises(UserError, match="rows.txt:1: this answer has no question before it"):
+        formats.read_file(file("Lawyer: b\nUser: a?\nLawyer: c"))
+
+
+def test_hash_follows_the_bytes(file):
+    path = file("User: a?\nLawyer: b")
+    before = formats.hash_files(str(path), "train_data_dir")
+    assert before == formats.hash_files(str(path), "train_data_dir")
+    file("User: a?\nLawyer: c")
+    assert before != formats.hash_files(str(path), "train_data_dir")
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, LLAMA2], ids=["chatml", "llama2"])
+@pytest.mark.parametrize("answer", ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno", "pay"])
+def test_exactly_the_answer_and_its_end_are_trained(tokenizer, template, answer, monkeypatch):
+    if template:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    first = (Message("user", "pay"), Message("assistant", "first"))
+    turns = (*first, Message("user", "What is due? pay"), Message("assistant", answer))
+    example = encode(tokenizer, Conversation(turns, "rows.txt:1"))
+    runs = np.split(example.tokens, np.flatnonzero(np.diff(example.trained)) + 1)
+    trained = [tokenizer.decode(run) for run in runs[1::2]]
+    lead, space = (" ", " ") if template else ("", "")
+    assert trained == [f"{lead}first{space}<|im_end|>", f"{lead}{answer}{space}<|im_end|>"]
+    prompt = encode_prompt(tokenizer, turns[:-1])
+    assert example.tokens[: len(prompt)].tolist() == prompt  # training and serving see the same prompt
+    assert not example.trained[len(prompt) - 1] and example.trained[len(prompt)]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "puts no end token after the answer"),
+        ("{{ messages|length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", "changes earlier turns"),
+        ("{% for m in messages %}{{ m['content']|upper }}<|im_end|>{% endfor %}", "changes the answer's words"),
+        ("{{ raise_exception('no system here') }}", "refuses it: no system here"),
+    ],
+)
+def test_templates_that_cannot_be_trusted_are_refused(tokenizer, template, message, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=f"rows.txt:3: .*{message}"):
+        encode(tokenizer, Conversation(PAIR, "rows.txt:3"))
+
+
+def test_long_rows_and_overlap_are_refused(tokenizer):
+    rows = [Conversation(PAIR, f"rows.txt:{i}") for i in range(3)]
+    length = len(encode(tokenizer, rows[0]).tokens)
+    assert len(inspect.encode_all(tokenizer, rows, length, "train_data_dir")) == 3
+    with pytest.raises(UserError, match=rf"3 example\(s\) are longer .*rows.txt:0 .*max_seq_length={length}"):
+        inspect.encode_all(tokenizer, rows, length - 1, "train_data_dir")
+    with pytest.raises(UserError, match="rows.txt:1 is rows.txt:0"):
+        inspect.refuse_overlap(rows[:1], rows[1:2])
+
+
+def test_split_is_fixed_by_the_seed_and_loses_nothing():
+    rows = [Conversation((Message("user", str(i)), PAIR[1]), f"rows.txt:{i}") for i in range(50)]
+    train, held_out = inspect.split(rows, 0.1, seed=3)
+    assert len(held_out) == 5 and sorted([*train, *held_out], key=rows.index) == rows
+    assert inspect.split(rows, 0.1, seed=3) == (train, held_out) != inspect.split(rows, 0.1, seed=4)
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        inspect.split(rows[:1], 0.5, seed=0)
+
+
+def make_examples(count, seed=0):
+    """Examples of random lengths whose tokens tell which example they are of."""
+    random = np.random.RandomState(seed)
+    examples = []
+    for i in range(count):
+        length = random.randint(20, 120)
+        trained = np.arange(length) >= random.randint(1, length - 1)
+        examples.append(Example((1000 * (i + 1) + np.arange(length)).astype(np.int32), trained, f"rows.txt:{i}"))
+    return examples
+
+
+@pytest.mark.parametrize(("devices", "micro_batches", "batch_size"), [(1, 1, 4), (1, 3, 2), (8, 1, 16), (2, 2, 6)])
+def test_batches_hold_every_token_and_target_once_an_epoch(devices, micro_batches, batch_size):
+    examples = make_examples(61)
+    plan = batches.plan_batches(
+        examples,
+        batch_size=batch_size,
+        micro_batches=micro_batches,
+        devices=devices,
+        steps=40,
+        seed=7,
+        linear_cost=3000.0,
+    )
+    assert 1 <= len(plan.shapes) <= 4 and plan.rows % devices == 0
+    seen = []
+    for step in range(plan.steps_per_epoch):
+        batch, chosen = plan[step], plan.chosen(step)
+        real = batch.segments > 0
+        want = np.concatenate([examples[i].tokens for i in chosen])
+        assert sorted(batch.tokens[real]) == sorted(want)
+        assert np.array_equal(batch.positions[real], batch.tokens[real] % 1000)  # positions restart
+        at = np.take_along_axis(batch.tokens, batch.predict_at, axis=2)
+        weighted = batch.weights > 0
+        assert np.array_equal(at[weighted] + 1, batch.targets[weighted])  # a token is predicted from the one before
+        targets = np.concatenate([examples[i].tokens[1:][examples[i].trained[1:]] for i in chosen])
+        assert sorted(batch.targets[weighted]) == sorted(targets)
+        assert batch.tokens.shape[2] == plan.shape(step).length
+        for row, segments in zip(batch.tokens.reshape(-1, batch.tokens.shape[2]), batch.segments.reshape(-1, batch.tokens.shape[2])):
+            for segment in set(segments) - {0}:
+                assert len(set(row[segments == segment] // 1000)) == 1  # one segment, one example
+        seen += list(chosen)
+    assert sorted(seen) == list(range(61))
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    def plan(seed):
+        return batches.plan_batches(
+            make_examples(10), batch_size=4, micro_batches=1, devices=1, steps=9, seed=seed, linear_cost=3000.0
+        )
+
+    one, two, other = plan(1), plan(1), plan(2)
+    assert all(np.array_equal(a, b) for a, b in zip(one[7], two[7], strict=True))
+    assert [list(one.chosen(s)) for s in range(3)] != [list(one.chosen(s)) for s in range(3, 6)]  # a new order each epoch
+    assert [list(one.chosen(s)) for s in range(3)] != [list(other.chosen(s)) for s in range(3)]
+    # fixed for ever: a checkpoint of today resumes on the same examples under any NumPy
+    assert batches.order(8, 0, 0).tolist() == np.random.RandomState([0, 0]).permutation(8).tolist()
+
+
+def test_shapes_leave_the_least_padding():
+    needs = np.array([[100, 10]] * 5 + [[104, 12]] * 5 + [[200, 50]] * 2 + [[396, 90], [400, 20]])
+    assert batches.choose_shapes(needs, 3) == ((112, 16), (208, 64), (400, 96))
+    assert batches.choose_shapes(needs, 1) == ((400, 96),)
+
+
+def test_padding_of_the_sample_data_is_small(tokenizer):
+    rows = formats.read_conversations("data/law_train_en", "train_data_dir")
+    examples = inspect.encode_all(tokenizer, rows, 512, "train_data_dir")
+    plan = batches.plan_batches(
+        examples, batch_size=4, micro_batches=1, devices=1, steps=150, seed=0, linear_cost=3000.0
+    )
+    laid = [plan[step].segments for step in range(150)]
+    padding = sum((s == 0).sum() for s in laid) / sum(s.size for s in laid)
+    assert padding < 0.08 and len(plan.shapes) <= 4
