@@ -84,10 +84,12 @@ class Checkpoints:
             self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"step {step} could not be saved in {self.directory}: {self.cannot_write(error)}") from error
+            raise UserError(
+                f"step {step} could not be saved in {self.directory}: {self.cannot_write(error)}"
+            ) from error
 
     def _reserve(self, size: int) -> None:
-        """Fails cleanly where `size` bytes and Orbax's own files do not fit; Orbax itself would fail in many threads."""
+        """Raises OSError where `size` bytes and Orbax's files do not fit: once, where Orbax would in many threads."""
         with tempfile.TemporaryFile(dir=self.directory) as probe:
             if hasattr(os, "posix_fallocate"):  # macOS lacks it
                 os.posix_fallocate(probe.fileno(), 0, size + size // 4 + (1 << 18))

@@ -90,9 +90,7 @@ POSITIVE = (
     "max_seq_length lora_rank lora_alpha batch_size gradient_accumulation_steps epochs learning_rate adam_epsilon "
     "logging_steps save_steps"
 ).split()
-NOT_NEGATIVE = (
-    "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed".split()
-)
+NOT_NEGATIVE = "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed".split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
 LATER = {"metadata_path": "rows are read from train_data_dir; name a row's fields instruction and output"}
 

@@ -1,6 +1,7 @@
 """An adapter as a PEFT directory, and back: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`.
 
-PEFT's format: adapter_model.safetensors with A [r, in] and B [out, r] a module and layer, float32, and adapter_config.json.
+PEFT's format: adapter_config.json, and adapter_model.safetensors with a float32 A [r, in] and B [out, r] for every
+module and layer.
 """
 
 import argparse
@@ -13,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from jlora import sources
 from jlora.checkpoint import Checkpoints, read_record
 from jlora.config import TARGETS
 from jlora.errors import UserError, run_program
@@ -94,7 +94,7 @@ def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: P
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
             made = Path(scratch) / "adapter"
             made.mkdir()
-            save_file(tensors(adapter), made / WEIGHTS, metadata={"format": "pt"})
+            (made / WEIGHTS).write_bytes(save(tensors(adapter), metadata={"format": "pt"}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
             made.rename(target)
@@ -111,7 +111,7 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         with safe_open(directory / WEIGHTS, framework="numpy") as file:
-            found = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+            found = {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"adapter {directory}: expected {CONFIG} and {WEIGHTS}: {error}") from None
     problems = [

@@ -74,7 +74,8 @@ def convert(file: Path, directory: Path) -> None:
     _write_json(directory / "config.json", _config(field, tied, len(field["tokenizer.ggml.tokens"])))
     special = {key: field[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id")}
     _write_json(
-        directory / "generation_config.json", {**special, "pad_token_id": field["tokenizer.ggml.padding_token_id"]}
+        directory / "generation_config.json",
+        {**special, "pad_token_id": field["tokenizer.ggml.padding_token_id"]},
     )
     _write_tokenizer(field, directory)
 

@@ -39,7 +39,12 @@ class Generator:
     """
 
     def __init__(
-        self, directory: Path, tokenizer: Any, graphdef: nnx.GraphDef[Llama], base: Any, compute_dtype: DTypeLike
+        self,
+        directory: Path,
+        tokenizer: Any,
+        graphdef: nnx.GraphDef[Llama],
+        base: Any,
+        compute_dtype: DTypeLike,
     ) -> None:
         self.tokenizer, self._base, self._stops = tokenizer, base, end_tokens(directory, tokenizer)
         self._config, self._dtype = hf.read_config(directory), compute_dtype
@@ -100,7 +105,7 @@ class Generator:
 
 
 def pick(
-    logits: Float[Array, "V"], key: PRNGKeyArray, temperature: Float[Array, ""], top_p: Float[Array, ""]
+    logits: Float[Array, " V"], key: PRNGKeyArray, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, ""]:
     """The next token: the likeliest at temperature 0, else a draw from the smallest set of mass `top_p`
     (Holtzman et al. 2020, arXiv:1904.09751)."""
@@ -141,9 +146,7 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
         weights, spec, _ = read_adapter(adapter)
     directory = sources.resolve(base, revision)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    graphdef, shapes, base_shapes = hf.abstract(
-        hf.read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype
-    )
+    graphdef, shapes, base_shapes = hf.abstract(hf.read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
     expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
     if expected != got:
         raise UserError(f"adapter {adapter} belongs to another base: its shapes are {got}, {base} needs {expected}")
@@ -165,9 +168,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     generator, adapter = load(arguments.base, arguments.adapter, arguments.revision)
-    messages = (Message("user", arguments.prompt),)
-    if arguments.system:
-        messages = (Message("system", arguments.system), *messages)
+    system = (Message("system", arguments.system),) if arguments.system else ()
+    messages = (*system, Message("user", arguments.prompt))
     for piece in generator.pieces(
         adapter,
         messages,

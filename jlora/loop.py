@@ -4,7 +4,6 @@ import dataclasses
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -91,10 +90,8 @@ class Programs:
         key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
         if key not in self._compiled:
             rows, length = batch.tokens.shape[1:]
-            started = time.perf_counter()
+            say(f"compiling the {name} step for {rows} x {length} tokens")
             self._compiled[key] = function.lower(*arguments).compile()
-            seconds = time.perf_counter() - started
-            say(f"compiled the {name} step for {rows} x {length} tokens in {seconds:.0f} s")
         return self._compiled[key]
 
 

@@ -34,7 +34,8 @@ def init(shapes: Adapter, key: PRNGKeyArray) -> Adapter:
         bound = 1.0 / math.sqrt(shape.shape[-1])
         return jax.random.uniform(key, shape.shape, shape.dtype, -bound, bound)
 
-    return structure.unflatten([leaf(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)])
+    values = [leaf(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, values)
 
 
 def delta(

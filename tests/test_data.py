@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from jlora.data import batches, formats, inspect
+from jlora.data import batches, formats, inspect, prepared
 from jlora.data.chat import Example, encode, encode_prompt, load_tokenizer
 from jlora.data.formats import Conversation, Message
 from jlora.errors import UserError
@@ -45,7 +46,8 @@ def test_text_prefixes(file, text):
 
 
 def test_text_answers_of_many_lines_and_pairs_without_blank_lines(file):
-    text = "User: one?\nmore of it\nLawyer: first\n\nNote: second, with a colon\nUser: two?\nLawyer: b\n\nUser: three?\nLawyer: c"
+    text = "User: one?\nmore of it\nLawyer: first\n\nNote: second, with a colon\n"
+    text += "User: two?\nLawyer: b\n\nUser: three?\nLawyer: c"
     rows = formats.read_file(file(text))
     assert [[m.content for m in row.messages] for row in rows] == [
         ["one?\nmore of it", "first\n\nNote: second, with a colon"],
@@ -79,7 +81,11 @@ def test_json_lines(file, row):
     [
         ("rows.txt", "", "the file is empty"),
         ("rows.txt", " \n\n", "the file is empty"),
-        ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?\n\nUser: d?\nLawyer: e", r"rows.txt:4: this question has no answer: 'c\?'"),
+        (
+            "rows.txt",
+            "User: a?\nLawyer: b\n\nUser: c?\n\nUser: d?\nLawyer: e",
+            r"rows.txt:4: this question has no answer: 'c\?'",
+        ),
         ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?", "rows.txt:4: this question has no answer"),
         ("rows.txt", "User: a?\nLawyer:\n", "rows.txt:2: the answer is empty"),
         ("rows.txt", "User:\nLawyer: b\n", "rows.txt:1: the question is empty"),
@@ -89,7 +95,11 @@ def test_json_lines(file, row):
         ("rows.txt", "User: a?\nLawyer: \xe9".encode("latin-1"), "rows.txt:2: not UTF-8"),
         ("rows.jsonl", '{"instruction": "a", "output": "b"}\n{broken', "rows.jsonl:2: not JSON"),
         ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object, got list"),
-        ("rows.jsonl", '{"instruction": "a"}', "rows.jsonl:1: expected instruction and output, or messages; got instruction"),
+        (
+            "rows.jsonl",
+            '{"instruction": "a"}',
+            "rows.jsonl:1: expected instruction and output, or messages; got instruction",
+        ),
         ("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "the assistant last; got user"),
         ("rows.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "needs a role"),
         ("rows.jsonl", '{"messages": []}', "the assistant last"),
@@ -110,7 +120,7 @@ def test_bad_places_are_named(tmp_path):
 
 
 def test_an_assistants_first_line_is_an_answer_without_a_question(file):
-    with pytest.raises(UserError, match="rows.txt:1: this answer has no question before it"):
+    with pytest.raises(UserError, match=r"rows.txt:1: this answer has no question before it"):
         formats.read_file(file("Lawyer: b\nUser: a?\nLawyer: c"))
 
 
@@ -129,7 +139,9 @@ LLAMA2 = (
 
 
 @pytest.mark.parametrize("template", [None, LLAMA2], ids=["chatml", "llama2"])
-@pytest.mark.parametrize("answer", ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno", "pay"])
+@pytest.mark.parametrize(
+    "answer", ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno", "pay"]
+)
 def test_exactly_the_answer_and_its_end_are_trained(tokenizer, template, answer, monkeypatch):
     if template:
         monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -149,8 +161,14 @@ def test_exactly_the_answer_and_its_end_are_trained(tokenizer, template, answer,
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "puts no end token after the answer"),
-        ("{{ messages|length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", "changes earlier turns"),
-        ("{% for m in messages %}{{ m['content']|upper }}<|im_end|>{% endfor %}", "changes the answer's words"),
+        (
+            "{{ messages|length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}",
+            "changes earlier turns",
+        ),
+        (
+            "{% for m in messages %}{{ m['content']|upper }}<|im_end|>{% endfor %}",
+            "changes the answer's words",
+        ),
         ("{{ raise_exception('no system here') }}", "refuses it: no system here"),
     ],
 )
@@ -162,12 +180,34 @@ def test_templates_that_cannot_be_trusted_are_refused(tokenizer, template, messa
 
 def test_long_rows_and_overlap_are_refused(tokenizer):
     rows = [Conversation(PAIR, f"rows.txt:{i}") for i in range(3)]
-    length = len(encode(tokenizer, rows[0]).tokens)
-    assert len(inspect.encode_all(tokenizer, rows, length, "train_data_dir")) == 3
+    examples = [encode(tokenizer, row) for row in rows]
+    length = len(examples[0].tokens)
+    inspect.refuse_long(examples, length, "training data")
     with pytest.raises(UserError, match=rf"3 example\(s\) are longer .*rows.txt:0 .*max_seq_length={length}"):
-        inspect.encode_all(tokenizer, rows, length - 1, "train_data_dir")
-    with pytest.raises(UserError, match="rows.txt:1 is rows.txt:0"):
+        inspect.refuse_long(examples, length - 1, "training data")
+    with pytest.raises(UserError, match=r"rows.txt:1 is rows.txt:0"):
         inspect.refuse_overlap(rows[:1], rows[1:2])
+
+
+def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_path, monkeypatch):
+    rows = [Conversation((Message("user", f"第{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(20)]
+    first = prepared.prepare(tokenizer, rows, tmp_path)
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = prepared.prepare(tokenizer, rows, tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == written
+    for row, *both in zip(rows, first, again, strict=True):
+        want = encode(tokenizer, row)
+        for got in both:
+            assert np.array_equal(got.tokens, want.tokens) and got.tokens.dtype == np.int32
+            assert np.array_equal(got.trained, want.trained) and got.where == want.where
+    changed = [*rows[:-1], Conversation(PAIR, "rows.txt:19")]
+    assert np.array_equal(
+        prepared.prepare(tokenizer, changed, tmp_path)[19].tokens, encode(tokenizer, changed[-1]).tokens
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match="refuses it"):
+        prepared.prepare(tokenizer, rows, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # nothing half-written stays
 
 
 def test_split_is_fixed_by_the_seed_and_loses_nothing():
@@ -216,7 +256,8 @@ def test_batches_hold_every_token_and_target_once_an_epoch(devices, micro_batche
         targets = np.concatenate([examples[i].tokens[1:][examples[i].trained[1:]] for i in chosen])
         assert sorted(batch.targets[weighted]) == sorted(targets)
         assert batch.tokens.shape[2] == plan.shape(step).length
-        for row, segments in zip(batch.tokens.reshape(-1, batch.tokens.shape[2]), batch.segments.reshape(-1, batch.tokens.shape[2])):
+        rows = (leaf.reshape(-1, leaf.shape[2]) for leaf in (batch.tokens, batch.segments))
+        for row, segments in zip(*rows, strict=True):
             for segment in set(segments) - {0}:
                 assert len(set(row[segments == segment] // 1000)) == 1  # one segment, one example
         seen += list(chosen)
@@ -226,12 +267,20 @@ def test_batches_hold_every_token_and_target_once_an_epoch(devices, micro_batche
 def test_order_is_a_pure_function_of_seed_and_step():
     def plan(seed):
         return batches.plan_batches(
-            make_examples(10), batch_size=4, micro_batches=1, devices=1, steps=9, seed=seed, linear_cost=3000.0
+            make_examples(10),
+            batch_size=4,
+            micro_batches=1,
+            devices=1,
+            steps=9,
+            seed=seed,
+            linear_cost=3000.0,
         )
 
     one, two, other = plan(1), plan(1), plan(2)
     assert all(np.array_equal(a, b) for a, b in zip(one[7], two[7], strict=True))
-    assert [list(one.chosen(s)) for s in range(3)] != [list(one.chosen(s)) for s in range(3, 6)]  # a new order each epoch
+    assert [list(one.chosen(s)) for s in range(3)] != [
+        list(one.chosen(s)) for s in range(3, 6)
+    ]  # a new order each epoch
     assert [list(one.chosen(s)) for s in range(3)] != [list(other.chosen(s)) for s in range(3)]
     # fixed for ever: a checkpoint of today resumes on the same examples under any NumPy
     assert batches.order(8, 0, 0).tolist() == np.random.RandomState([0, 0]).permutation(8).tolist()
@@ -244,8 +293,8 @@ def test_shapes_leave_the_least_padding():
 
 
 def test_padding_of_the_sample_data_is_small(tokenizer):
-    rows = formats.read_conversations("data/law_train_en", "train_data_dir")
-    examples = inspect.encode_all(tokenizer, rows, 512, "train_data_dir")
+    rows = formats.read_conversations(str(ROOT / "data/law_train_en"), "train_data_dir")
+    examples = [encode(tokenizer, row) for row in rows]
     plan = batches.plan_batches(
         examples, batch_size=4, micro_batches=1, devices=1, steps=150, seed=0, linear_cost=3000.0
     )

@@ -22,16 +22,16 @@ TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  
 def load(directory, spec=SPEC, **options):
     """Graph, zero-B adapter and base of a model directory, float32."""
     config = hf.read_config(directory)
-    graphdef, adapter, base = hf.abstract(
-        config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32, **options
-    )
+    graphdef, adapter, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32, **options)
     mesh = sharding.make_mesh(jax.devices()[:1])
     return graphdef, lora.init(adapter, jax.random.key(0)), hf.load_base(directory, base, mesh)
 
 
 def logits(graphdef, adapter, base, tokens, segments=None, positions=None):
     segments = np.ones_like(tokens) if segments is None else segments
-    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)) if positions is None else positions
+    positions = (
+        np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)) if positions is None else positions
+    )
 
     @jax.jit
     def run(adapter, base, tokens, segments, positions):
@@ -93,7 +93,10 @@ def test_every_field_of_the_config_changes_the_output(tiny):
     config = hf.read_config(tiny)
     for field, value in {"rms_norm_eps": 1e-2, "rope_theta": 5e3}.items():
         other, _, _ = hf.abstract(
-            dataclasses.replace(config, **{field: value}), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32
+            dataclasses.replace(config, **{field: value}),
+            SPEC,
+            param_dtype=jnp.float32,
+            compute_dtype=jnp.float32,
         )
         assert np.abs(logits(other, full(adapter), base, tokens) - want).max() > 1e-3, field
     shapes = set("vocab_size hidden_size intermediate_size num_hidden_layers head_dim tie_word_embeddings".split())
@@ -138,8 +141,8 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
     at_once = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     monkeypatch.setattr(attention, "BLOCK", 64)
     in_blocks = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-    for a, b in zip(jax.tree.leaves(at_once[0][1:] + at_once[1]), jax.tree.leaves(in_blocks[0][1:] + in_blocks[1])):
-        assert np.allclose(a, b, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_blocks), strict=True):
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_cache_gives_the_same_logits_token_by_token(tiny):

@@ -83,14 +83,20 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
         "training: 36 examples",
         "held out: 4 examples",
         "a new run",
-        "compiled the training step",
+        "compiling the training step",
         "held-out loss of the base, before training",
         "held-out loss: ",
         "question: ",
         f"{run / 'adapter'}",
     ):
         assert words in said, words
-    assert {p.name for p in run.iterdir()} == {"config.json", "logs", "metrics.jsonl", "checkpoints", "adapter"}
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "logs",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+    }
     assert list((run / "logs").iterdir())
     record = json.loads((run / "config.json").read_text())
     assert record["config"]["lora_rank"] == 4 and record["versions"]["jax"] and len(record["data"]["train"]) == 64
@@ -141,7 +147,12 @@ def test_signals_save_and_print_the_command_that_continues(whole, number, code):
     assert "Traceback" not in err
     line = next(line for line in out.splitlines() if "jlora.train" in line)
     arguments = line.split()[3:]
-    assert arguments == ["--config", str(config), "--config.max_steps=12", "--config.resume_from_checkpoint=auto"]
+    assert arguments == [
+        "--config",
+        str(config),
+        "--config.max_steps=12",
+        "--config.resume_from_checkpoint=auto",
+    ]
     done = run_module("jlora.train", *arguments)
     assert done.returncode == 0, done.stderr
     assert_same(run, stopped)
@@ -156,10 +167,17 @@ def test_new_rows_start_warm_in_a_new_place(whole, tmp_path, pairs):
     config = write("warm", train_data_dir=str(more))
     done = run_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
     assert done.returncode == 0, done.stderr
-    assert f"warm start: the adapter of {run}, step 12, on a fresh schedule, since the training data changed" in done.stdout
+    assert (
+        f"warm start: the adapter of {run}, step 12, on a fresh schedule, since the training data changed"
+        in done.stdout
+    )
     assert losses_of(run.parent / "warm")[1] < losses_of(run)[1]
     same_place = run_module(
-        "jlora.train", "--config", config, f"--config.output_dir={run}", "--config.resume_from_checkpoint=auto"
+        "jlora.train",
+        "--config",
+        config,
+        f"--config.output_dir={run}",
+        "--config.resume_from_checkpoint=auto",
     )
     assert same_place.returncode == 2 and "set another output_dir" in same_place.stderr
     other_rank = run_module(
@@ -171,9 +189,7 @@ def test_new_rows_start_warm_in_a_new_place(whole, tmp_path, pairs):
 def test_a_finished_run_is_left_alone(whole):
     run, _, _ = whole
     before = {p: p.read_bytes() for p in (run / "adapter").iterdir()}
-    done = run_module(
-        "jlora.train", "--config", run.parent / "run.yaml", "--config.resume_from_checkpoint=auto"
-    )
+    done = run_module("jlora.train", "--config", run.parent / "run.yaml", "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in (run / "adapter").iterdir()} == before
 
@@ -181,7 +197,13 @@ def test_a_finished_run_is_left_alone(whole):
 def test_early_stopping_keeps_the_best_and_says_overfitting(whole):
     run, write, _ = whole
     config = write(
-        "early", max_steps=60, learning_rate=0.2, eval_steps=2, early_stopping_patience=3, save_steps=100, lora_dropout=0
+        "early",
+        max_steps=60,
+        learning_rate=0.2,
+        eval_steps=2,
+        early_stopping_patience=3,
+        save_steps=100,
+        lora_dropout=0,
     )
     done = run_module("jlora.train", "--config", config)
     assert done.returncode == 0, done.stderr
@@ -210,7 +232,7 @@ def test_nan_stops_names_the_rows_and_keeps_the_good_checkpoint(whole):
 
 @pytest.fixture(params=["limit", *(["tmpfs"] if os.geteuid() == 0 else [])])
 def filling_disk(request, tmp_path):
-    """A directory, and what makes it take no more: a real small file system where that is allowed, else a file limit."""
+    """A directory and what makes it take no more: a file-size limit and, where it may be mounted, a small disk."""
     directory = tmp_path / "disk"
     directory.mkdir()
     if request.param == "limit":
@@ -270,14 +292,23 @@ def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes
     [
         (lambda d: (d / "config.json").unlink(), "no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'), "model_type='mamba' (jlora computes 'llama')"),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
+            "model_type='mamba' (jlora computes 'llama')",
+        ),
         (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),
-        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled weights (pytorch_model.bin)"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+            "only pickled weights (pytorch_model.bin)",
+        ),
         (lambda d: (d / "model.safetensors").unlink(), "expected *.safetensors files"),
         (lambda d: (d / "model.safetensors").write_bytes(b"12345678abc"), "cannot be read as safetensors"),
         (lambda d: change(d, num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing"),
-        (lambda d: change(d, num_hidden_layers=2), "model.layers.2.input_layernorm.weight is not part of the model"),
+        (
+            lambda d: change(d, num_hidden_layers=2),
+            "model.layers.2.input_layernorm.weight is not part of the model",
+        ),
         (lambda d: change(d, intermediate_size=64), "has shape (320, 128), expected (64, 128)"),
         (lambda d: change(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type='yarn'"),
     ],

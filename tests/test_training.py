@@ -13,7 +13,6 @@ import transformers
 
 from jlora import lora, optim, sharding, train
 from jlora.config import load_config
-from jlora.data import inspect
 from jlora.data.chat import load_tokenizer
 from jlora.export import peft_config, write_adapter
 from jlora.loop import Programs
@@ -29,13 +28,11 @@ class Setup:
         self.model_config = hf.read_config(self.directory)
         self.tokenizer = load_tokenizer(self.directory)
         rows, _ = train.read_rows(self.config)
-        self.examples = inspect.encode_all(self.tokenizer, rows, self.config.max_seq_length, "train_data_dir")
+        self.examples = train.read_examples(self.config, self.tokenizer, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], devices)
         self.spec = train.lora_config(self.config)
-        self.graphdef, self.shapes, base_shapes = hf.abstract(
-            self.model_config, self.spec, **train.dtypes(self.config)
-        )
+        self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, **train.dtypes(self.config))
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
         self.state = train.fresh_state(self.config, self.shapes, self.optimizer, self.mesh)
@@ -96,7 +93,11 @@ def peft_losses(setup, initial, directory, count):
     "changes",
     [
         {"lr_scheduler_type": "cosine"},
-        {"lr_scheduler_type": "linear", "weight_decay": 0.1, "target_modules": ("k_proj", "o_proj", "up_proj")},
+        {
+            "lr_scheduler_type": "linear",
+            "weight_decay": 0.1,
+            "target_modules": ("k_proj", "o_proj", "up_proj"),
+        },
         {"gradient_accumulation_steps": 3, "batch_size": 2, "max_seq_length": 200},
     ],
     ids=["cosine", "linear-decay", "accumulation"],

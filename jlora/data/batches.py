@@ -7,8 +7,9 @@ from all steps of the run, so that few programs are compiled.
 Axes: A micro-batch, R row, T place in a row, S target in a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,14 +20,14 @@ Rows = list[list[int]]  # the examples of each row
 
 
 class Batch(NamedTuple):
-    """One optimizer step's input. Targets are only the trained tokens; a weight of 0 is filling."""
+    """One optimizer step's input, on the host or on devices; a weight of 0 is filling."""
 
-    tokens: np.ndarray  # [A, R, T] int32
-    segments: np.ndarray  # [A, R, T] int32, from 1; 0 is padding
-    positions: np.ndarray  # [A, R, T] int32
-    predict_at: np.ndarray  # [A, R, S] int32: the place whose hidden state predicts the target
-    targets: np.ndarray  # [A, R, S] int32
-    weights: np.ndarray  # [A, R, S] float32
+    tokens: Any  # [A, R, T] int32
+    segments: Any  # [A, R, T] int32, from 1; 0 is padding
+    positions: Any  # [A, R, T] int32
+    predict_at: Any  # [A, R, S] int32: the place whose hidden state predicts the target
+    targets: Any  # [A, R, S] int32
+    weights: Any  # [A, R, S] float32
 
 
 class Shape(NamedTuple):
@@ -45,7 +46,8 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
 class Batches:
     """All batches of a run over `examples`; `shapes` are the sizes they come in, ascending."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
+    sizes: np.ndarray  # [N, 2]: tokens and targets of each example
     micro_batches: int  # A
     batch_size: int  # examples in a micro-batch
     rows: int  # R
@@ -67,15 +69,15 @@ class Batches:
 
     def layout(self, step: int) -> list[Rows]:
         """The rows of each micro-batch of a step."""
-        return _layout(self.examples, self.chosen(step), self.micro_batches, self.batch_size, self.rows)
+        return _layout(self.sizes, self.chosen(step), self.micro_batches, self.batch_size, self.rows)
 
     def shape(self, step: int) -> Shape:
         """The size that a step is rounded up to."""
-        return _fit(_need(self.examples, self.layout(step)), self.shapes)
+        return _fit(_need(self.sizes, self.layout(step)), self.shapes)
 
     def __getitem__(self, step: int) -> Batch:
         layout = self.layout(step)
-        length, targets = _fit(_need(self.examples, layout), self.shapes)
+        length, targets = _fit(_need(self.sizes, layout), self.shapes)
         size = (self.micro_batches, self.rows)
         tokens, segments, positions = (np.zeros((*size, length), np.int32) for _ in range(3))
         predict_at, target = (np.zeros((*size, targets), np.int32) for _ in range(2))
@@ -99,7 +101,7 @@ class Batches:
 
 
 def plan_batches(
-    examples: list[Example],
+    examples: Sequence[Example],
     *,
     batch_size: int,
     micro_batches: int,
@@ -119,12 +121,13 @@ def plan_batches(
       linear_cost: row length at which attention costs as much as the matrices; it decides how many rows there are.
       max_shapes: compiled sizes at most.
     """
-    rough = Batches(examples, micro_batches, batch_size, devices, seed, ())
+    sizes = np.array([(len(e.tokens), np.count_nonzero(e.trained[1:])) for e in examples])
+    rough = Batches(examples, sizes, micro_batches, batch_size, devices, seed, ())
     steps = rough.steps_per_epoch if steps is None else steps
     chosen = [rough.chosen(step) for step in range(steps)]
 
     def needs(rows: int, some: list[np.ndarray]) -> np.ndarray:
-        return np.array([_need(examples, _layout(examples, c, micro_batches, batch_size, rows)) for c in some])
+        return np.array([_need(sizes, _layout(sizes, c, micro_batches, batch_size, rows)) for c in some])
 
     def cost(rows: int) -> float:
         lengths = needs(rows, chosen[:100])[:, 0].astype(float)
@@ -133,7 +136,7 @@ def plan_batches(
     most = max(1, batch_size // devices)
     rows = min((devices * m for m in range(1, most + 1)), key=cost)
     shapes = choose_shapes(needs(rows, chosen), max_shapes)
-    return Batches(examples, micro_batches, batch_size, rows, seed, shapes)
+    return Batches(examples, sizes, micro_batches, batch_size, rows, seed, shapes)
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
@@ -166,29 +169,25 @@ def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def _layout(
-    examples: list[Example], chosen: np.ndarray, micro_batches: int, batch_size: int, rows: int
-) -> list[Rows]:
+def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_size: int, rows: int) -> list[Rows]:
     """Longest first, each to the row that is shortest so far."""
     layout: list[Rows] = []
     for a in range(micro_batches):
-        micro = [int(i) for i in chosen[a * batch_size : (a + 1) * batch_size]]
+        micro = chosen[a * batch_size : (a + 1) * batch_size].tolist()
         filled: Rows = [[] for _ in range(rows)]
         loads = [0] * rows
-        for index in sorted(micro, key=lambda i: (-len(examples[i].tokens), i)):
+        for index in sorted(micro, key=lambda i: (-sizes[i, 0], i)):
             row = loads.index(min(loads))
             filled[row].append(index)
-            loads[row] += len(examples[index].tokens)
+            loads[row] += sizes[index, 0]
         layout.append(filled)
     return layout
 
 
-def _need(examples: list[Example], layout: list[Rows]) -> tuple[int, int]:
+def _need(sizes: np.ndarray, layout: list[Rows]) -> tuple[int, int]:
     """Row length and targets a row that a layout takes."""
-    rows = [row for micro in layout for row in micro]
-    length = max(sum(len(examples[i].tokens) for i in row) for row in rows)
-    targets = max(sum(int(examples[i].trained[1:].sum()) for i in row) for row in rows)
-    return length, targets
+    needs = np.array([sizes[row].sum(axis=0) for micro in layout for row in micro])
+    return int(needs[:, 0].max()), int(needs[:, 1].max())
 
 
 def _fit(need: tuple[int, int], shapes: tuple[Shape, ...]) -> Shape:

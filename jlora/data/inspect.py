@@ -1,34 +1,25 @@
 """What will be trained on: the gate before step 1, and its summary."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jlora.data.chat import Example, encode
+from jlora.data.chat import Example
 from jlora.data.formats import Conversation
 from jlora.errors import UserError
 
 
-def encode_all(
-    tokenizer: Any, conversations: list[Conversation], max_seq_length: int, key: str
-) -> list[Example]:
-    """All examples of one source, none lost.
-
-    Raises:
-      UserError: examples longer than `max_seq_length` tokens, all named with the length that would hold them.
-    """
-    examples = [encode(tokenizer, conversation) for conversation in conversations]
-    long = [example for example in examples if len(example.tokens) > max_seq_length]
+def refuse_long(examples: Sequence[Example], max_seq_length: int, key: str) -> None:
+    """Raises UserError where examples are longer than `max_seq_length` tokens, with the length that would hold them."""
+    long = [(len(example.tokens), example.where) for example in examples if len(example.tokens) > max_seq_length]
     if long:
-        named = ", ".join(f"{example.where} ({len(example.tokens)})" for example in long[:5])
+        named = ", ".join(f"{where} ({length})" for length, where in long[:5])
         more = f" and {len(long) - 5} more" if len(long) > 5 else ""
-        needed = max(len(example.tokens) for example in long)
         raise UserError(
             f"{key}: {len(long)} example(s) are longer than max_seq_length={max_seq_length} tokens: {named}{more}. "
-            f"Set max_seq_length={needed}, or shorten them"
+            f"Set max_seq_length={max(long)[0]}, or shorten them"
         )
-    return examples
 
 
 def refuse_overlap(train: list[Conversation], held_out: list[Conversation]) -> None:
@@ -51,13 +42,12 @@ def split(rows: list[Conversation], share: float, seed: int) -> tuple[list[Conve
     return [r for i, r in enumerate(rows) if i not in out], [r for i, r in enumerate(rows) if i in out]
 
 
-def summary(name: str, examples: list[Example]) -> str:
+def summary(name: str, examples: Sequence[Example]) -> str:
     """One line: examples, tokens, share trained, longest."""
     total = sum(len(example.tokens) for example in examples)
     trained = sum(int(example.trained.sum()) for example in examples)
     longest = max(examples, key=lambda example: len(example.tokens))
-    where = f"{Path(longest.where).name}"
     return (
         f"{name}: {len(examples)} examples, {total:,} tokens, {trained / total:.0%} of them trained on; "
-        f"the longest has {len(longest.tokens)} ({where})"
+        f"the longest has {len(longest.tokens)} ({Path(longest.where).name})"
     )

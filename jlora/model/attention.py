@@ -53,7 +53,7 @@ def _attend(
     v: Float[Array, "B S K H"],
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
-    q_places: Int[Array, "T"],
+    q_places: Int[Array, " T"],
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]

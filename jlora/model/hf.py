@@ -89,13 +89,19 @@ def read_config(directory: Path) -> LlamaConfig:
 
 
 def abstract(
-    config: LlamaConfig, spec: LoraConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike, remat: bool = False
+    config: LlamaConfig,
+    spec: LoraConfig,
+    *,
+    param_dtype: DTypeLike,
+    compute_dtype: DTypeLike,
+    remat: bool = False,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
     """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again."""
     model = nnx.eval_shape(
         lambda: Llama(config, spec, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
     )
-    graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
+    graphdef, state = nnx.split(model)
+    adapter, base = nnx.split_state(state, nnx.LoRAParam, ...)
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
@@ -162,7 +168,7 @@ def load_base(
     def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         names = tensor_names(path, leaf.shape)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             if path[0] != "layers":
                 return opened[files[names[0]]].get_slice(names[0])[index].astype(leaf.dtype)
             parts = [opened[files[name]].get_slice(name)[index[1:]] for name in names[index[0]]]
@@ -173,7 +179,7 @@ def load_base(
         return array
 
     arrays = [place(path, leaf, at) for path, (_, leaf), at in zip(paths, leaves, placed, strict=True)]
-    return structure.unflatten(arrays)
+    return jax.tree.unflatten(structure, arrays)
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
@@ -186,11 +192,10 @@ def random_base(shapes: dict[str, Any], key: jax.Array) -> dict[str, Any]:
     """Random weights for a base that is known by its shapes alone: norms one, the rest normal with deviation 0.02."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [
-            jnp.ones(leaf.shape, leaf.dtype)
-            if "norm" in path[-2].key
-            else 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
-            for (path, leaf), key in zip(leaves, keys, strict=True)
-        ]
-    )
+    values = [
+        jnp.ones(leaf.shape, leaf.dtype)
+        if "norm" in path[-2].key
+        else 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for (path, leaf), key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, values)

@@ -85,9 +85,7 @@ class Projection(nnx.Module):
         y = jnp.einsum("BTi,oi->BTo", x, self.weight[...].astype(x.dtype))
         if not self.adapted:
             return y
-        return y + lora.delta(
-            x, self.lora_A[...], self.lora_B[...], scale=self.scale, dropout=self.dropout, key=key
-        )
+        return y + lora.delta(x, self.lora_A[...], self.lora_B[...], scale=self.scale, dropout=self.dropout, key=key)
 
 
 class RMSNorm(nnx.Module):
@@ -235,17 +233,17 @@ class Llama(nnx.Module):
             written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.fill, axis=1)
             cache = cache._replace(segments=written)
 
-        def layer(x: Array, leaves: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array] | None]:
+        def layer(x: Array, leaves: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
             state, key, kv = leaves
-            past = None if kv is None else LayerCache(*kv, cache.segments, cache.fill)
+            past = None if cache is None else LayerCache(kv[0], kv[1], cache.segments, cache.fill)
             x, past = nnx.merge(graphdef, state)(x, rope, segments, key, past)
             return x, None if past is None else (past.k, past.v)
 
         body = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
         kv = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (layers, keys, kv))
-        if cache is not None:
-            cache = Cache(*kv, cache.segments, cache.fill + tokens.shape[1])
+        if cache is not None and kv is not None:
+            cache = Cache(kv[0], kv[1], cache.segments, cache.fill + tokens.shape[1])
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:

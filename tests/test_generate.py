@@ -1,0 +1,61 @@
+"""Answers: greedy as transformers', streamed text whole, sampling within its mass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from conftest import run_module
+
+from jlora import generate
+from jlora.data.chat import encode_prompt
+from jlora.data.formats import Message
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Say 你好 and an emoji.",
+    "What is 12 + 30?",
+]
+
+
+def test_greedy_answers_equal_transformers_on_the_real_model(smollm):
+    generator, nothing = generate.load(str(smollm), None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm)
+    for question in QUESTIONS:
+        prompt = encode_prompt(generator.tokenizer, (Message("user", question),))
+        want = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=40,
+        )[0, len(prompt) :].tolist()
+        got = list(generator.tokens(nothing, prompt, 40))
+        assert got == [token for token in want if token != generator.tokenizer.eos_token_id]
+        pieces = list(generator.pieces(nothing, (Message("user", question),), max_new_tokens=40))
+        assert "".join(pieces) == generator.tokenizer.decode(got, skip_special_tokens=True)
+        assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+def test_the_command_answers(smollm):
+    done = run_module("jlora.generate", "--base", smollm, "--prompt", QUESTIONS[0], "--max_new_tokens", 20)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    sampled = [
+        run_module(
+            *("jlora.generate", "--base", smollm, "--prompt", "Tell a story.", "--max_new_tokens", 12),
+            *("--temperature", 1.5, "--seed", seed, "--system", "You are a bard."),
+        ).stdout
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_sampling_keeps_to_the_smallest_set_of_mass_top_p():
+    logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
+    draw = jax.jit(jax.vmap(lambda key, t, p: generate.pick(logits, key, t, p), in_axes=(0, None, None)))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    assert set(np.asarray(draw(keys, 0.0, 1.0))) == {1}
+    assert set(np.asarray(draw(keys, 1.0, 0.6))) == {1, 2}
+    shares = np.bincount(np.asarray(draw(keys, 1.0, 1.0)), minlength=4) / 4000
+    assert np.abs(shares - [0.05, 0.5, 0.3, 0.15]).max() < 0.03
