@@ -151,7 +151,7 @@ def export_run(run: Path, step: int, target: Path) -> None:
     local = settings["base_model"].startswith("pypi:") or Path(settings["base_model"]).expanduser().is_dir()
     base = record["base"]["directory"] if local else settings["base_model"]
     config = peft_config(spec, base, settings["revision"] or None)
-    write_adapter(adapter, config, _card(settings, step), target)
+    write_adapter(adapter, config, _card(settings, step, base), target)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -190,7 +190,7 @@ def find_step(run: Path, wanted: str) -> int:
     return step
 
 
-def _card(settings: dict[str, Any], step: int) -> str:
+def _card(settings: dict[str, Any], step: int, base: str) -> str:
     return f"""---
 library_name: peft
 base_model: {settings["base_model"]}
@@ -202,8 +202,8 @@ A LoRA adapter trained by jlora: rank {settings["lora_rank"]}, alpha {settings["
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained(BASE)  # see base_model_name_or_path in adapter_config.json
-model = PeftModel.from_pretrained(base, THIS_DIRECTORY)
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
 """
 

@@ -1,0 +1,36 @@
+"""How many held-out answers begin in the trained form, from the base and from a run's adapter?
+
+python scripts/answers.py --run output/law_lora --begins "Under Article"
+"""
+
+import argparse
+from pathlib import Path
+
+from jlora.checkpoint import read_record
+from jlora.data.formats import read_conversations
+from jlora.generate import load
+
+
+def main() -> None:
+    """Prints each question with both greedy answers, and the counts."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--begins", required=True, help="the form's first words")
+    parser.add_argument("--max_new_tokens", type=int, default=60)
+    arguments = parser.parse_args()
+    record = read_record(arguments.run, "--run")
+    base = record["base"]["directory"]
+    rows = read_conversations(record["config"]["eval_data_dir"], "eval_data_dir")
+    counts = {}
+    for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
+        generator, weights = load(base, adapter)
+        answers = [generator.answer(weights, row.messages[0].content, arguments.max_new_tokens) for row in rows]
+        counts[name] = sum(answer.startswith(arguments.begins) for answer in answers)
+        for row, answer in zip(rows, answers, strict=True):
+            print(f"{name} | {row.messages[0].content} | {answer!r}")
+    for name, count in counts.items():
+        print(f"{name}: {count} of {len(rows)} answers begin with {arguments.begins!r}")
+
+
+if __name__ == "__main__":
+    main()
