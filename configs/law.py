@@ -2,8 +2,8 @@
 
     python -m jlora.train --config configs/law.py
 
-200 question-answer pairs, 20 others held out; 150 steps, 3 minutes on two CPU cores, 2.3 GB of memory. The held-out loss
-goes from 3.28 to 1.97 and the answers begin as the pairs do: "Under Article N of the Labor Contract Law, ...".
+200 question-answer pairs, 20 others held out; 150 steps, 3 minutes on two CPU cores, 2.3 GB of memory. The held-out
+loss goes from 3.28 to 1.97, and the answers begin as the pairs do: "Under Article N of the Labor Contract Law, ...".
 """
 
 from ml_collections import ConfigDict
