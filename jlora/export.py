@@ -21,6 +21,7 @@ from jlora.config import TARGETS
 from jlora.errors import UserError, run_program
 from jlora.lora import Adapter
 from jlora.model import hf
+from jlora.model.families import read_config
 from jlora.model.llama import LoraConfig
 
 PREFIX = "base_model.model."
@@ -158,7 +159,7 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
     """The adapter of a run's checkpoint."""
     record = read_record(run, "--run")
     spec = spec_of(record)
-    model_config = hf.read_config(Path(record["base"]["directory"]))
+    model_config = read_config(Path(record["base"]["directory"]))
     _, shapes, _ = hf.abstract(model_config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
     checkpoints = Checkpoints(run)
     adapter = checkpoints.restore_adapter(step, shapes)

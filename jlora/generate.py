@@ -24,6 +24,7 @@ from jlora.errors import UserError, run_program
 from jlora.export import read_adapter
 from jlora.lora import Adapter
 from jlora.model import hf
+from jlora.model.families import read_config
 from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
 from jlora.sharding import make_mesh
 
@@ -47,7 +48,7 @@ class Generator:
         compute_dtype: DTypeLike,
     ) -> None:
         self.tokenizer, self._base, self._stops = tokenizer, base, end_tokens(directory, tokenizer)
-        self._config, self._dtype = hf.read_config(directory), compute_dtype
+        self._config, self._dtype = read_config(directory), compute_dtype
 
         def run(
             adapter: Adapter, base: Any, tokens: Array, segments: Array, positions: Array, cache: Cache
@@ -146,7 +147,7 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
         weights, spec, _ = read_adapter(adapter)
     directory = sources.resolve(base, revision)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    graphdef, shapes, base_shapes = hf.abstract(hf.read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
+    graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
     expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
     if expected != got:
         raise UserError(f"adapter {adapter} belongs to another base: its shapes are {got}, {base} needs {expected}")

@@ -35,6 +35,7 @@ from jlora.generate import Generator, show_answers
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger
 from jlora.model import hf
+from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig, LoraConfig
 from jlora.sharding import make_mesh, shardings
 from jlora.step import TrainState
@@ -72,7 +73,7 @@ def train(config: Config, again: str) -> None:
     run, stop = Path(config.output_dir), Stop()
     mesh = make_mesh(find_devices(config))
     directory = sources.resolve(config.base_model, config.revision)
-    model_config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
+    model_config, tokenizer = read_config(directory), load_tokenizer(directory)
     examples = read_examples(config, tokenizer, rows, "training")
     held_out = read_examples(config, tokenizer, held_out_rows, "held out")
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)

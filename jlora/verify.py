@@ -18,6 +18,7 @@ from jlora.errors import UserError
 from jlora.export import load_adapter
 from jlora.generate import Generator
 from jlora.model import hf
+from jlora.model.families import read_config
 from jlora.sharding import make_mesh
 
 PROMPTS, NEW_TOKENS = 20, 40
@@ -92,9 +93,7 @@ def _jlora(
     run: Path, step: int, directory: Path, tokenizer: Any, prompts: list[list[int]]
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     adapter, spec = load_adapter(run, step)
-    graphdef, _, shapes = hf.abstract(
-        hf.read_config(directory), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32
-    )
+    graphdef, _, shapes = hf.abstract(read_config(directory), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
     base = hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
     generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jlora import lora, sharding
 from jlora.model import attention, hf
+from jlora.model.families import read_config
 from jlora.model.llama import LoraConfig, empty_cache
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
@@ -21,7 +22,7 @@ TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  
 
 def load(directory, spec=SPEC, **options):
     """Graph, zero-B adapter and base of a model directory, float32."""
-    config = hf.read_config(directory)
+    config = read_config(directory)
     graphdef, adapter, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32, **options)
     mesh = sharding.make_mesh(jax.devices()[:1])
     return graphdef, lora.init(adapter, jax.random.key(0)), hf.load_base(directory, base, mesh)
@@ -90,7 +91,7 @@ def test_every_field_of_the_config_changes_the_output(tiny):
     graphdef, adapter, base = load(tiny)
     tokens = TOKENS[:, :64]
     want = logits(graphdef, full(adapter), base, tokens)
-    config = hf.read_config(tiny)
+    config = read_config(tiny)
     for field, value in {"rms_norm_eps": 1e-2, "rope_theta": 5e3}.items():
         other, _, _ = hf.abstract(
             dataclasses.replace(config, **{field: value}),
@@ -150,7 +151,7 @@ def test_cache_gives_the_same_logits_token_by_token(tiny):
     adapter, tokens = full(adapter), TOKENS[:, :20]
     want = logits(graphdef, adapter, base, tokens)
     step = jax.jit(lambda *inputs, cache: _step(graphdef, adapter, base, *inputs, cache=cache))
-    cache = empty_cache(hf.read_config(tiny), jnp.float32, 2, 32)
+    cache = empty_cache(read_config(tiny), jnp.float32, 2, 32)
     pad = np.zeros((2, 4), np.int32)  # left padding, as the generator lays a prompt
     start = np.concatenate([pad, tokens[:, :10]], axis=1)
     segments = (np.arange(14) >= 4).astype(np.int32)[None].repeat(2, 0)

@@ -17,6 +17,7 @@ from jlora.data.chat import load_tokenizer
 from jlora.export import peft_config, write_adapter
 from jlora.loop import Programs
 from jlora.model import hf
+from jlora.model.families import read_config
 
 
 class Setup:
@@ -25,7 +26,7 @@ class Setup:
     def __init__(self, file, devices=1, **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
         self.directory = train.sources.resolve(self.config.base_model)
-        self.model_config = hf.read_config(self.directory)
+        self.model_config = read_config(self.directory)
         self.tokenizer = load_tokenizer(self.directory)
         rows, _ = train.read_rows(self.config)
         self.examples = train.read_examples(self.config, self.tokenizer, rows, "training")

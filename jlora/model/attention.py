@@ -18,19 +18,21 @@ def attention(
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
     q_start: Int[Array, ""] | int,
+    window: int | None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
     Args:
       q_segments, k_segments: which example a token belongs to; 0 is padding, which sees only padding.
       q_start: place of the first query among the keys (0 in training, the cache's fill in decoding).
+      window: how many keys a query sees at most, its own included; None is all.
 
     Returns:
       The mixed values, in v's dtype; softmax in float32.
     """
     B, T, N, H = q.shape
     if T <= BLOCK:
-        return _attend(q, k, v, q_segments, k_segments, q_start + jnp.arange(T))
+        return _attend(q, k, v, q_segments, k_segments, q_start + jnp.arange(T), window)
     count = -(-T // BLOCK)
     padding = count * BLOCK - T
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -41,7 +43,7 @@ def attention(
         start = index * BLOCK
         q_block = jax.lax.dynamic_slice_in_dim(q, start, BLOCK, axis=1)
         segments = jax.lax.dynamic_slice_in_dim(q_segments, start, BLOCK, axis=1)
-        return _attend(q_block, k, v, segments, k_segments, q_start + start + jnp.arange(BLOCK))
+        return _attend(q_block, k, v, segments, k_segments, q_start + start + jnp.arange(BLOCK), window)
 
     blocks = jax.lax.map(block, jnp.arange(count))
     return jnp.moveaxis(blocks, 0, 1).reshape(B, count * BLOCK, N, H)[:, :T]
@@ -54,13 +56,15 @@ def _attend(
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
     q_places: Int[Array, " T"],
+    window: int | None,
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
     same = q_segments[:, :, None] == k_segments[:, None, :]
-    earlier = q_places[:, None] >= jnp.arange(S)[None, :]
-    seen = (same & earlier[None])[:, None, None]
+    distance = q_places[:, None] - jnp.arange(S)[None, :]
+    near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    seen = (same & near[None])[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)

@@ -1,9 +1,8 @@
-"""Hugging Face's side of the model: config.json, THE table of names in both directions, and the loader.
+"""Hugging Face's side of the model: THE table of names in both directions, and the loader.
 
 Weights lie in jlora as they lie on disk, [out, in], stacked over layers; no row is ever permuted or transposed.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,60 +31,18 @@ NAMES = {
     ("layers", "mlp", "gate_proj", "weight"): "model.layers.{i}.mlp.gate_proj.weight",
     ("layers", "mlp", "up_proj", "weight"): "model.layers.{i}.mlp.up_proj.weight",
     ("layers", "mlp", "down_proj", "weight"): "model.layers.{i}.mlp.down_proj.weight",
+    ("layers", "self_attn", "q_proj", "bias"): "model.layers.{i}.self_attn.q_proj.bias",
+    ("layers", "self_attn", "k_proj", "bias"): "model.layers.{i}.self_attn.k_proj.bias",
+    ("layers", "self_attn", "v_proj", "bias"): "model.layers.{i}.self_attn.v_proj.bias",
+    ("layers", "self_attn", "o_proj", "bias"): "model.layers.{i}.self_attn.o_proj.bias",
+    ("layers", "self_attn", "q_norm", "weight"): "model.layers.{i}.self_attn.q_norm.weight",
+    ("layers", "self_attn", "k_norm", "weight"): "model.layers.{i}.self_attn.k_norm.weight",
+    ("layers", "mlp", "gate_proj", "bias"): "model.layers.{i}.mlp.gate_proj.bias",
+    ("layers", "mlp", "up_proj", "bias"): "model.layers.{i}.mlp.up_proj.bias",
+    ("layers", "mlp", "down_proj", "bias"): "model.layers.{i}.mlp.down_proj.bias",
     ("norm", "weight"): "model.norm.weight",
     ("lm_head", "weight"): "lm_head.weight",
 }
-
-# Fields of config.json that change the numbers, with the one value that jlora computes.
-REQUIRED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_type": "default",
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
-
-
-def read_config(directory: Path) -> LlamaConfig:
-    """config.json as the model's own config.
-
-    Raises:
-      UserError: the file is missing or broken, or asks for something that jlora does not compute, by name.
-    """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"base_model {directory}: no config.json, so this is not a model directory") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    given = {**raw, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    problems = [
-        f"{field}={given[field]!r} (jlora computes {expected!r})"
-        for field, expected in REQUIRED.items()
-        if field in given and given[field] != expected
-    ]
-    if problems or "model_type" not in raw:
-        raise UserError(f"{path} asks for what jlora does not compute: {'; '.join(problems) or 'no model_type'}")
-    try:
-        heads = raw["num_attention_heads"]
-        return LlamaConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=float(given.get("rope_theta", 10000.0)),  # transformers' default for Llama 1 and 2 files
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),  # transformers' default
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the field {error.args[0]!r} is missing") from None
 
 
 def abstract(

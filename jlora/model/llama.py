@@ -1,4 +1,6 @@
-"""The LLaMA decoder in Flax NNX, with LoRA inside its projections (Touvron et al. 2023, arXiv:2302.13971).
+"""The LLaMA decoder and its kin in Flax NNX, with LoRA inside the projections (Touvron et al. 2023, arXiv:2302.13971).
+
+Mistral adds a sliding window, Qwen2 biases on q/k/v, Qwen3 a norm on q and k: each is a field of the config.
 
 Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim, D model,
 F feed-forward, V vocabulary, L layers, r rank. Weights lie as Hugging Face stores them: [out, in].
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import lora
 from jlora.model.attention import attention
+from jlora.model.rope import DefaultRope, angles, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,12 @@ class LlamaConfig:
     num_key_value_heads: int  # K
     head_dim: int  # H
     rms_norm_eps: float
-    rope_theta: float
+    rope: DefaultRope
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None  # tokens that a query sees, itself included; None is all
     tie_word_embeddings: bool
 
 
@@ -62,18 +70,14 @@ class LayerCache(NamedTuple):
     fill: Int[Array, ""]
 
 
-class Rope(NamedTuple):
-    """Cosines and sines of the rotary angles at each token's position."""
-
-    cos: Float[Array, "B T h"]
-    sin: Float[Array, "B T h"]
-
-
 class Projection(nnx.Module):
-    """y = W x, plus the adapter's (alpha/r) B A x where `name` is a target."""
+    """y = W x (+ bias), plus the adapter's (alpha/r) B A x where `name` is a target."""
 
-    def __init__(self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: DTypeLike) -> None:
+    def __init__(self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: DTypeLike, *, bias: bool) -> None:
         self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
+        self.biased = bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
         self.adapted = name in spec.target_modules
         if self.adapted:
             self.lora_A = nnx.LoRAParam(jnp.zeros((spec.rank, inputs), jnp.float32))
@@ -83,6 +87,8 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T i"], key: PRNGKeyArray | None = None) -> Float[Array, "B T o"]:
         y = jnp.einsum("BTi,oi->BTo", x, self.weight[...].astype(x.dtype))
+        if self.biased:
+            y = y + self.bias[...].astype(x.dtype)[None, None]
         if not self.adapted:
             return y
         return y + lora.delta(x, self.lora_A[...], self.lora_B[...], scale=self.scale, dropout=self.dropout, key=key)
@@ -95,10 +101,10 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((size,), dtype))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return jnp.einsum("BTD,D->BTD", normed.astype(x.dtype), self.weight[...].astype(x.dtype))
+        return jnp.einsum("...D,D->...D", normed.astype(x.dtype), self.weight[...].astype(x.dtype))
 
 
 class Attention(nnx.Module):
@@ -107,32 +113,40 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = Projection("q_proj", config.hidden_size, queries, spec, dtype)
-        self.k_proj = Projection("k_proj", config.hidden_size, keys, spec, dtype)
-        self.v_proj = Projection("v_proj", config.hidden_size, keys, spec, dtype)
-        self.o_proj = Projection("o_proj", queries, config.hidden_size, spec, dtype)
-        self.head_dim = config.head_dim
+        D, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = Projection("q_proj", D, queries, spec, dtype, bias=bias)
+        self.k_proj = Projection("k_proj", D, keys, spec, dtype, bias=bias)
+        self.v_proj = Projection("v_proj", D, keys, spec, dtype, bias=bias)
+        self.o_proj = Projection("o_proj", queries, D, spec, dtype, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+        self.config = config
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: Rope,
+        turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
         keys: list[PRNGKeyArray | None],
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         B, T, _ = x.shape
-        q = self.q_proj(x, keys[0]).reshape(B, T, -1, self.head_dim)
-        k = self.k_proj(x, keys[1]).reshape(B, T, -1, self.head_dim)
-        v = self.v_proj(x, keys[2]).reshape(B, T, -1, self.head_dim)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if cache is None:
-            mixed = attention(q, k, v, q_segments=segments, k_segments=segments, q_start=0)
-        else:
+        q = self.q_proj(x, keys[0]).reshape(B, T, -1, self.config.head_dim)
+        k = self.k_proj(x, keys[1]).reshape(B, T, -1, self.config.head_dim)
+        v = self.v_proj(x, keys[2]).reshape(B, T, -1, self.config.head_dim)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *turned), rotate(k, *turned)
+        k_segments, start = segments, 0
+        if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.fill, axis=1)
+            k_segments, start = cache.segments, cache.fill
             cache = cache._replace(k=k, v=v)
-            mixed = attention(q, k, v, q_segments=segments, k_segments=cache.segments, q_start=cache.fill)
+        mixed = attention(
+            q, k, v, q_segments=segments, k_segments=k_segments, q_start=start, window=self.config.sliding_window
+        )
         return self.o_proj(mixed.reshape(B, T, -1), keys[3]), cache
 
 
@@ -140,9 +154,10 @@ class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
-        self.gate_proj = Projection("gate_proj", config.hidden_size, config.intermediate_size, spec, dtype)
-        self.up_proj = Projection("up_proj", config.hidden_size, config.intermediate_size, spec, dtype)
-        self.down_proj = Projection("down_proj", config.intermediate_size, config.hidden_size, spec, dtype)
+        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Projection("gate_proj", D, F, spec, dtype, bias=bias)
+        self.up_proj = Projection("up_proj", D, F, spec, dtype, bias=bias)
+        self.down_proj = Projection("down_proj", F, D, spec, dtype, bias=bias)
 
     def __call__(self, x: Float[Array, "B T D"], keys: list[PRNGKeyArray | None]) -> Float[Array, "B T D"]:
         gated = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
@@ -161,13 +176,13 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: Rope,
+        turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
         key: PRNGKeyArray | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        mixed, cache = self.self_attn(self.input_layernorm(x), rope, segments, keys[:4], cache)
+        mixed, cache = self.self_attn(self.input_layernorm(x), turned, segments, keys[:4], cache)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), cache
 
@@ -225,7 +240,7 @@ class Llama(nnx.Module):
           key: for the adapter's dropout; None turns dropout off.
           cache: where to read and write keys and values; None in training.
         """
-        rope = rope_angles(positions, self.config)
+        turned = angles(self.config.rope, positions, self.config.head_dim)
         x = self.embed_tokens.weight[...][tokens].astype(self.compute_dtype)
         graphdef, layers = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
@@ -236,7 +251,7 @@ class Llama(nnx.Module):
         def layer(x: Array, leaves: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
             state, key, kv = leaves
             past = None if cache is None else LayerCache(kv[0], kv[1], cache.segments, cache.fill)
-            x, past = nnx.merge(graphdef, state)(x, rope, segments, key, past)
+            x, past = nnx.merge(graphdef, state)(x, turned, segments, key, past)
             return x, None if past is None else (past.k, past.v)
 
         body = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
@@ -259,18 +274,3 @@ def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) 
     shape = (c.num_hidden_layers, batch, places, c.num_key_value_heads, c.head_dim)
     segments = jnp.zeros((batch, places), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))
-
-
-def rope_angles(positions: Int[Array, "B T"], config: LlamaConfig) -> Rope:
-    """Angles position * theta^(-2i/H) (Su et al. 2021, arXiv:2104.09864, section 3.2.2), float32."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    angles = jnp.einsum("BT,h->BTh", positions.astype(jnp.float32), frequencies)
-    return Rope(jnp.cos(angles), jnp.sin(angles))
-
-
-def rotate(x: Float[Array, "B T n H"], rope: Rope) -> Float[Array, "B T n H"]:
-    """Rotates each pair (i, i + H/2), Hugging Face's order of the rows, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,295 @@
+"""Every family and RoPE type against transformers and PEFT: logits, losses, gradients of A and B."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from flax import nnx
+from test_model import full, load, logits
+
+from jlora.errors import UserError
+from jlora.export import peft_config, tensors, write_adapter
+from jlora.model import hf
+from jlora.model.families import FAMILIES, read_config
+from jlora.model.llama import LoraConfig
+
+SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.08,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = {
+    "llama-1": ("llama", {"head_dim": 128, "num_key_value_heads": 4}),
+    "llama-2-gqa": ("llama", {"head_dim": 128}),
+    "llama-biases": ("llama", {"head_dim": 64, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {"head_dim": 64, "tie_word_embeddings": True}),
+    "llama-3.1": (
+        "llama",
+        {"head_dim": 128, "rope": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 32}},
+    ),
+    "llama-linear": ("llama", {"head_dim": 128, "rope": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}}),
+    "llama-dynamic": ("llama", {"head_dim": 128, "rope": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-yarn": ("llama", {"head_dim": 128, "rope": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-yarn-odd": (
+        "llama",
+        {
+            "head_dim": 64,
+            "rope": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 16,
+                "beta_slow": 2,
+                "mscale": 1.5,
+                "mscale_all_dim": 0.8,
+                "truncate": False,
+            },
+        },
+    ),
+    "mistral": ("mistral", {"head_dim": 128, "sliding_window": 20}),
+    "mistral-0.3": (
+        "mistral",
+        {"head_dim": 64, "sliding_window": None, "rope": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "hidden_size": 256}),
+    "qwen2-sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0, "hidden_size": 256},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 128}),
+    "qwen3-bias-yarn": (
+        "qwen3",
+        {"head_dim": 64, "attention_bias": True, "rope": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+    ),
+}
+CLASSES = {
+    "llama": transformers.LlamaForCausalLM,
+    "mistral": transformers.MistralForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
+    "qwen3": transformers.Qwen3ForCausalLM,
+}
+T = 150  # beyond max_position_embeddings, every original length and every window
+
+
+def make(directory, family, changes):
+    """A random model of a family on disk; its norms and biases are not the initial ones and zeros."""
+    torch.manual_seed(0)
+    changes = dict(changes)
+    rope = changes.pop("rope", {"rope_type": "default", "rope_theta": 10000.0})
+    cls = CLASSES[family]
+    model = cls(cls.config_class(**{**SIZES, "rope_parameters": rope, **changes}))
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models by case, made once."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            made[case] = make(tmp_path_factory.mktemp(case), *CASES[case])
+        return made[case]
+
+    return get
+
+
+TOKENS = np.random.RandomState(1).randint(0, 300, (2, T)).astype(np.int32)
+SHORT = 61  # length of the second example
+
+
+def jax_outputs(graphdef, adapter, base, tokens, segments, positions, targets):
+    """Logits, the loss of each target (0 where the target is -1), and the gradient of their sum."""
+
+    @jax.jit
+    def run(adapter):
+        def loss(adapter):
+            model = nnx.merge(graphdef, adapter, base)
+            hidden, _ = model(jnp.asarray(tokens), jnp.asarray(segments), jnp.asarray(positions))
+            logits = model.logits(hidden)
+            scores = jax.nn.log_softmax(logits, axis=-1)
+            picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+            losses = jnp.where(targets >= 0, -picked, 0.0)
+            return jnp.sum(losses), (logits, losses)
+
+        return jax.grad(loss, has_aux=True)(adapter)
+
+    grads, (logits, losses) = run(adapter)
+    return np.asarray(logits), np.asarray(losses), grads
+
+
+def shifted(tokens, segments):
+    """The next token of the same example, -1 where there is none."""
+    targets = np.full_like(tokens, -1)
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    targets[:, :-1] = np.where(same, tokens[:, 1:], -1)
+    return targets
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_transformers_and_peft(models, tmp_path, case):
+    directory = models(case)
+    graphdef, adapter, base = load(directory, SPEC)
+    adapter = full(adapter)
+    write_adapter(adapter, peft_config(SPEC, str(directory), None), "", tmp_path / "adapter")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
+
+    lengths = [T, SHORT]
+    mask = np.arange(T)[None] < np.array(lengths)[:, None]
+    sides = {"right": mask, "left": mask[:, ::-1]}
+    if CASES[case][1].get("rope", {}).get("rope_type") == "dynamic":
+        sides.pop("left")  # transformers counts padding into the length there
+    for real in sides.values():
+        segments = real.astype(np.int32)
+        positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+        tokens = np.where(real, TOKENS, 0).astype(np.int32)
+        targets = shifted(tokens, segments)
+        got, losses, grads = jax_outputs(graphdef, adapter, base, tokens, segments, positions, targets)
+
+        model.zero_grad()
+        scores = model(
+            torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(segments, dtype=torch.long),
+            position_ids=torch.tensor(positions, dtype=torch.long),
+        ).logits
+        want_losses = torch.nn.functional.cross_entropy(
+            scores.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten(), ignore_index=-1, reduction="none"
+        ).reshape(targets.shape)
+        want_losses.sum().backward()
+        want = scores.detach().numpy()
+        assert np.abs(got - want)[real].max() < 2e-4
+        assert np.abs(losses - want_losses.detach().numpy()).max() < 1e-4
+        assert abs(losses.sum() / want_losses.sum().item() - 1) < 1e-5
+        theirs = {
+            name.replace(".default", ""): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad
+        }
+        ours = tensors(grads)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert np.linalg.norm(value - theirs[name]) <= 1e-4 * np.linalg.norm(theirs[name]), name
+
+    # the same two examples in one packed row
+    row = np.concatenate([TOKENS[:1], TOKENS[1:, :SHORT]], axis=1)
+    segments = np.array([[1] * T + [2] * SHORT], np.int32)
+    positions = np.array([[*range(T), *range(SHORT)]], np.int32)
+    packed, _, _ = jax_outputs(graphdef, adapter, base, row, segments, positions, shifted(row, segments))
+    right = np.where(mask, TOKENS, 0)
+    with torch.no_grad():
+        want = model(
+            torch.tensor(right, dtype=torch.long), attention_mask=torch.tensor(mask, dtype=torch.long)
+        ).logits.numpy()
+    assert np.abs(packed[0, :T] - want[0]).max() < 2e-4
+    assert np.abs(packed[0, T:] - want[1, :SHORT]).max() < 2e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_field_changes_the_output_or_the_shapes(models, case):
+    """The perturbation test, and the negative control of each family: a field read wrongly would be seen above."""
+    directory = models(case)
+    config = read_config(directory)
+    graphdef, adapter, base = load(directory, SPEC)
+    adapter = full(adapter)
+    want = logits(graphdef, adapter, base, TOKENS)
+    kinds = {"param_dtype": jnp.float32, "compute_dtype": jnp.float32}
+    changed = {"rms_norm_eps": 1e-2, "sliding_window": 10 if config.sliding_window else 30}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "rope":
+            ropes = [
+                dataclasses.replace(value, **{f.name: perturbed(f.name, getattr(value, f.name))})
+                for f in dataclasses.fields(value)
+            ]
+            others = [(f"rope {rope}", dataclasses.replace(config, rope=rope)) for rope in ropes]
+        else:
+            new = changed.get(field.name, (not value) if isinstance(value, bool) else value * 2)
+            others = [(field.name, dataclasses.replace(config, **{field.name: new}))]
+        for name, other in others:
+            graphdef, _, shapes = hf.abstract(other, SPEC, **kinds)
+            if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, base):
+                assert np.abs(logits(graphdef, adapter, base, TOKENS) - want).max() > 1e-3, name
+
+
+def perturbed(name, value):
+    """Another value of a RoPE field, large enough to show at T tokens."""
+    if isinstance(value, bool):
+        return not value
+    if name == "beta_fast":  # more turns than the original length holds would change nothing
+        return value / 8
+    return type(value)(value * 2 if value > 1 else value * 2 + 0.5)
+
+
+def test_all_fields_that_transformers_reads_are_known():
+    """A field that a later transformers adds to one of these families must be looked at before it is ignored."""
+    decided = {f.name for f in dataclasses.fields(read_config_class())} | {
+        "rope_parameters",
+        "hidden_act",
+        "pretraining_tp",
+    }
+    decided |= {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "layer_types"}
+    decided |= {"max_position_embeddings"}
+    harmless = {"initializer_range", "use_cache", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"}
+    assert set(CLASSES) == set(FAMILIES)
+    for family, cls in CLASSES.items():
+        own = set(cls.config_class.__annotations__) - {"model_type", "keys_to_ignore_at_inference"}
+        own = {name for name in own if not name.startswith("base_model_")}
+        assert own <= decided | harmless, (family, own - decided - harmless)
+
+
+def read_config_class():
+    """LlamaConfig, by the function that makes it."""
+    return read_config.__annotations__["return"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"model_type": "gemma2"}, "model_type='gemma2'; jlora computes llama, mistral, qwen2, qwen3"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type='longrope'"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "the field 'factor' is missing"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "layer_types="),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(tmp_path, family, changes, message):
+    fields = {**SIZES, "model_type": family, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=message.replace("(", r"\(").replace("{", r"\{")):
+        read_config(tmp_path)
+
+
+def test_old_and_new_spelling_of_rope_are_one(tmp_path):
+    new = {**SIZES, "model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    old = {**SIZES, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}}
+    read = []
+    for fields in (new, old):
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        read.append(read_config(tmp_path))
+    assert read[0] == read[1] and read[0].rope.original_max_position_embeddings == 64
