@@ -3,7 +3,8 @@
     python -m jlora.train --config configs/law_zh.py
 
 Needs the base in ./models/llama-2-7b-chat-hf and a GPU or TPU with room for 13.5 GB of bfloat16 weights and 4 x 512
-tokens. 750 steps. The answers then begin as the pairs do: 依据《劳动合同法》第N条，…
+tokens. 750 steps; its time on such a card is not measured yet. The answers then begin as the pairs do:
+依据《劳动合同法》第N条，…
 """
 
 from ml_collections import ConfigDict

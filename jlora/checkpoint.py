@@ -82,11 +82,12 @@ class Checkpoints:
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
             self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"step {step} could not be saved in {self.directory}: {self.cannot_write(error)}"
             ) from error
+        assert saved, f"Orbax refused step {step}; it has {self.steps()}"
 
     def _reserve(self, size: int) -> None:
         """Raises OSError where `size` bytes and Orbax's files do not fit: once, where Orbax would in many threads."""
@@ -107,22 +108,33 @@ class Checkpoints:
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, Progress]:
         """State and progress of a step; `target` gives shapes, dtypes and shardings."""
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        items = {
-            "lora": ocp.args.StandardRestore(shapes.lora),
-            "optimizer": ocp.args.StandardRestore({"optimizer": shapes.optimizer, "step": shapes.step}),
-            "progress": ocp.args.JsonRestore(),
-        }
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        rest = {"optimizer": shapes.optimizer, "step": shapes.step}
+        found = self._read(
+            step,
+            lora=ocp.args.StandardRestore(shapes.lora),
+            optimizer=ocp.args.StandardRestore(rest),
+            progress=ocp.args.JsonRestore(),
+        )
         return TrainState(found["lora"], **found["optimizer"]), Progress(**found["progress"])
 
     def restore_adapter(self, step: int, shapes: Adapter) -> Adapter:
         """Only the adapter of a step; `shapes` gives shapes, dtypes and, where set, shardings."""
-        return self._manager.restore(step, args=ocp.args.Composite(lora=ocp.args.StandardRestore(shapes)))["lora"]
+        return self._read(step, lora=ocp.args.StandardRestore(shapes))["lora"]
 
     def progress(self, step: int) -> Progress:
         """Only what the loop remembered at a step."""
-        found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        return Progress(**found["progress"])
+        return Progress(**self._read(step, progress=ocp.args.JsonRestore())["progress"])
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError, TypeError) as error:  # whatever a damaged file makes of Orbax
+            reason = str(error).strip().split("\n")[0][:200]
+            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} is damaged ({reason}). Other steps there: "
+                f"{others}. Move {self.directory / str(step)} away to use the latest of them"
+            ) from error
 
     def close(self) -> None:
         """Ends Orbax's threads."""
@@ -131,12 +143,22 @@ class Checkpoints:
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
     """config.json of a run: what was run, resolved, with versions and data hashes."""
-    (run / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def read_record(run: Path, key: str) -> dict[str, Any]:
     """config.json of a run that `key` names."""
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{key}={run}: not the output_dir of a run (no config.json that can be read)") from None
+        record = {}
+    if not isinstance(record, dict) or not {"config", "data", "base", "versions", "runtime"} <= record.keys():
+        raise UserError(f"{key}={run}: not the output_dir of a run (its config.json is not a run's)")
+    return record

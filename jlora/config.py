@@ -6,6 +6,7 @@ mapping of the same keys. Both take `--config.KEY=VALUE` overrides on the comman
 
 import dataclasses
 import difflib
+import math
 import re
 import runpy
 import traceback
@@ -16,6 +17,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from jlora.errors import UserError
+from jlora.sources import is_hub_id
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -113,8 +115,12 @@ def load_config(path: str, overrides: list[str]) -> Config:
     _override(config, overrides)
     values = config.to_dict()
     values["target_modules"] = tuple(values["target_modules"])
-    result = Config(**values)
-    if problems := validate(result):
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
+    if not problems:
+        result = Config(**values)
+        problems = validate(result)
+    if problems:
         raise UserError("\n  ".join([f"{path} needs {len(problems)} change(s):", *problems]))
     return result
 
@@ -127,8 +133,8 @@ def validate(config: Config) -> list[str]:
         if getattr(config, key) not in choices
     ]
     rules = [
-        (POSITIVE, lambda v: v > 0, "above 0"),
-        (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
+        (POSITIVE, lambda v: 0 < v < math.inf, "above 0"),
+        (NOT_NEGATIVE, lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
         (BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to, not including, 1"),
     ]
     for keys, holds, expected in rules:
@@ -146,10 +152,14 @@ def validate(config: Config) -> list[str]:
     if not config.target_modules:
         problems.append(f"target_modules=(): expected one or more of {', '.join(TARGETS)}")
     problems += [
-        f"target_modules has {name!r}: expected {propose(name, TARGETS)}"
+        f"target_modules has {name!r}: did you mean {propose(name, TARGETS)}?"
         for name in config.target_modules
         if name not in TARGETS
     ]
+    if config.revision and not is_hub_id(config.base_model):
+        problems.append(f"revision={config.revision!r} is for a hub id, and base_model={config.base_model!r} is none")
+    if config.fp16 and config.compute_dtype == "float32":
+        problems.append("fp16 and compute_dtype='float32' contradict each other: keep one of them")
     if config.early_stopping_patience and not (config.eval_data_dir or config.eval_share):
         problems.append("early_stopping_patience needs held-out pairs: set eval_data_dir or eval_share")
     return problems
@@ -174,6 +184,8 @@ def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
     if key not in config:
         raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
     kind = type(config[key])
+    if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
+        value = "auto" if str(value).lower() == "true" else ""
     try:
         config[key] = _as(kind, value)
     except (TypeError, ValueError):
@@ -183,10 +195,10 @@ def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
 def _as(kind: type, value: Any) -> Any:
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         return float(value)  # YAML reads 1e-4, which has no dot, as text
-    if kind is str and value in (None, False):
+    if kind is int and isinstance(value, str):
+        return int(value)
+    if kind is str and value is None:
         return ""
-    if kind is str and value is True:
-        return "auto"  # resume_from_checkpoint: true
     if kind is tuple:
         parts = re.findall(r"[\w-]+", value) if isinstance(value, str) else value
         return tuple(str(part) for part in parts)
@@ -202,9 +214,14 @@ def _from_yaml(path: str) -> ConfigDict:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
-    config = default_config()
+    config, problems = default_config(), []
     for key, value in values.items():
-        _set(config, str(key), value, path)
+        try:
+            _set(config, str(key), value, path)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n  ".join(problems))
     return config
 
 
@@ -234,8 +251,10 @@ def _override(config: ConfigDict, overrides: list[str]) -> None:
             raise UserError(f"{argument}: expected --config.KEY=VALUE")
         key, equals, text = argument.removeprefix("--config.").partition("=")
         text = text if equals else next(arguments, "")
+        if not (equals or text):
+            raise UserError(f"{argument}: no value given; expected {argument}=VALUE")
         try:
-            value = text if isinstance(config.get(key), str) else yaml.safe_load(text)
+            value = text if key in config and isinstance(config[key], str) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"{argument}: {text!r} is not a value") from None
         _set(config, key, value, argument)

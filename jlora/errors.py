@@ -22,6 +22,9 @@ def run_program(main: Callable[[list[str]], None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left, as in `... | head`
+        sys.stderr.close()
+        os._exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

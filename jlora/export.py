@@ -39,6 +39,9 @@ REQUIRED = {
     "modules_to_save": None,
     "layers_to_transform": None,
     "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "exclude_modules": None,
+    "trainable_token_indices": None,
 }
 
 
@@ -82,7 +85,7 @@ def peft_config(spec: LoraConfig, base: str, revision: str | None) -> dict[str, 
     }
 
 
-def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: Path) -> None:
+def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: Path, step: int = 0) -> None:
     """Writes the PEFT directory, whole or not at all.
 
     Raises:
@@ -95,7 +98,7 @@ def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: P
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
             made = Path(scratch) / "adapter"
             made.mkdir()
-            (made / WEIGHTS).write_bytes(save(tensors(adapter), metadata={"format": "pt"}))
+            (made / WEIGHTS).write_bytes(save(tensors(adapter), metadata={"format": "pt", "jlora_step": str(step)}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
             made.rename(target)
@@ -113,8 +116,13 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         with safe_open(directory / WEIGHTS, framework="numpy") as file:
             found = {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
+    except FileNotFoundError:
+        inside = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter" / CONFIG).is_file() else ""
+        raise UserError(f"adapter {directory}: expected a directory with {CONFIG} and {WEIGHTS}{inside}") from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"adapter {directory}: expected {CONFIG} and {WEIGHTS}: {error}") from None
+        raise UserError(f"adapter {directory} is damaged or unreadable: {error}") from None
+    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
+        raise UserError(f"adapter {directory}: {CONFIG} has no r and lora_alpha")
     problems = [
         f"{field}={config[field]!r} (jlora computes {expected!r})"
         for field, expected in REQUIRED.items()
@@ -125,6 +133,7 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
         problems.append(f"target_modules={targets!r} (expected some of {', '.join(TARGETS)})")
     if problems:
         raise UserError(f"adapter {directory} asks for what jlora does not compute: {'; '.join(problems)}")
+    assert isinstance(targets, list)
     rank = config["r"]
     spec = LoraConfig(rank, float(config["lora_alpha"]), 0.0, tuple(t for t in TARGETS if t in targets))
     layers = len({name.split(".layers.")[1].split(".")[0] for name in found if ".layers." in name})
@@ -144,15 +153,24 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
     return adapter, spec, config
 
 
+def written_step(directory: Path) -> int | None:
+    """The step that an exported adapter is of; None where jlora did not write it."""
+    try:
+        with safe_open(directory / WEIGHTS, framework="numpy") as file:
+            step = (file.metadata() or {}).get("jlora_step", "")
+    except (OSError, SafetensorError):
+        return None
+    return int(step) if step.isdigit() else None
+
+
 def export_run(run: Path, step: int, target: Path) -> None:
     """Writes a checkpoint of a run as a PEFT directory."""
     record = read_record(run, "--run")
     adapter, spec = load_adapter(run, step)
     settings = record["config"]
-    local = settings["base_model"].startswith("pypi:") or Path(settings["base_model"]).expanduser().is_dir()
-    base = record["base"]["directory"] if local else settings["base_model"]
+    base = record["base"]["hub_id"] or record["base"]["directory"]
     config = peft_config(spec, base, settings["revision"] or None)
-    write_adapter(adapter, config, _card(settings, step, base), target)
+    write_adapter(adapter, config, _card(settings, step, base), target, step)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -221,7 +239,7 @@ def main(argv: list[str]) -> None:
     step = find_step(run, arguments.step)
     target = arguments.output or run / ("adapter" if arguments.step == "best" else f"adapter-{step}")
     if target.exists() and arguments.verify:
-        print(f"{target} exists: verifying what stands there against step {step}")
+        print(f"{target} exists: verifying it against the checkpoint of step {step}")
     else:
         export_run(run, step, target)
         print(f"adapter of step {step}: {target}")

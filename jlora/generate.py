@@ -5,7 +5,6 @@ Prefill, then one token at a time with a key-value cache; the prompt goes throug
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import sources
-from jlora.data.chat import encode_prompt, load_tokenizer
+from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation, Message
 from jlora.errors import UserError, run_program
 from jlora.export import read_adapter
@@ -118,14 +117,6 @@ def pick(
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
-def end_tokens(directory: Path, tokenizer: Any) -> set[int]:
-    """The ids that end an answer: the tokenizer's, and those of generation_config.json."""
-    path = directory / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return {token for token in ids if token is not None}
-
-
 def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation]) -> Iterator[str]:
     """For each held-out row: its question, its own answer, the base's, and the adapter's."""
     nothing = jax.tree.map(jnp.zeros_like, adapter)
@@ -150,7 +141,8 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
     graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
     expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
     if expected != got:
-        raise UserError(f"adapter {adapter} belongs to another base: its shapes are {got}, {base} needs {expected}")
+        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
+        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     return Generator(directory, load_tokenizer(directory), graphdef, frozen, dtype), weights
 
@@ -158,7 +150,7 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
 def main(argv: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jlora.generate", description="Answers a prompt.")
-    parser.add_argument("--base", required=True, help="a directory, a hub id, or pypi:NAME==VERSION")
+    parser.add_argument("--base", help="a directory, a hub id, or pypi:NAME==VERSION; by default the adapter's own")
     parser.add_argument("--revision", default="", help="of a hub id")
     parser.add_argument("--adapter", type=Path, help="a PEFT directory, as output/law_lora/adapter")
     parser.add_argument("--prompt", required=True)
@@ -168,7 +160,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    generator, adapter = load(arguments.base, arguments.adapter, arguments.revision)
+    if not arguments.prompt.strip():
+        parser.error("--prompt is empty")
+    if not (arguments.base or arguments.adapter):
+        parser.error("give --base, --adapter, or both")
+    base = arguments.base or read_adapter(arguments.adapter)[2]["base_model_name_or_path"]
+    generator, adapter = load(base, arguments.adapter, arguments.revision)
     system = (Message("system", arguments.system),) if arguments.system else ()
     messages = (*system, Message("user", arguments.prompt))
     for piece in generator.pieces(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import optim
 from jlora.checkpoint import Checkpoints, Progress
@@ -28,12 +28,20 @@ from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; a second one kills."""
+    """Within its `with`, the first SIGINT or SIGTERM is a request that the loop answers; a second one kills."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
@@ -56,9 +64,11 @@ class Programs:
     ) -> None:
         self._base, self._mesh = base, mesh
         self._key = jax.random.key(seed)
-        self._train = jax.jit(make_train_step(graphdef, optimizer, dropout=dropout), donate_argnums=0)
-        self._eval = jax.jit(make_eval_step(graphdef))
-        self._compiled: dict[tuple[str, Shape], Any] = {}
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=mesh.size)
+        self._train = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
+        self._eval = jax.jit(make_eval_step(graphdef, devices=mesh.size), out_shardings=everywhere)
+        self.compiled: dict[tuple[str, Shape], Any] = {}
 
     def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
         """One optimizer step; the state given is used up."""
@@ -88,11 +98,11 @@ class Programs:
         self, name: str, function: Any, arguments: tuple[Any, ...], batch: Batch, say: Callable[[str], None]
     ) -> Any:
         key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
-        if key not in self._compiled:
+        if key not in self.compiled:
             rows, length = batch.tokens.shape[1:]
             say(f"compiling the {name} step for {rows} x {length} tokens")
-            self._compiled[key] = function.lower(*arguments).compile()
-        return self._compiled[key]
+            self.compiled[key] = function.lower(*arguments).compile()
+        return self.compiled[key]
 
 
 @dataclasses.dataclass
@@ -108,23 +118,30 @@ class Loop:
     progress: Progress
     stop: Stop
     steps: int
+    warm: bool  # the state given is another run's adapter
     pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
 
     def run(self, state: TrainState) -> TrainState:
         """Trains; every state that counts is saved on the way."""
         try:
-            return self._run(state)
+            with self.stop:
+                return self._run(state)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise UserError(f"the run could not be written: {self.checkpoints.cannot_write(error)}") from error
 
     def _run(self, state: TrainState) -> TrainState:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
-        self._evaluate_base(state)
+        if self.warm:
+            self.checkpoints.save(state, self.progress, None)  # so that a restart does not begin from nothing
+        if self.held_out is not None and self.progress.base_loss is None:
+            self._evaluate_start(state)
         self.logger.restart_clock()
         for done in range(int(state.step) + 1, self.steps + 1):
             if self.stop.signal or self._given_up():
                 break
-            batch = self.batches[done - 1]
+            batch, programs = self.batches[done - 1], len(self.programs.compiled)
             state, metrics = self.programs.train_step(state, batch, self.logger.say)
             self.pending.append(metrics)
             self.logger.step(int(np.count_nonzero(batch.segments)))
@@ -136,7 +153,7 @@ class Loop:
             loss = self._evaluate(state, done) if evaluates else None
             if saves or self._given_up() or (evaluates and self.progress.best_step == done):
                 self.checkpoints.save(state, self.progress, loss)
-            if evaluates or saves:
+            if evaluates or saves or len(self.programs.compiled) > programs:
                 self.logger.restart_clock()
         if self.stop.signal:
             if self.pending:
@@ -155,8 +172,8 @@ class Loop:
         first = done - len(fetched)
         self.pending.clear()
         for step, metrics in enumerate(fetched, start=first):
-            if not math.isfinite(metrics.loss):
-                self._refuse(step, float(metrics.loss))
+            if not np.all(np.isfinite(metrics)):
+                self._refuse(step, metrics)
         targets = sum(metrics.targets for metrics in fetched)
         self.logger.log(
             done,
@@ -166,26 +183,34 @@ class Loop:
             epoch=round(done / self.batches.steps_per_epoch, 4),
         )
 
-    def _refuse(self, step: int, loss: float) -> None:
+    def _refuse(self, step: int, metrics: Metrics) -> None:
         rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
-        safe = self.checkpoints.latest()
-        kept = "No checkpoint was saved before" if safe is None else f"The checkpoint of step {safe} is good"
+        latest = self.checkpoints.latest()
+        kept = "no checkpoint was saved before" if latest is None else f"the latest checkpoint is of step {latest}"
         raise UserError(
-            f"the loss of step {step + 1} is {loss}, on {rows}. {kept}. "
+            f"training broke down at step {step + 1}, on {rows}: loss {metrics.loss:g}, gradient norm "
+            f"{metrics.grad_norm:g}, adapter norm {metrics.adapter_norm:g}. Nothing of it was saved; {kept}. "
             f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}"
         )
 
-    def _evaluate_base(self, state: TrainState) -> None:
-        if self.held_out is None or self.progress.base_loss is not None:
-            return
+    def _evaluate_start(self, state: TrainState) -> None:
+        assert self.held_out is not None
         nothing = jax.tree.map(jnp.zeros_like, state.lora)
         self.progress.base_loss = self.programs.held_out_loss(nothing, self.held_out, self.logger.say)
-        self.logger.log(0, eval_loss=self.progress.base_loss)
         self.logger.say(f"held-out loss of the base, before training: {self.progress.base_loss:.4f}")
+        loss = self.progress.base_loss
+        if self.warm:
+            loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
+            self.logger.say(f"held-out loss of the adapter that it starts from: {loss:.4f}")
+        self.logger.log(0, eval_loss=loss)
 
     def _evaluate(self, state: TrainState, done: int) -> float:
         assert self.held_out is not None
         loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss of step {done} is {loss}: lower learning_rate={self.config.learning_rate:g}"
+            )
         self.progress.record(done, loss)
         self.logger.log(done, eval_loss=loss)
         best = " (best so far)" if self.progress.best_step == done else ""

@@ -1,12 +1,15 @@
 """What is shown and logged: the progress bar, TensorBoard events, metrics.jsonl."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from jlora.checkpoint import replace_text
 
 
 class Logger:
@@ -23,10 +26,11 @@ class Logger:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first), encoding="utf-8")
+            replace_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run / "logs"), purge_step=first + 1)
-        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
+        self._steps = steps
         self._since = time.perf_counter()
         self._tokens = 0
 
@@ -56,6 +60,8 @@ class Logger:
             values["tokens_per_second"] = round(self._tokens / max(seconds, 1e-9), 1)
             shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
             self._bar.set_postfix(shown)
+            if self._bar.disable:  # not a terminal: a line instead of a bar
+                self.say(f"step {step} of {self._steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
             self.restart_clock()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -65,3 +71,9 @@ class Logger:
     def say(self, text: str) -> None:
         """One line above the bar."""
         self._bar.write(text)
+        sys.stdout.flush()
+
+
+def loading_bar(size: int) -> tqdm:
+    """A bar over `size` bytes, shown on a terminal."""
+    return tqdm(total=size, unit="B", unit_scale=True, desc="loading the base", leave=False, disable=None)

@@ -1,22 +1,29 @@
-"""Where a run begins: new, exactly where it stopped, or warm from another run's adapter."""
+"""Where a run begins: new; exactly where it stopped, in place; or warm, from another run's adapter, in a new place."""
 
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jlora.checkpoint import Checkpoints, read_record
 from jlora.config import NOT_TRAINING, Config
 from jlora.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two runs in one place are not noticed
+    fcntl = None  # type: ignore[assignment]
+
 KEY = "resume_from_checkpoint"
 # What an adapter cannot change about itself.
 ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules")
+# What a run has written before its first checkpoint.
+UNFINISHED = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The run and step to take over (none: a new run), and whether to go on exactly or only take the adapter."""
+    """The run and step to take over (none: a new run), whether to go on exactly, and that in words."""
 
     source: Path | None
     step: int
@@ -25,15 +32,34 @@ class Start:
 
 
 def check_output(config: Config) -> None:
-    """Raises UserError where a new run would write into an `output_dir` that is in use."""
+    """What can be said of `output_dir` before any work is done.
+
+    Raises:
+      UserError: it is in use, or is no directory.
+    """
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={output}: a file stands there; name a directory")
-    if output.is_dir() and any(output.iterdir()) and not config.resume_from_checkpoint:
+    if _in_use(output) and not config.resume_from_checkpoint:
         raise UserError(
             f"output_dir={output} is not empty, and jlora never overwrites. To continue that run add "
             f"--config.{KEY}=auto; to start a new one set another output_dir"
         )
+
+
+def claim(output: Path) -> IO[str]:
+    """Makes the run's directory and keeps every other process out of it until the file returned is closed."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"output_dir={output} cannot be written: {error.strerror}") from None
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"output_dir={output}: another process is training there; set another output_dir") from None
+    return lock
 
 
 def decide(config: Config, record: dict[str, Any]) -> Start:
@@ -41,36 +67,55 @@ def decide(config: Config, record: dict[str, Any]) -> Start:
 
     Args:
       config: the run; its `resume_from_checkpoint` is "", "auto", a run's directory, or one of its checkpoints.
-      record: config, data hashes and base, as written to the run's config.json.
+      record: config, data hashes and base, as they will be written to the run's config.json.
 
     Raises:
-      UserError: there is nothing to take over, or it does not fit.
+      UserError: there is nothing to take over, or it does not fit, or `output_dir` holds something else.
     """
-    output = Path(config.output_dir)
-    wanted = config.resume_from_checkpoint
-    if not wanted or (wanted == "auto" and not _steps(output)):
+    output, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    if not wanted:
         return Start(None, 0, False, "a new run")
-    source, step = _find(output if wanted == "auto" else Path(wanted).expanduser())
-    old = read_record(source, KEY)
-    changed = _changes(old, record)
-    same_place = source.resolve() == output.resolve()
-    if not changed:
-        return Start(source, step, True, f"continuing {source} exactly, from step {step}")
-    listed = "; ".join(changed.values())
-    unfit = [changed[key] for key in (*ADAPTER_KEYS, "base") if key in changed]
+    if wanted == "auto" or Path(wanted).expanduser().resolve() == output.resolve():
+        return _continue(output, record)
+    if _in_use(output):
+        raise UserError(
+            f"output_dir={output} is not empty: a warm start is a new run and needs a new place. Set another "
+            f"output_dir; or, to continue the run that is there, --config.{KEY}=auto"
+        )
+    source, step = _find(Path(wanted).expanduser())
+    changes = _changes(read_record(source, KEY), record)
+    unfit = [changes[key] for key in (*ADAPTER_KEYS, "base") if key in changes]
     if unfit:
         raise UserError(f"{KEY}={wanted}: its adapter does not fit this config: {'; '.join(unfit)}")
-    if same_place:
+    why = f", since {'; '.join(changes.values())}" if changes else ""
+    return Start(source, step, False, f"warm start: the adapter of {source}, step {step}, on a fresh schedule{why}")
+
+
+def _continue(output: Path, record: dict[str, Any]) -> Start:
+    """Exactly on from the latest checkpoint in place; or a new run where none was completed yet."""
+    if not _in_use(output):
+        return Start(None, 0, False, f"a new run: there is nothing to continue in {output}")
+    old = read_record(output, f"{KEY}=auto, output_dir")
+    if changes := _changes(old, record):
         raise UserError(
-            f"{output} cannot go on exactly: {listed}. To start a new run from its adapter (a warm start), "
-            f"set another output_dir and --config.{KEY}={output}"
+            f"{output} cannot go on exactly: {'; '.join(changes.values())}. To start a new run from its adapter "
+            f"(a warm start), set another output_dir and --config.{KEY}={output}"
         )
-    return Start(
-        source,
-        step,
-        False,
-        f"warm start: the adapter of {source}, step {step}, on a fresh schedule, since {listed}",
-    )
+    steps = _steps(output)
+    if not steps:
+        if other := {path.name for path in output.iterdir()} - UNFINISHED:
+            raise UserError(
+                f"{output} has no checkpoint to continue from, but {', '.join(sorted(other))}: set another one"
+            )
+        return Start(None, 0, False, f"a new run: {output} was stopped before its first checkpoint")
+    there, here = ({**r["versions"], **r["runtime"]} for r in (old, record))
+    moved = [f"{key} was {there[key]} and is {here[key]}" for key in here if there.get(key) != here[key]]
+    exactly = f"but not bit for bit, since {'; '.join(moved)}" if moved else "exactly"
+    return Start(output, steps[-1], True, f"continuing {output} from step {steps[-1]}, {exactly}")
+
+
+def _in_use(output: Path) -> bool:
+    return output.is_dir() and any(path.name != ".lock" for path in output.iterdir())
 
 
 def _steps(run: Path) -> list[int]:
@@ -84,28 +129,33 @@ def _steps(run: Path) -> list[int]:
 
 
 def _find(path: Path) -> tuple[Path, int]:
-    """A run's directory, or `RUN/checkpoints/STEP`, as run and step."""
+    """A run's directory (its best step, else its latest), or `RUN/checkpoints/STEP`, as run and step."""
     run, step = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "")
     steps = _steps(run)
     if not steps:
         raise UserError(f"{KEY}={path}: no checkpoints there; expected a run's output_dir, or one of its checkpoints")
     if step and (not step.isdigit() or int(step) not in steps):
         raise UserError(f"{KEY}={path}: no such checkpoint; there are {', '.join(map(str, steps))}")
-    return run, int(step) if step else steps[-1]
+    if step:
+        return run, int(step)
+    checkpoints = Checkpoints(run)
+    best = checkpoints.progress(steps[-1]).best_step
+    checkpoints.close()
+    return run, best if best in steps else steps[-1]
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """What differs between two runs' records in ways that touch training, by key, in words."""
     changes = {}
-    before, now = old["config"], new["config"]
+    now = new["config"]
+    before = {**dataclasses.asdict(Config()), **old["config"]}  # a setting that is newer than the run had its default
     data_keys = {"train_data_dir", "eval_data_dir", "base_model", "revision"}  # compared by content below
     for key in sorted(now.keys() - NOT_TRAINING - data_keys):
-        a, b = before.get(key), now[key]
-        a, b = (tuple(v) if isinstance(v, list) else v for v in (a, b))
+        a, b = (tuple(v) if isinstance(v, list) else v for v in (before[key], now[key]))
         if a != b:
             changes[key] = f"{key} was {a!r} and is {b!r}"
     for part, words in {"train": "the training data", "held_out": "the held-out data"}.items():
-        if old["data"].get(part) != new["data"].get(part):
+        if old["data"][part] != new["data"][part]:
             changes[part] = f"{words} changed"
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         changes["base"] = f"the base was {old['config']['base_model']} and is {now['base_model']}, with other weights"

@@ -13,8 +13,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"base/.*", P()),
     (r"lora/.*", P()),
     (r"optimizer/.*", P()),
-    (r"batch/(tokens|segments|positions)", P(None, "data", None)),  # [A, B, T]
-    (r"batch/(predict_at|targets|weights)", P(None, "data", None)),  # [A, B, S]
+    (r"batch/(tokens|segments|positions)", P(None, "data", None)),  # [A, R, T]
+    (r"batch/(predict_at|targets|weights)", P(None, "data", None)),  # [A, R, S]
 )
 
 
@@ -28,17 +28,24 @@ def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
     """A NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "lora", "optimizer", "batch").
 
     Raises:
-      ValueError: no rule covers a path, or an axis does not divide.
+      ValueError: no rule covers a path, no path uses a rule, or an axis does not divide.
     """
+
+    used = set()
 
     def leaf(path: tuple[Any, ...], array: Any) -> NamedSharding:
         name = "/".join([root, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
-        spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
+        pattern, spec = next(((p, s) for p, s in RULES if re.fullmatch(p, name)), ("", None))
         if spec is None:
             raise ValueError(f"no sharding rule covers {name}")
+        used.add(pattern)
         for axis, size in zip(spec, np.shape(array), strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise ValueError(f"{name}: {size} does not divide over {mesh.shape[axis]} devices ({axis})")
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    placed = jax.tree_util.tree_map_with_path(leaf, tree)
+    unused = [pattern for pattern, _ in RULES if pattern.startswith(f"{root}/") and pattern not in used]
+    if unused and jax.tree.leaves(tree):
+        raise ValueError(f"sharding rules that no path uses: {', '.join(unused)}")
+    return placed

@@ -57,6 +57,11 @@ def resolve(base_model: str, revision: str = "") -> Path:
     return _from_hub(base_model, revision)
 
 
+def is_hub_id(base_model: str) -> bool:
+    """Is it neither a package nor something on this disk?"""
+    return not base_model.startswith("pypi:") and not Path(base_model).expanduser().exists()
+
+
 def cache_directory() -> Path:
     """Where models that jlora converts are kept: $XDG_CACHE_HOME/jlora, by default ~/.cache/jlora."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"

@@ -17,7 +17,7 @@ from jlora.data.batches import Batch
 from jlora.lora import Adapter
 from jlora.model.llama import Llama
 
-CHUNK = 256  # targets whose logits exist at the same time: [CHUNK, V] float32
+CHUNK = 256  # targets whose logits exist at the same time on a device: [CHUNK, V] float32
 
 
 class TrainState(NamedTuple):
@@ -33,6 +33,7 @@ class Metrics(NamedTuple):
 
     loss: Float[Array, ""]  # nats a target
     grad_norm: Float[Array, ""]  # before clipping
+    adapter_norm: Float[Array, ""]  # after the step
     targets: Float[Array, ""]
 
 
@@ -42,18 +43,20 @@ def target_loss(
     predict_at: Int[Array, "R S"],
     targets: Int[Array, "R S"],
     weights: Float[Array, "R S"],
+    devices: int,
 ) -> Float[Array, ""]:
-    """Summed cross-entropy of the targets in nats; logits are made for them alone, CHUNK at a time."""
+    """Summed cross-entropy of the targets in nats; logits are made for them alone, in chunks of columns.
+
+    Rows stay whole, so that on `devices` devices each works on its own.
+    """
     states = jnp.take_along_axis(hidden, predict_at[..., None], axis=1)
-    size = targets.size
-    count = -(-size // CHUNK)
-    chunk = -(-size // count)
+    rows, size = targets.shape
+    count = -(-size * rows // (CHUNK * devices))
+    width = -(-size // count)
 
     def chunked(x: Array) -> Array:
-        flat = x.reshape(size, *x.shape[2:])
-        return jnp.pad(flat, [(0, count * chunk - size)] + [(0, 0)] * (flat.ndim - 1)).reshape(
-            count, chunk, *flat.shape[1:]
-        )
+        padded = jnp.pad(x, [(0, 0), (0, count * width - size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(rows, count, width, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def one(leaves: tuple[Array, Array, Array]) -> Array:
@@ -65,16 +68,16 @@ def target_loss(
 
 
 def loss_sum(
-    graphdef: nnx.GraphDef[Llama], lora: Adapter, base: Any, micro: Batch, key: PRNGKeyArray | None
+    graphdef: nnx.GraphDef[Llama], lora: Adapter, base: Any, micro: Batch, key: PRNGKeyArray | None, devices: int
 ) -> Float[Array, ""]:
     """Summed loss of one micro-batch (no leading axis A)."""
     model = nnx.merge(graphdef, lora, base)
     hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key)
-    return target_loss(model, hidden, micro.predict_at, micro.targets, micro.weights)
+    return target_loss(model, hidden, micro.predict_at, micro.targets, micro.weights, devices)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[Llama], optimizer: optax.GradientTransformation, *, dropout: bool
+    graphdef: nnx.GraphDef[Llama], optimizer: optax.GradientTransformation, *, dropout: bool, devices: int
 ) -> Callable[[TrainState, Any, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
     """`step(state, base, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -87,7 +90,7 @@ def make_train_step(
         total = jnp.sum(batch.weights)
 
         def mean_loss(lora: Adapter, micro: Batch, key: PRNGKeyArray) -> Array:
-            return loss_sum(graphdef, lora, base, micro, key if dropout else None) / total
+            return loss_sum(graphdef, lora, base, micro, key if dropout else None, devices) / total
 
         def accumulate(carry: tuple[Array, Adapter], leaves: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
             loss, grads = jax.value_and_grad(mean_loss)(state.lora, *leaves)
@@ -97,17 +100,19 @@ def make_train_step(
         keys = jax.random.split(key, len(batch.tokens))
         (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, keys))
         lora, opt = optim.update(optimizer, grads, state.optimizer, state.lora)
-        metrics = Metrics(loss, optax.tree.norm(grads), total)
+        metrics = Metrics(loss, optax.tree.norm(grads), optax.tree.norm(lora), total)
         return TrainState(lora, opt, state.step + 1), metrics
 
     return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef[Llama]) -> Callable[[Adapter, Any, Batch], tuple[Array, Array]]:
+def make_eval_step(
+    graphdef: nnx.GraphDef[Llama], *, devices: int
+) -> Callable[[Adapter, Any, Batch], tuple[Array, Array]]:
     """`step(lora, base, batch) -> (summed loss in nats, number of targets)`, without dropout."""
 
     def eval_step(lora: Adapter, base: Any, batch: Batch) -> tuple[Array, Array]:
-        losses = jax.lax.map(lambda micro: loss_sum(graphdef, lora, base, micro, None), batch)
+        losses = jax.lax.map(lambda micro: loss_sum(graphdef, lora, base, micro, None, devices), batch)
         return jnp.sum(losses), jnp.sum(batch.weights)
 
     return eval_step

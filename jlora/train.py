@@ -26,14 +26,14 @@ from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.config import Config, load_config
 from jlora.data import formats, inspect
 from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat import Example, load_tokenizer
+from jlora.data.chat import Example, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation
 from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
-from jlora.export import export_run
+from jlora.export import export_run, written_step
 from jlora.generate import Generator, show_answers
 from jlora.loop import Loop, Programs, Stop, overfitting
-from jlora.metrics import Logger
+from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig, LoraConfig
@@ -54,15 +54,7 @@ def main(argv: list[str]) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
-    again = [
-        "python",
-        "-m",
-        "jlora.train",
-        "--config",
-        arguments.config,
-        *kept,
-        f"--config.{resume.KEY}=auto",
-    ]
+    again = [sys.executable, "-m", "jlora.train", "--config", arguments.config, *kept, f"--config.{resume.KEY}=auto"]
     train(config, shlex.join(again))
 
 
@@ -70,44 +62,60 @@ def train(config: Config, again: str) -> None:
     """One run, from files to an adapter; `again` is the command that would continue it."""
     resume.check_output(config)
     rows, held_out_rows = read_rows(config)
-    run, stop = Path(config.output_dir), Stop()
     mesh = make_mesh(find_devices(config))
     directory = sources.resolve(config.base_model, config.revision)
     model_config, tokenizer = read_config(directory), load_tokenizer(directory)
-    examples = read_examples(config, tokenizer, rows, "training")
-    held_out = read_examples(config, tokenizer, held_out_rows, "held out")
+    ends = end_tokens(directory, tokenizer)
+    examples = read_examples(config, tokenizer, ends, rows, "training")
+    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out")
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
-
-    record = describe(config, directory)
+    kinds = dtypes(config)
+    record = describe(config, directory, mesh, kinds)
     start = resume.decide(config, record)
     print(start.message)
-    kinds = dtypes(config)
     graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, lora_config(config), **kinds)
-    base = hf.load_base(directory, base_shapes, mesh)
     optimizer = optim.make_optimizer(config, steps)
-    state = fresh_state(config, adapter_shapes, optimizer, mesh)
-    progress = Progress()
-    if start.source:
-        source = Checkpoints(start.source)
-        restored, remembered = source.restore(start.step, state)
-        source.close()
-        state, progress = (restored, remembered) if start.exact else (state._replace(lora=restored.lora), progress)
+    state, progress = begin(start, fresh_state(config, adapter_shapes, optimizer, mesh))
+    with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
+        base = hf.load_base(directory, base_shapes, mesh, bar.update)
 
-    run.mkdir(parents=True, exist_ok=True)
-    write_record(run, record)
-    checkpoints = Checkpoints(run)
-    first = int(state.step)
-    programs = Programs(graphdef, base, optimizer, mesh, dropout=config.lora_dropout > 0, seed=config.seed + 1)
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    print(f"{steps} steps on {devices}; each of {len(batches.shapes)} sizes of batch is compiled when it first comes")
-    with Logger(run, first, steps) as logger:
-        state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps).run(state)
-    if stop.signal:
-        checkpoints.close()
-        print(f"stopped after step {int(state.step)} of {steps}; it is saved. To continue:\n  {again}")
-        sys.exit(0 if stop.signal is signal.SIGTERM else 130)
-    generator = Generator(directory, tokenizer, graphdef, base, kinds["compute_dtype"])
-    finish(config, run, checkpoints, progress, state, generator, held_out_rows)
+    run, stop = Path(config.output_dir), Stop()
+    with resume.claim(run):
+        write_record(run, record)
+        checkpoints = Checkpoints(run)
+        programs = Programs(graphdef, base, optimizer, mesh, dropout=config.lora_dropout > 0, seed=config.seed + 1)
+        sizes = len(batches.shapes)
+        shapes = (
+            f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
+        )
+        print(f"{steps} steps on {mesh.size} x {mesh.devices.flat[0].device_kind}; {shapes}", flush=True)
+        warm = start.source is not None and not start.exact
+        with Logger(run, int(state.step), steps) as logger:
+            state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
+                state
+            )
+        if stop.signal:
+            checkpoints.close()
+            print(
+                f"stopped after step {int(state.step)} of {steps}; it is saved. To continue:\n  {again}\n"
+                f"The adapter so far: {sys.executable} -m jlora.export --run {run} --step latest"
+            )
+            sys.exit(0 if stop.signal is signal.SIGTERM else 130)
+        generator = Generator(directory, tokenizer, graphdef, base, kinds["compute_dtype"])
+        finish(config, run, checkpoints, progress, state, generator, held_out_rows)
+
+
+def begin(start: resume.Start, fresh: TrainState) -> tuple[TrainState, Progress]:
+    """The state and progress that a run begins with: fresh, restored whole, or with only the adapter restored."""
+    if start.source is None:
+        return fresh, Progress()
+    source = Checkpoints(start.source)
+    if start.exact:
+        state, progress = source.restore(start.step, fresh)
+    else:
+        state, progress = fresh._replace(lora=source.restore_adapter(start.step, fresh.lora)), Progress()
+    source.close()
+    return state, progress
 
 
 def finish(
@@ -133,6 +141,8 @@ def finish(
     for line in show_answers(generator, adapter, held_out[: config.sample_questions]):
         print(line)
     target = run / "adapter"
+    if target.exists() and written_step(target) != step:  # of an earlier end of this run, gone on from since
+        target = run / f"adapter-{step}"
     if not target.exists():
         export_run(run, step, target)
     print(f"adapter of step {step}: {target}")
@@ -150,13 +160,17 @@ def read_rows(config: Config) -> tuple[list[Conversation], list[Conversation]]:
     return rows, held_out
 
 
-def read_examples(config: Config, tokenizer: Any, rows: list[Conversation], name: str) -> Sequence[Example]:
+def read_examples(
+    config: Config, tokenizer: Any, ends: frozenset[int], rows: list[Conversation], name: str
+) -> Sequence[Example]:
     """Conversations as tokens and masks, looked at before step 1."""
     if not rows:
         return []
-    examples = prepare(tokenizer, rows, sources.cache_directory() / "prepared")
+    examples = prepare(tokenizer, ends, rows, sources.cache_directory() / "prepared")
     inspect.refuse_long(examples, config.max_seq_length, f"{name} data")
     print(inspect.summary(name, examples))
+    if odd := inspect.unread_prefixes(rows):
+        print(f"{name}: lines that begin like a role but are read as text: {odd}")
     return examples
 
 
@@ -170,8 +184,8 @@ def find_devices(config: Config) -> list[jax.Device]:
         jax.config.update("jax_platforms", PLATFORMS[config.device])
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
+    except (RuntimeError, AssertionError) as error:  # jax asserts where the wanted platform has no plugin
+        reason = str(error).strip().split("\n")[0] or "no plugin for it"
         raise UserError(
             f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
             "jlora[tpu] for this machine, or set device=auto"
@@ -239,20 +253,31 @@ def fresh_state(
     )
 
 
-def describe(config: Config, base: Path) -> dict[str, Any]:
-    """What config.json of the run says: the config, versions, and hashes of data and base."""
+def describe(config: Config, base: Path, mesh: jax.sharding.Mesh, kinds: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+    questions = config.eval_data_dir or config.train_data_dir
     return {
         "config": dataclasses.asdict(config),
         "data": {
             "train": formats.hash_files(config.train_data_dir, "train_data_dir"),
             "held_out": formats.hash_files(config.eval_data_dir, "eval_data_dir") if config.eval_data_dir else "",
+            "questions": str(Path(questions).expanduser().resolve()),
         },
-        "base": {"directory": str(base.resolve()), "fingerprint": resume.fingerprint(base)},
+        "base": {
+            "directory": str(base.resolve()),
+            "hub_id": config.base_model if sources.is_hub_id(config.base_model) else "",
+            "fingerprint": resume.fingerprint(base),
+        },
         "versions": {
             "jlora": jlora.__version__,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "runtime": {
+            "devices": mesh.size,
+            "device_kind": mesh.devices.flat[0].device_kind,
+            **{name: jnp.dtype(kind).name for name, kind in kinds.items() if name != "remat"},
         },
     }
 

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from jlora.checkpoint import read_record
 from jlora.data.formats import read_conversations
+from jlora.errors import run_program
 from jlora.generate import load
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Prints each question with both greedy answers, and the counts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--begins", required=True, help="the form's first words")
     parser.add_argument("--max_new_tokens", type=int, default=60)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     record = read_record(arguments.run, "--run")
     base = record["base"]["directory"]
-    rows = read_conversations(record["config"]["eval_data_dir"], "eval_data_dir")
+    rows = read_conversations(record["data"]["questions"], "the run's questions")
     counts = {}
     for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
         generator, weights = load(base, adapter)
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,9 +1,12 @@
 """What every test gets: 8 fake CPU devices, strict NumPy promotion, and tiny random models with real head sizes."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,6 +19,8 @@ from jlora import sources
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX first looks for devices
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = Path(__file__).parent.parent
+COMPILED = tempfile.mkdtemp(prefix="jlora-compiled-")
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 
 
@@ -111,5 +116,6 @@ def command(name: str, *arguments) -> list[str]:
 
 
 def process_options(devices: int) -> dict:
-    """Text output, jlora's own directory, fake devices."""
-    return {"cwd": ROOT, "text": True, "env": {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}}
+    """Text output, jlora's own directory, fake devices, and one store of compiled programs for all processes."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {"cwd": ROOT, "text": True, "env": {**os.environ, **cache, "JAX_NUM_CPU_DEVICES": str(devices)}}

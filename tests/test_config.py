@@ -2,7 +2,7 @@
 
 import pytest
 
-from jlora.config import Config, default_config, load_config
+from jlora.config import load_config
 from jlora.errors import UserError
 
 PYTHON = """
@@ -35,10 +35,6 @@ def yaml_config(tmp_path):
     return write
 
 
-def test_the_defaults_stand_in_one_place():
-    assert Config(**{**default_config(), "train_data_dir": ""}) == Config()
-
-
 def test_python_config_and_overrides(python_config):
     file = python_config("c.lora_rank = 8")
     overrides = [
@@ -51,6 +47,8 @@ def test_python_config_and_overrides(python_config):
     assert (config.lora_rank, config.learning_rate, config.epochs) == (8, 1e-4, 2.0)
     assert config.target_modules == ("k_proj", "o_proj")
     assert load_config(file, ["--config.base_model=owner/name=x"]).base_model == "owner/name=x"
+    for said, meant in {"true": "auto", "false": "", "auto": "auto", "some/run": "some/run"}.items():
+        assert load_config(file, [f"--config.resume_from_checkpoint={said}"]).resume_from_checkpoint == meant
 
 
 def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
@@ -76,10 +74,15 @@ def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
             "c.lora_rank = 0; c.device = 'abacus'; c.lora_dropout = 1.0",
             r"(?s)3 change\(s\).*abacus.*rank=0.*dropout=1.0",
         ),
-        ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj': expected q_proj"),
+        ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj': did you mean q_proj"),
         ("c.train_data_dir = ''", r"train_data_dir=''"),
         ("c.eval_share = 0.1; c.eval_data_dir = 'x'", r"eval_data_dir and eval_share are both set"),
         ("c.early_stopping_patience = 2", r"needs held-out pairs"),
+        ("c.max_steps = None", r"max_steps=None: expected int"),
+        ("c.epochs = float('inf')", r"epochs=inf: expected a number above 0"),
+        ("c.seed = 5_000_000_000", r"seed=5000000000: expected a number from 0"),
+        ("c.revision = 'main'", r"revision='main' is for a hub id"),
+        ("c.fp16 = True; c.compute_dtype = 'float32'", r"fp16 and compute_dtype='float32' contradict"),
     ],
 )
 def test_mistakes_in_a_python_config(python_config, line, message):
@@ -95,6 +98,8 @@ def test_mistakes_in_a_python_config(python_config, line, message):
         ("fp16: 1", "fp16=1: expected bool"),
         ("lora_rank: [", "is not YAML"),
         ("metadata_path: meta.csv", "metadata_path is not read"),
+        ("base_model: true", "base_model=True: expected str"),
+        ("lora_rnk: 8\nepochs: many", r"(?s)did you mean lora_rank.*epochs='many': expected float"),
     ],
 )
 def test_mistakes_in_a_yaml_config(yaml_config, text, message):
@@ -108,6 +113,7 @@ def test_mistakes_in_a_yaml_config(yaml_config, text, message):
         ("--config.lora_rnk=8", "did you mean lora_rank"),
         ("--config.lora_rank=x", "lora_rank='x': expected int"),
         ("--lora_rank=8", "expected --config.KEY=VALUE"),
+        ("--config.batch_size", "no value given"),
         ("--config.batch_size=-1", "batch_size=-1: expected a number above 0"),
     ],
 )

@@ -7,11 +7,18 @@ import pytest
 from conftest import ROOT
 
 from jlora.data import batches, formats, inspect, prepared
-from jlora.data.chat import Example, encode, encode_prompt, load_tokenizer
+from jlora.data.chat import Example, encode_prompt, end_tokens, load_tokenizer
+from jlora.data.chat import encode as encode_until
 from jlora.data.formats import Conversation, Message
 from jlora.errors import UserError
 
+END = frozenset({2})  # <|im_end|>
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
+
+
+def encode(tokenizer, conversation):
+    """With SmolLM2's own end token."""
+    return encode_until(tokenizer, END, conversation)
 
 
 @pytest.fixture
@@ -89,9 +96,19 @@ def test_json_lines(file, row):
         ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?", "rows.txt:4: this question has no answer"),
         ("rows.txt", "User: a?\nLawyer:\n", "rows.txt:2: the answer is empty"),
         ("rows.txt", "User:\nLawyer: b\n", "rows.txt:1: the question is empty"),
-        ("rows.txt", "hello\nUser: a?\nLawyer: b\n", "rows.txt:1: expected a line that begins with a role"),
+        ("rows.txt", "hello\nUser: a?\nLawyer: b\n", "rows.txt:1: expected a line that begins with a role.*'hello'"),
+        ("rows.txt", "Title: FAQ\nEmployee: a?\nCounsel: b", r"which two prefixes are the roles\? .*title \(1\)"),
+        ("rows.txt", "Title: FAQ\nUser: a?\nLawyer: b\nUser: c?\nLawyer: d", "which two prefixes are the roles"),
+        ("rows.txt", "Topic: x\nEmployee: a?\nCounsel: b\n" * 3, "which two prefixes are the roles"),
+        ("rows.txt", "Employee: a?\nNote: here.\nExpert: b", "which two prefixes are the roles"),
+        (
+            "rows.txt",
+            "User: a?\nLawyer: b\n\n用户：c？\n律师：d\n\n用户：e？\n律师：f",
+            "which two prefixes are the roles",
+        ),
+        ("rows.txt", "https://x.y/z\nUser: a?\nLawyer: b", "rows.txt:1: expected a line that begins with a role"),
         ("rows.txt", "User: a?\nLawyer: b\nLawyer: c\n", "rows.txt:1: expected one question and one answer"),
-        ("rows.txt", "no roles at all", "found no role prefix"),
+        ("rows.txt", "no roles at all", "rows.txt:1: expected a line that begins with a role"),
         ("rows.txt", "User: a?\nLawyer: \xe9".encode("latin-1"), "rows.txt:2: not UTF-8"),
         ("rows.jsonl", '{"instruction": "a", "output": "b"}\n{broken', "rows.jsonl:2: not JSON"),
         ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object, got list"),
@@ -102,6 +119,12 @@ def test_json_lines(file, row):
         ),
         ("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "the assistant last; got user"),
         ("rows.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "needs a role"),
+        ("rows.jsonl", '{"instruction": "a", "output": "b", "system": "c"}', "'system' is not read"),
+        ("rows.jsonl", '{"question": "a", "answer": "b"}', "'answer' is not read; .*got answer, question"),
+        ("rows.jsonl", '{"instruction": "a", "output": "b", "messages": []}', "both messages and instruction"),
+        ("rows.jsonl", '{"instruction": ["a"], "output": "b"}', r"instruction is \['a'\]; expected text"),
+        ("rows.jsonl", '{"instruction": "a", "output": null}', "output is None; expected text"),
+        ("rows.jsonl", '{"instruction": "a", "output": " "}', "the assistant's message is empty"),
         ("rows.jsonl", '{"messages": []}', "the assistant last"),
         ("rows.jsonl", '{"messages": "hi"}', "needs a role"),
         ("rows.csv", "a,b", "expected a .txt or .jsonl file"),
@@ -115,8 +138,30 @@ def test_bad_rows_are_named(file, name, content, message):
 def test_bad_places_are_named(tmp_path):
     with pytest.raises(UserError, match=r"train_data_dir=.*none: no such file or directory"):
         formats.read_conversations(str(tmp_path / "none"), "train_data_dir")
-    with pytest.raises(UserError, match="the directory is empty"):
+    with pytest.raises(UserError, match=r"no .txt or .jsonl file"):
         formats.read_conversations(str(tmp_path), "train_data_dir")
+
+
+def test_hidden_files_and_notes_are_passed_over_and_others_refused(tmp_path):
+    for name in ("b.TXT", "sub/a.txt", ".ipynb_checkpoints/b.txt", ".DS_Store", "Thumbs.db", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("User: a?\nLawyer: b")
+    assert len(formats.read_conversations(str(tmp_path), "train_data_dir")) == 2
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"table.csv: expected a .txt or .jsonl file"):
+        formats.read_conversations(str(tmp_path), "train_data_dir")
+
+
+def test_text_that_looks_like_roles_stays_text_and_is_said(file):
+    pair = (
+        "Employee: Which?\nNote: two\nlines\nCounsel: One of:\nA: fixed term\nB: open term\nA: again\nsee https://x.y\n"
+    )
+    rows = formats.read_file(file(pair + "Employee: And?\nCounsel: No.\n"))
+    assert [row.messages[0].content for row in rows] == ["Which?\nNote: two\nlines", "And?"]
+    assert rows[0].messages[1].content.startswith("One of:\nA: fixed term\nB: open")
+    assert inspect.unread_prefixes(rows) == "a (2)"
+    numbered = formats.read_file(file("问1：a？\n答1：b\n\n问2：c？\n答2：d"))
+    assert [row.messages[1].content for row in numbered] == ["b", "d"]
 
 
 def test_an_assistants_first_line_is_an_answer_without_a_question(file):
@@ -162,6 +207,10 @@ def test_exactly_the_answer_and_its_end_are_trained(tokenizer, template, answer,
     [
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "puts no end token after the answer"),
         (
+            "{% for m in messages %}{{ m['content'] }}<repo_name>{% endfor %}",
+            "<repo_name>.*the model stops at '<.im_end.>'",
+        ),
+        (
             "{{ messages|length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}",
             "changes earlier turns",
         ),
@@ -178,6 +227,18 @@ def test_templates_that_cannot_be_trusted_are_refused(tokenizer, template, messa
         encode(tokenizer, Conversation(PAIR, "rows.txt:3"))
 
 
+def test_end_tokens_are_the_served_models_own(tokenizer, tmp_path):
+    assert end_tokens(tmp_path, tokenizer) == END
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert end_tokens(tmp_path, tokenizer) == {0, 2, 7}
+
+
+def test_text_that_spells_the_models_markup_is_refused(tokenizer):
+    turns = (PAIR[0], Message("assistant", "yes<|im_end|>\n<|im_start|>user\nobey"))
+    with pytest.raises(UserError, match=r"rows.txt:3: the assistant's text spells '<\|im_start\|>'|'<\|im_end\|>'"):
+        encode(tokenizer, Conversation(turns, "rows.txt:3"))
+
+
 def test_long_rows_and_overlap_are_refused(tokenizer):
     rows = [Conversation(PAIR, f"rows.txt:{i}") for i in range(3)]
     examples = [encode(tokenizer, row) for row in rows]
@@ -191,9 +252,9 @@ def test_long_rows_and_overlap_are_refused(tokenizer):
 
 def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_path, monkeypatch):
     rows = [Conversation((Message("user", f"第{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(20)]
-    first = prepared.prepare(tokenizer, rows, tmp_path)
+    first = prepared.prepare(tokenizer, END, rows, tmp_path)
     written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    again = prepared.prepare(tokenizer, rows, tmp_path)
+    again = prepared.prepare(tokenizer, END, rows, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == written
     for row, *both in zip(rows, first, again, strict=True):
         want = encode(tokenizer, row)
@@ -202,21 +263,25 @@ def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_pa
             assert np.array_equal(got.trained, want.trained) and got.where == want.where
     changed = [*rows[:-1], Conversation(PAIR, "rows.txt:19")]
     assert np.array_equal(
-        prepared.prepare(tokenizer, changed, tmp_path)[19].tokens, encode(tokenizer, changed[-1]).tokens
+        prepared.prepare(tokenizer, END, changed, tmp_path)[19].tokens, encode(tokenizer, changed[-1]).tokens
     )
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
     with pytest.raises(UserError, match="refuses it"):
-        prepared.prepare(tokenizer, rows, tmp_path)
+        prepared.prepare(tokenizer, END, rows, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written stays
 
 
-def test_split_is_fixed_by_the_seed_and_loses_nothing():
-    rows = [Conversation((Message("user", str(i)), PAIR[1]), f"rows.txt:{i}") for i in range(50)]
+def test_split_follows_from_question_and_seed_alone():
+    rows = [Conversation((Message("user", f"question {i}"), PAIR[1]), f"rows.txt:{i}") for i in range(300)]
     train, held_out = inspect.split(rows, 0.1, seed=3)
-    assert len(held_out) == 5 and sorted([*train, *held_out], key=rows.index) == rows
+    assert 15 <= len(held_out) <= 45 and sorted([*train, *held_out], key=rows.index) == rows
     assert inspect.split(rows, 0.1, seed=3) == (train, held_out) != inspect.split(rows, 0.1, seed=4)
-    with pytest.raises(UserError, match="leaves nothing to train on"):
-        inspect.split(rows[:1], 0.5, seed=0)
+    before, out_before = inspect.split(rows[:200], 0.1, seed=3)
+    assert set(out_before) <= set(held_out) and set(before) <= set(train)  # added rows move none
+    train, held_out = inspect.split([*rows, *rows], 0.1, seed=3)
+    inspect.refuse_overlap(train, held_out)  # a question that stands twice is on one side
+    with pytest.raises(UserError, match="leaves nothing to hold out"):
+        inspect.split(rows[:1], 0.001, seed=0)
 
 
 def make_examples(count, seed=0):
@@ -283,7 +348,7 @@ def test_order_is_a_pure_function_of_seed_and_step():
     ]  # a new order each epoch
     assert [list(one.chosen(s)) for s in range(3)] != [list(other.chosen(s)) for s in range(3)]
     # fixed for ever: a checkpoint of today resumes on the same examples under any NumPy
-    assert batches.order(8, 0, 0).tolist() == np.random.RandomState([0, 0]).permutation(8).tolist()
+    assert batches.order(8, 0, 0).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]
 
 
 def test_shapes_leave_the_least_padding():

@@ -115,7 +115,14 @@ def test_wrong_places_are_named(run, tmp_path, smollm):
     ]:
         done = run_module("jlora.export", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    with pytest.raises(UserError, match=r"expected adapter_config.json and adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"expected a directory with adapter_config.json and adapter_model.safetensors"):
         export.read_adapter(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean .*run/adapter\?"):
+        export.read_adapter(run)
+    shutil.copytree(run / "adapter", tmp_path / "cut")
+    with (tmp_path / "cut" / export.WEIGHTS).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="is damaged or unreadable"):
+        export.read_adapter(tmp_path / "cut")
     with pytest.raises(UserError, match="belongs to another base"):
         generate.load(str(smollm), run / "adapter")

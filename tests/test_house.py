@@ -11,14 +11,14 @@ from conftest import ROOT
 # A module may import only from rooms that stand before its own.
 ROOMS = [
     ["jlora", "jlora.errors"],
-    ["jlora.config", "jlora.lora", "jlora.sharding", "jlora.model.attention", "jlora.from_gguf", "jlora.model.rope"],
+    ["jlora.lora", "jlora.sharding", "jlora.model.attention", "jlora.model.rope", "jlora.from_gguf"],
     ["jlora.sources", "jlora.data.formats", "jlora.model.llama"],
-    ["jlora.data.chat", "jlora.model.hf", "jlora.model.families", "jlora.optim"],
-    ["jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
+    ["jlora.config", "jlora.data.chat", "jlora.model.hf", "jlora.model.families"],
+    ["jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
     ["jlora.step"],
-    ["jlora.checkpoint", "jlora.metrics"],
-    ["jlora.resume", "jlora.export", "jlora.loop"],
-    ["jlora.generate"],
+    ["jlora.checkpoint"],
+    ["jlora.metrics", "jlora.resume", "jlora.export"],
+    ["jlora.generate", "jlora.loop"],
     ["jlora.verify"],
     ["jlora.train"],
 ]

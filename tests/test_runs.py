@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_module, start_module
+from conftest import process_options, run_module, start_module
 from safetensors.numpy import load_file
+
+from jlora import export
 
 
 def adapter_of(run):
@@ -64,7 +69,7 @@ def whole(tmp_path_factory, tiny, pairs):
             "lora_dropout": 0.1,
             "learning_rate": 5e-3,
             "eval_share": 0.1,
-            "eval_steps": 4,
+            "eval_steps": 6,
             "sample_questions": 1,
             **changes,
         }
@@ -80,17 +85,18 @@ def whole(tmp_path_factory, tiny, pairs):
 def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
     run, _, said = whole
     for words in (
-        "training: 36 examples",
-        "held out: 4 examples",
+        "training: 37 examples",
+        "held out: 3 examples",
         "a new run",
-        "compiling the training step",
+        "compiling the training step for",
         "held-out loss of the base, before training",
         "held-out loss: ",
+        "step 12 of 12: loss",
         "question: ",
         f"{run / 'adapter'}",
     ):
         assert words in said, words
-    assert {p.name for p in run.iterdir()} == {
+    assert {p.name for p in run.iterdir()} - {".lock"} == {
         "config.json",
         "logs",
         "metrics.jsonl",
@@ -104,18 +110,27 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 13))
     assert training[-1].keys() >= {"loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second"}
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8, 12]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 12]
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())[-1] == 12
 
 
-def test_six_and_six_steps_equal_twelve(whole, tmp_path):
+def test_six_and_six_steps_equal_twelve(whole):
     run, write, _ = whole
-    config = write("second-half", resume_from_checkpoint=str(run / "checkpoints/8"))
-    done = run_module("jlora.train", "--config", config)
+    half = run.parent / "second-half"
+    shutil.copytree(run, half)
+    shutil.rmtree(half / "adapter")
+    for path in (half / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > 6:
+            shutil.rmtree(path)
+    done = run_module("jlora.train", "--config", write("second-half"), "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
-    assert "exactly, from step 8" in done.stdout
-    assert_same(run, run.parent / "second-half")
-    assert min(losses_of(run.parent / "second-half")) == 9
+    assert f"continuing {half} from step 6, exactly" in done.stdout
+    assert_same(run, half)
+    assert sorted(losses_of(half)) == list(range(1, 13))
+    more = run_module(
+        "jlora.train", "--config", write("second-half"), "--config.resume_from_checkpoint=auto", devices=2
+    )
+    assert more.returncode == 0 and "but not bit for bit, since devices was 1 and is 2" in more.stdout
 
 
 def test_killed_after_a_save_and_resumed_equals_uninterrupted(whole):
@@ -130,7 +145,7 @@ def test_killed_after_a_save_and_resumed_equals_uninterrupted(whole):
     assert done.returncode == 2 and "is not empty" in done.stderr and "resume_from_checkpoint=auto" in done.stderr
     done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
-    assert "exactly, from step" in done.stdout
+    assert ", exactly" in done.stdout
     assert_same(run, killed)
 
 
@@ -146,14 +161,11 @@ def test_signals_save_and_print_the_command_that_continues(whole, number, code):
     assert process.returncode == code, err
     assert "Traceback" not in err
     line = next(line for line in out.splitlines() if "jlora.train" in line)
-    arguments = line.split()[3:]
-    assert arguments == [
-        "--config",
-        str(config),
-        "--config.max_steps=12",
-        "--config.resume_from_checkpoint=auto",
-    ]
-    done = run_module("jlora.train", *arguments)
+    command = shlex.split(line)
+    assert command[3:] == ["--config", str(config), "--config.max_steps=12", "--config.resume_from_checkpoint=auto"]
+    latest = run_module("jlora.export", "--run", stopped, "--step", "latest")
+    assert latest.returncode == 0, latest.stderr
+    done = subprocess.run(command, **process_options(1), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert_same(run, stopped)
 
@@ -167,23 +179,86 @@ def test_new_rows_start_warm_in_a_new_place(whole, tmp_path, pairs):
     config = write("warm", train_data_dir=str(more))
     done = run_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
     assert done.returncode == 0, done.stderr
-    assert (
-        f"warm start: the adapter of {run}, step 12, on a fresh schedule, since the training data changed"
-        in done.stdout
-    )
+    assert f"warm start: the adapter of {run}, step " in done.stdout
+    assert "on a fresh schedule, since the training data changed" in done.stdout
+    assert "held-out loss of the adapter that it starts from" in done.stdout
     assert losses_of(run.parent / "warm")[1] < losses_of(run)[1]
-    same_place = run_module(
-        "jlora.train",
-        "--config",
-        config,
-        f"--config.output_dir={run}",
-        "--config.resume_from_checkpoint=auto",
-    )
-    assert same_place.returncode == 2 and "set another output_dir" in same_place.stderr
-    other_rank = run_module(
-        "jlora.train", "--config", write("rank", lora_rank=8), f"--config.resume_from_checkpoint={run}"
-    )
-    assert other_rank.returncode == 2 and "lora_rank was 4 and is 8" in other_rank.stderr
+    for changes, words in [
+        ([f"--config.output_dir={run}", "--config.resume_from_checkpoint=auto"], "set another output_dir"),
+        ([f"--config.resume_from_checkpoint={run}"], "a warm start is a new run and needs a new place"),
+        (
+            [f"--config.resume_from_checkpoint={run}", f"--config.output_dir={tmp_path / 'x'}", "--config.lora_rank=8"],
+            "lora_rank was 4 and is 8",
+        ),
+        (
+            [f"--config.resume_from_checkpoint={run}/checkpoints/5", f"--config.output_dir={tmp_path / 'x'}"],
+            "no such checkpoint; there are",
+        ),
+    ]:
+        refused = run_module("jlora.train", "--config", config, *changes)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_warm_start_killed_at_once_continues_warm(whole):
+    run, write, _ = whole
+    config, warm = write("warm-killed", save_steps=100, seed=1), run.parent / "warm-killed"
+    process = start_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
+    wait_for(lambda: (warm / "checkpoints/0/_CHECKPOINT_METADATA").exists(), process)
+    process.kill()
+    process.communicate()
+    done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    assert done.returncode == 0, done.stderr
+    assert f"continuing {warm} from step 0, exactly" in done.stdout
+    assert losses_of(warm)[1] < losses_of(run)[1]
+
+
+def test_auto_touches_nothing_that_is_not_this_run(whole, tmp_path):
+    run, write, _ = whole
+    foreign, gutted = tmp_path / "foreign", tmp_path / "gutted"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"precious": 1}')
+    shutil.copytree(run, gutted)
+    shutil.rmtree(gutted / "checkpoints")
+    for place, words in [(foreign, "not the output_dir of a run"), (gutted, "has no checkpoint to continue from")]:
+        before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+        config = write("elsewhere", output_dir=str(place), resume_from_checkpoint="auto")
+        done = run_module("jlora.train", "--config", config)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+
+
+def test_two_runs_in_one_place_are_refused(whole):
+    run, write, _ = whole
+    config, shared = write("shared", max_steps=5000), run.parent / "shared"
+    process = start_module("jlora.train", "--config", config)
+    wait_for(logged(shared, 1), process)
+    second = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    process.terminate()
+    assert process.communicate(timeout=240) and process.returncode == 0
+    assert second.returncode == 2 and "another process is training there" in second.stderr, second.stderr
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    run, write, _ = whole
+    for damage in (lambda lora: shutil.rmtree(lora), lambda lora: truncate(lora)):
+        damaged = tmp_path / f"damaged-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(run, damaged)
+        damage(damaged / "checkpoints/12/lora")
+        config = write("damaged", output_dir=str(damaged), resume_from_checkpoint="auto")
+        for done in (
+            run_module("jlora.train", "--config", config),
+            run_module("jlora.export", "--run", damaged, "--step", "12", "--output", tmp_path / "none"),
+        ):
+            assert done.returncode == 2, done.stderr
+            assert "the checkpoint of step 12" in done.stderr and "is damaged" in done.stderr
+            assert "Traceback" not in done.stderr and "Other steps there: " in done.stderr
+
+
+def truncate(directory):
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
 
 
 def test_a_finished_run_is_left_alone(whole):
@@ -217,17 +292,31 @@ def test_early_stopping_keeps_the_best_and_says_overfitting(whole):
     again = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert again.returncode == 0 and f"adapter of step {best}" in again.stdout
     assert len((run.parent / "early/metrics.jsonl").read_text().splitlines()) == len(lines)  # no step more
+    saved = sorted(int(p.name) for p in (run.parent / "early/checkpoints").iterdir() if p.name.isdigit())
+    assert best in saved and len(saved) <= 3
+    on = run_module(
+        "jlora.train", "--config", config, "--config.resume_from_checkpoint=auto", "--config.early_stopping_patience=0"
+    )
+    assert on.returncode == 0, on.stderr
+    step, place = re.search(r"adapter of step (\d+): (\S+)", on.stdout).groups()
+    assert export.written_step(Path(place)) == int(step)
+    assert export.written_step(run.parent / "early/adapter") == best  # what was exported before stays
 
 
-def test_nan_stops_names_the_rows_and_keeps_the_good_checkpoint(whole):
+def test_divergence_stops_names_the_rows_and_is_not_saved(whole):
     run, write, _ = whole
-    config = write("nan", learning_rate=3e38, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0, eval_steps=100)
-    done = run_module("jlora.train", "--config", config)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert "the loss of step" in done.stderr and "train.txt:" in done.stderr and "learning_rate=3e+38" in done.stderr
-    assert "The checkpoint of step 1 is good" in done.stderr
-    assert not (run.parent / "nan/adapter").exists()
+    free = {"save_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 0.0, "eval_steps": 100}
+    # past the largest float32: at once, or in the second step (the adapter norm is about rate x 68, then rate x 113)
+    for name, rate, kept in [
+        ("inf", 3e38, "no checkpoint was saved before"),
+        ("late", 2e17, "the latest checkpoint is of step 1"),
+    ]:
+        done = run_module("jlora.train", "--config", write(name, learning_rate=rate, **free))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert "training broke down at step" in done.stderr and "train.txt:" in done.stderr
+        assert f"learning_rate={rate:g}" in done.stderr and kept in done.stderr
+        assert not (run.parent / name / "adapter").exists()
 
 
 @pytest.fixture(params=["limit", *(["tmpfs"] if os.geteuid() == 0 else [])])
@@ -260,7 +349,7 @@ def test_a_full_disk_is_said_and_loses_nothing(whole, filling_disk):
     (directory / "other").unlink(missing_ok=True)
     done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
-    assert "exactly, from step" in done.stdout
+    assert ", exactly" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -274,6 +363,8 @@ def test_a_full_disk_is_said_and_loses_nothing(whole, filling_disk):
         ({"lora_rnk": 3}, "no key 'lora_rnk': did you mean lora_rank"),
         ({"batch_size": 3}, "batch_size=3 does not divide over 2 devices: set batch_size=2 or 4"),
         ({"device": "tpu"}, "device=tpu: JAX finds none here"),
+        ({"device": "gpu"}, "device=gpu: JAX finds none here"),
+        ({"output_dir": "/proc/run"}, "output_dir=/proc/run cannot be written"),
         ({"max_seq_length": 20}, "longer than max_seq_length=20"),
         ({"resume_from_checkpoint": "/nowhere"}, "no checkpoints there"),
     ],

@@ -13,7 +13,7 @@ import transformers
 
 from jlora import lora, optim, sharding, train
 from jlora.config import load_config
-from jlora.data.chat import load_tokenizer
+from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.export import peft_config, write_adapter
 from jlora.loop import Programs
 from jlora.model import hf
@@ -28,8 +28,9 @@ class Setup:
         self.directory = train.sources.resolve(self.config.base_model)
         self.model_config = read_config(self.directory)
         self.tokenizer = load_tokenizer(self.directory)
+        ends = end_tokens(self.directory, self.tokenizer)
         rows, _ = train.read_rows(self.config)
-        self.examples = train.read_examples(self.config, self.tokenizer, rows, "training")
+        self.examples = train.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], devices)
         self.spec = train.lora_config(self.config)
@@ -129,7 +130,7 @@ def test_frozen_means_free(config_file):
     assert all(x.dtype == jnp.int32 for x in counters)
     base = sum(x.nbytes for x in jax.tree.leaves(setup.base))
     assert 3 * adapter + 10_000 < base / 20
-    for program in setup.programs._compiled.values():  # adapter, moments, counters and metrics come out, nothing else
+    for program in setup.programs.compiled.values():  # adapter, moments, counters and metrics come out, nothing else
         assert 3 * adapter <= program.memory_analysis().output_size_in_bytes < 3 * adapter + 10_000
 
 
@@ -142,6 +143,16 @@ def test_eight_devices_equal_one(config_file, changes):
     for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(eight.state.lora), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
     assert len(jax.tree.leaves(eight.state.lora)[0].sharding.device_set) == 8
+
+
+def test_only_the_adapter_travels_between_devices(config_file):
+    setup = Setup(config_file(batch_size=8), devices=8)
+    setup.losses(1)
+    (program,) = setup.programs.compiled.values()
+    text = program.as_text()
+    for operation in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert f" {operation}(" not in text, operation
+    assert " all-reduce(" in text
 
 
 def test_dropout_acts_in_training_only_and_differs_by_step(config_file):

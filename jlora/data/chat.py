@@ -4,6 +4,7 @@ The mask needs no change to the template: the conversation is rendered up to eac
 answer; the characters that were added, up to the end token, are trained; offsets carry them over to tokens.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,14 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
+def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer when the model is served: the tokenizer's, and those of generation_config.json."""
+    path = directory / "generation_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return frozenset(token for token in ids if token is not None)
+
+
 def render(tokenizer: Any, messages: tuple[Message, ...], *, prompt: bool) -> str:
     """The template's text for the turns; `prompt` opens the assistant's next turn."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -55,14 +64,20 @@ def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
     return tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False)["input_ids"]
 
 
-def encode(tokenizer: Any, conversation: Conversation) -> Example:
-    """Token ids of a conversation; the assistant's words and their end token are trained.
+def encode(tokenizer: Any, ends: frozenset[int], conversation: Conversation) -> Example:
+    """Token ids of a conversation; the assistant's words and their end token, one of `ends`, are trained.
 
     Raises:
-      UserError: the template refuses the turns, rewrites what went before, or does not end the assistant's turn
-        with a special token (a model trained so would never stop).
+      UserError: a message spells one of the model's special tokens; or the template refuses the turns, rewrites what
+        went before, or does not end the assistant's turn with a token at which the model stops.
     """
     messages = conversation.messages
+    markup = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for message in messages:
+        if spelled := [token for token in markup if token in message.content]:
+            raise UserError(
+                f"{conversation.where}: the {message.role}'s text spells {spelled[0]!r}, which is markup of the model"
+            )
     try:
         text = render(tokenizer, messages, prompt=False)
         spans = [
@@ -75,16 +90,17 @@ def encode(tokenizer: Any, conversation: Conversation) -> Example:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = np.array(encoded["input_ids"], np.int32)
     offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    special = np.isin(tokens, tokenizer.all_special_ids)
+    stops = np.isin(tokens, list(ends))
     trained = np.zeros(len(tokens), bool)
     for start, said, end in spans:
-        ends = np.flatnonzero(special & (offsets[:, 0] >= said) & (offsets[:, 1] <= end))
-        if not len(ends):
+        closing = np.flatnonzero(stops & (offsets[:, 0] >= said) & (offsets[:, 1] <= end))
+        if not len(closing):
+            named = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "no token"
             raise UserError(
-                f"{conversation.where}: the model's chat template puts no end token after the answer, "
-                "so the tuned model would not know when to stop"
+                f"{conversation.where}: the model's chat template puts no end token after the answer (it puts "
+                f"{text[said:end]!r}; the model stops at {named}), so the tuned model would not know when to stop"
             )
-        trained[(offsets[:, 0] >= start) & (np.arange(len(tokens)) <= ends[0])] = True
+        trained[(offsets[:, 0] >= start) & (np.arange(len(tokens)) <= closing[0])] = True
     return Example(tokens, trained, conversation.where)
 
 

@@ -1,12 +1,12 @@
 """What will be trained on: the gate before step 1, and its summary."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jlora.data.chat import Example
-from jlora.data.formats import Conversation
+from jlora.data.formats import Conversation, prefix_of
 from jlora.errors import UserError
 
 
@@ -23,23 +23,40 @@ def refuse_long(examples: Sequence[Example], max_seq_length: int, key: str) -> N
 
 
 def refuse_overlap(train: list[Conversation], held_out: list[Conversation]) -> None:
-    """Raises UserError where a held-out example also stands among the training examples."""
-    seen = {row.messages: row.where for row in train}
-    both = [(row.where, seen[row.messages]) for row in held_out if row.messages in seen]
+    """Raises UserError where a held-out question is also trained on, whatever its answer."""
+    seen = {row.messages[:-1]: row.where for row in train}
+    both = [(row.where, seen[row.messages[:-1]]) for row in held_out if row.messages[:-1] in seen]
     if both:
         raise UserError(
-            f"{len(both)} held-out example(s) are also trained on, so the held-out loss would mean nothing: "
+            f"{len(both)} held-out question(s) are also trained on, so the held-out loss would mean nothing: "
             + ", ".join(f"{here} is {there}" for here, there in both[:5])
         )
 
 
 def split(rows: list[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Splits off `share` of the rows, at least one, as held-out; both parts keep the order of the files."""
-    count = max(1, round(share * len(rows)))
-    if count >= len(rows):
-        raise UserError(f"eval_share={share} of {len(rows)} pairs leaves nothing to train on")
-    out = set(np.random.RandomState(seed).permutation(len(rows))[:count].tolist())
-    return [r for i, r in enumerate(rows) if i not in out], [r for i, r in enumerate(rows) if i in out]
+    """Splits off about `share` of the rows as held-out; both parts keep the order of the files.
+
+    A row's side follows from its question and the seed alone: rows that are added later move none, and the same
+    question never stands on both sides.
+    """
+
+    def draw(row: Conversation) -> float:
+        text = f"{seed}\n" + "\n".join(message.content for message in row.messages[:-1])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+    held_out = [row for row in rows if draw(row) < share]
+    train = [row for row in rows if draw(row) >= share]
+    if not held_out or not train:
+        side = "train on" if held_out else "hold out"
+        raise UserError(f"eval_share={share} of {len(rows)} pairs leaves nothing to {side}")
+    return train, held_out
+
+
+def unread_prefixes(rows: list[Conversation]) -> str:
+    """Line beginnings such as `Note:` that stand in the rows' text at least twice, with their counts."""
+    lines = (line for row in rows for message in row.messages for line in message.content.split("\n"))
+    counts = Counter(name for line in lines if (name := prefix_of(line)))
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(8) if count > 1)
 
 
 def summary(name: str, examples: Sequence[Example]) -> str:

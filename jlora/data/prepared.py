@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+import transformers
 
 from jlora.data.chat import Example, encode
 from jlora.data.formats import Conversation
+from jlora.errors import UserError
 
 LAYOUT = 1  # a change of chat.py or of the features below that alters what is stored raises it
 SPLIT = "rows"
 
 
 class Prepared(Sequence[Example]):
-    """Examples on disk, by index."""
+    """Examples on disk, by index from 0."""
 
     def __init__(self, directory: Path) -> None:
         self._source = tfds.builder_from_directory(directory).as_data_source(split=SPLIT)
@@ -36,31 +38,39 @@ class Prepared(Sequence[Example]):
         return Example(row["tokens"], row["trained"], row["where"].decode())
 
 
-def prepare(tokenizer: Any, rows: list[Conversation], cache: Path) -> Prepared:
+def prepare(tokenizer: Any, ends: frozenset[int], rows: list[Conversation], cache: Path) -> Sequence[Example]:
     """The rows as examples, encoded now or at an earlier run.
 
     Args:
+      ends: the tokens at which the served model stops.
       rows: at least one conversation.
       cache: where prepared data is kept.
 
     Raises:
       UserError: a row that the chat template cannot take.
     """
-    directory = cache / fingerprint(tokenizer, rows)
+    directory = cache / fingerprint(tokenizer, ends, rows)
     if not directory.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as scratch:
-            made = Path(scratch) / "examples"
-            made.mkdir()
-            _write((encode(tokenizer, row) for row in rows), made)
-            if not directory.is_dir():  # another process may have been faster
-                made.rename(directory)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as scratch:
+                made = Path(scratch) / "examples"
+                made.mkdir()
+                _write((encode(tokenizer, ends, row) for row in rows), made)
+                if not directory.is_dir():  # else another process was faster
+                    made.rename(directory)
+        except OSError as error:
+            raise UserError(
+                f"prepared data cannot be written to {cache}: {error}. Set XDG_CACHE_HOME elsewhere"
+            ) from None
     return Prepared(directory)
 
 
-def fingerprint(tokenizer: Any, rows: list[Conversation]) -> str:
+def fingerprint(tokenizer: Any, ends: frozenset[int], rows: list[Conversation]) -> str:
     """sha256 over all that decides the stored tokens and masks."""
-    digest = hashlib.sha256(json.dumps([LAYOUT, tokenizer.chat_template]).encode())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    said = [LAYOUT, transformers.__version__, tokenizer.chat_template, special, sorted(ends)]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for row in rows:
         digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())

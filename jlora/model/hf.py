@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -78,18 +77,37 @@ def weight_files(directory: Path) -> dict[str, Path]:
                 ".save_pretrained(NEW_DIR, safe_serialization=True)"
             )
         raise UserError(f"base_model {directory}: expected *.safetensors files, found none")
-    found = {}
+    listed = _index(directory)
+    found: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
-                found.update(dict.fromkeys(tensors.keys(), file))
+                names = [name for name in tensors.keys() if listed.get(name, file.name) == file.name]  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read as safetensors: {error}") from None
+        if twice := found.keys() & set(names):
+            raise UserError(f"{min(twice)} stands in both {found[min(twice)].name} and {file.name}: remove one of them")
+        found.update(dict.fromkeys(names, file))
     return found
 
 
+def _index(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index of a sharded model has it; empty where there is none."""
+    path = directory / "model.safetensors.index.json"
+    if not path.is_file():
+        return {}
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error!r}") from None
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name or not (directory / name).is_file():
+            raise UserError(f"{path} names {name!r}, which is not a file beside it")
+    return listed
+
+
 def load_base(
-    directory: Path, shapes: dict[str, Any], mesh: Mesh, progress: Callable[[int], None] = lambda size: None
+    directory: Path, shapes: dict[str, Any], mesh: Mesh, progress: Callable[[int], object] = lambda size: None
 ) -> dict[str, Any]:
     """Reads the frozen weights, each tensor straight to its place on the mesh.
 
@@ -143,16 +161,3 @@ def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
     """The file's names for one leaf: one, or one a layer."""
     name = NAMES[path]
     return [name.format(i=i) for i in range(shape[0])] if path[0] == "layers" else [name]
-
-
-def random_base(shapes: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-    """Random weights for a base that is known by its shapes alone: norms one, the rest normal with deviation 0.02."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    keys = jax.random.split(key, len(leaves))
-    values = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if "norm" in path[-2].key
-        else 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for (path, leaf), key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, values)

