@@ -133,8 +133,6 @@ class Loop:
 
     def _run(self, state: TrainState) -> TrainState:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
-        if self.warm:
-            self.checkpoints.save(state, self.progress, None)  # so that a restart does not begin from nothing
         if self.held_out is not None and self.progress.base_loss is None:
             self._evaluate_start(state)
         self.logger.restart_clock()

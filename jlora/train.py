@@ -81,15 +81,16 @@ def train(config: Config, again: str) -> None:
 
     run, stop = Path(config.output_dir), Stop()
     with resume.claim(run):
+        checkpoints, warm = Checkpoints(run), start.source is not None and not start.exact
+        if warm:
+            checkpoints.save(state, progress, None)  # first of all, so that no restart begins from nothing
         write_record(run, record)
-        checkpoints = Checkpoints(run)
         programs = Programs(graphdef, base, optimizer, mesh, dropout=config.lora_dropout > 0, seed=config.seed + 1)
         sizes = len(batches.shapes)
         shapes = (
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
         )
         print(f"{steps} steps on {mesh.size} x {mesh.devices.flat[0].device_kind}; {shapes}", flush=True)
-        warm = start.source is not None and not start.exact
         with Logger(run, int(state.step), steps) as logger:
             state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
                 state
