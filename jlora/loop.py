@@ -69,6 +69,7 @@ class Programs:
         self._train = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
         self._eval = jax.jit(make_eval_step(graphdef, devices=mesh.size), out_shardings=everywhere)
         self.compiled: dict[tuple[str, Shape], Any] = {}
+        self.after_compiling: Callable[[], None] = lambda: None
 
     def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
         """One optimizer step; the state given is used up."""
@@ -102,6 +103,7 @@ class Programs:
             rows, length = batch.tokens.shape[1:]
             say(f"compiling the {name} step for {rows} x {length} tokens")
             self.compiled[key] = function.lower(*arguments).compile()
+            self.after_compiling()
         return self.compiled[key]
 
 
@@ -135,11 +137,12 @@ class Loop:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
         if self.held_out is not None and self.progress.base_loss is None:
             self._evaluate_start(state)
+        self.programs.after_compiling = self.logger.restart_clock
         self.logger.restart_clock()
         for done in range(int(state.step) + 1, self.steps + 1):
             if self.stop.signal or self._given_up():
                 break
-            batch, programs = self.batches[done - 1], len(self.programs.compiled)
+            batch = self.batches[done - 1]
             state, metrics = self.programs.train_step(state, batch, self.logger.say)
             self.pending.append(metrics)
             self.logger.step(int(np.count_nonzero(batch.segments)))
@@ -151,7 +154,7 @@ class Loop:
             loss = self._evaluate(state, done) if evaluates else None
             if saves or self._given_up() or (evaluates and self.progress.best_step == done):
                 self.checkpoints.save(state, self.progress, loss)
-            if evaluates or saves or len(self.programs.compiled) > programs:
+            if evaluates or saves:
                 self.logger.restart_clock()
         if self.stop.signal:
             if self.pending:

@@ -385,7 +385,7 @@ def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
         (
             lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
-            "model_type='mamba' (jlora computes 'llama')",
+            "model_type='mamba'; jlora computes llama, mistral, qwen2, qwen3",
         ),
         (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),
@@ -401,7 +401,7 @@ def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes
             "model.layers.2.input_layernorm.weight is not part of the model",
         ),
         (lambda d: change(d, intermediate_size=64), "has shape (320, 128), expected (64, 128)"),
-        (lambda d: change(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type='yarn'"),
+        (lambda d: change(d, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type='longrope'"),
     ],
 )
 def test_broken_model_directories_are_named(config_file, tmp_path, tiny, break_it, message):

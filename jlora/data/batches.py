@@ -7,6 +7,7 @@ from all steps of the run, so that few programs are compiled.
 Axes: A micro-batch, R row, T place in a row, S target in a row.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Shape(NamedTuple):
     targets: int
 
 
+@functools.lru_cache(maxsize=2)  # every step of an epoch asks for the same
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` examples in one epoch. NumPy keeps RandomState's stream fixed for ever (NEP 19)."""
     return np.random.RandomState([seed, epoch]).permutation(count)

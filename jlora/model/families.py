@@ -1,15 +1,14 @@
 """config.json -> the model's own config, field by field as transformers reads it, or refused by name and value."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jlora.errors import UserError
 from jlora.model.llama import LlamaConfig
 from jlora.model.rope import KINDS, DefaultRope, yarn_attention_factor
 
-# model_type -> what its family fixes; a callable reads config.json (filled with the family's defaults).
+# model_type -> what its family fixes: a value, or the name of the field of config.json that decides.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
     "mistral": {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": False},
@@ -117,4 +116,4 @@ def _rope(given: dict[str, Any], problems: list[str]) -> DefaultRope:
         )
     if values.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={values['partial_rotary_factor']!r} (jlora computes 1.0)")
-    return KINDS[kind](**{field.name: field.type(values[field.name]) for field in dataclasses.fields(KINDS[kind])})
+    return KINDS[kind](**{name: cast(values[name]) for name, cast in get_type_hints(KINDS[kind]).items()})

@@ -3,6 +3,7 @@
 Weights lie in jlora as they lie on disk, [out, in], stacked over layers; no row is ever permuted or transposed.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *turned), rotate(k, *turned)
-        k_segments, start = segments, 0
+        k_segments, start = segments, jnp.zeros((), jnp.int32)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.fill, axis=1)

@@ -56,7 +56,7 @@ class DynamicRope(DefaultRope):
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope(DefaultRope):
-    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Grattafiori et al. 2024, arXiv:2407.21783)."""
+    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1, arXiv:2407.21783)."""
 
     factor: float
     low_freq_factor: float
@@ -74,7 +74,7 @@ class Llama3Rope(DefaultRope):
 
 @dataclasses.dataclass(frozen=True)
 class YarnRope(DefaultRope):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions, and attention sharpened by `attention_factor`."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions; attention sharpened by a factor."""
 
     factor: float
     original_max_position_embeddings: int
