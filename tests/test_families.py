@@ -226,7 +226,8 @@ def test_every_field_changes_the_output_or_the_shapes(models, case):
             ]
             others = [(f"rope {rope}", dataclasses.replace(config, rope=rope)) for rope in ropes]
         else:
-            new = changed.get(field.name, (not value) if isinstance(value, bool) else value * 2)
+            doubled = changed.get(field.name) or value * 2
+            new = (not value) if isinstance(value, bool) else doubled
             others = [(field.name, dataclasses.replace(config, **{field.name: new}))]
         for name, other in others:
             graphdef, _, shapes = hf.abstract(other, SPEC, **kinds)
