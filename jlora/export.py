@@ -138,7 +138,7 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
     spec = LoraConfig(rank, float(config["lora_alpha"]), 0.0, tuple(t for t in TARGETS if t in targets))
     layers = len({name.split(".layers.")[1].split(".")[0] for name in found if ".layers." in name})
     adapter: Adapter = {}
-    for module in (path[:-1] for path in hf.NAMES if len(path) == 4 and path[2] in spec.target_modules):
+    for module in (p[:-1] for p in hf.NAMES if p[-1] == "weight" and p[-2] in spec.target_modules):
         for part in ("lora_A", "lora_B"):
             names = tensor_names((*module, part), (layers,))
             if missing := [name for name in names if name not in found]:
