@@ -20,11 +20,11 @@ from jlora import sources
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation, Message
 from jlora.errors import UserError, run_program
-from jlora.export import read_adapter
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
+from jlora.peft_format import read_adapter
 from jlora.sharding import make_mesh
 
 ROUND = 64  # prompts and caches are rounded up to multiples of this, so that few programs are compiled

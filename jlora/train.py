@@ -30,13 +30,14 @@ from jlora.data.chat import Example, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation
 from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
-from jlora.export import export_run, written_step
+from jlora.export import export_run
 from jlora.generate import Generator, show_answers
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig, LoraConfig
+from jlora.peft_format import written_step
 from jlora.sharding import make_mesh, shardings
 from jlora.step import TrainState
 

@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jlora.checkpoint import read_record
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import read_conversations
 from jlora.errors import UserError
-from jlora.export import load_adapter
 from jlora.generate import Generator
+from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
+from jlora.model.llama import LoraConfig
 from jlora.sharding import make_mesh
 
 PROMPTS, NEW_TOKENS = 20, 40
@@ -27,12 +27,12 @@ TOLERANCE = 1e-3  # largest allowed difference of a float32 logit
 AGREEMENT = 0.9  # share of greedy answers that must be equal; rounding may turn a tie
 
 
-def verify(run: Path, step: int, written: Path) -> str:
-    """Compares PEFT on `written` with jlora on the checkpoint: logits of every prompt token, and greedy answers.
+def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: Path) -> str:
+    """Compares PEFT on `written` with jlora on the trained adapter: logits of every prompt token, and greedy answers.
 
     Args:
-      run: the run; its held-out questions (else its training questions) are the prompts.
-      step: the checkpoint that was exported.
+      record: the run's config.json; its held-out questions (else its training questions) are the prompts.
+      adapter, spec: as trained.
       written: the PEFT directory.
 
     Returns:
@@ -42,14 +42,13 @@ def verify(run: Path, step: int, written: Path) -> str:
       UserError: torch or peft is not installed.
       SystemExit: they disagree, or PEFT warns (exit code 1, with the figures).
     """
-    record = read_record(run, "--run")
     directory = Path(record["base"]["directory"])
     tokenizer = load_tokenizer(directory)
     rows = read_conversations(record["data"]["questions"], "the run's questions")[:PROMPTS]
     prompts = [encode_prompt(tokenizer, row.messages[:-1]) for row in rows]
     theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer))
     with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
-        ours, our_answers = _jlora(run, step, directory, tokenizer, prompts)
+        ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts)
     differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)])
     largest, median = float(differences.max()), float(np.median(differences))
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
@@ -93,9 +92,8 @@ def _peft(
 
 
 def _jlora(
-    run: Path, step: int, directory: Path, tokenizer: Any, prompts: list[list[int]]
+    adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]]
 ) -> tuple[list[np.ndarray], list[list[int]]]:
-    adapter, spec = load_adapter(run, step)
     graphdef, _, shapes = hf.abstract(read_config(directory), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
     base = hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
     generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)

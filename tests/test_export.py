@@ -9,7 +9,8 @@ import pytest
 from conftest import run_module
 from safetensors.numpy import load_file, save_file
 
-from jlora import export, generate, verify
+from jlora import export, generate, peft_format, verify
+from jlora.checkpoint import read_record
 from jlora.errors import UserError
 
 
@@ -41,7 +42,7 @@ def test_the_command_exports_and_verifies_with_peft(run, tmp_path):
     assert "adapter of step 6" in done.stdout
     assert "verified: PEFT" in done.stdout and "20 prompts" in done.stdout
     assert "20 of 20 greedy answers of 40 tokens equal" in done.stdout
-    six, twelve = (load_file(d / export.WEIGHTS) for d in (tmp_path / "six", run / "adapter"))
+    six, twelve = (load_file(d / peft_format.WEIGHTS) for d in (tmp_path / "six", run / "adapter"))
     assert any(not np.array_equal(six[name], twelve[name]) for name in six)
     again = run_module("jlora.export", "--run", run, "--output", tmp_path / "six")
     assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
@@ -67,17 +68,17 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
     monkeypatch.setattr(verify, "NEW_TOKENS", 2)
     broken = tmp_path / "broken"
     shutil.copytree(run / "adapter", broken)
-    config = json.loads((broken / export.CONFIG).read_text())
-    tensors, config = break_it(load_file(broken / export.WEIGHTS), config)
-    save_file(tensors, broken / export.WEIGHTS, metadata={"format": "pt"})
-    (broken / export.CONFIG).write_text(json.dumps(config))
+    config = json.loads((broken / peft_format.CONFIG).read_text())
+    tensors, config = break_it(load_file(broken / peft_format.WEIGHTS), config)
+    save_file(tensors, broken / peft_format.WEIGHTS, metadata={"format": "pt"})
+    (broken / peft_format.CONFIG).write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"not the trained one|PEFT warns"):
-        verify.verify(run, 12, broken)
+        verify.verify(read_record(run, "--run"), *export.load_adapter(run, 12), broken)
 
 
 def test_what_is_written_is_read_back_equal(run):
     adapter, spec = export.load_adapter(run, 12)
-    got, got_spec, config = export.read_adapter(run / "adapter")
+    got, got_spec, config = peft_format.read_adapter(run / "adapter")
     assert (got_spec.rank, got_spec.alpha) == (spec.rank, spec.alpha) == (4, 12.0)
     assert set(got_spec.target_modules) == set(spec.target_modules) == set(config["target_modules"])
     assert jax.tree.structure(got) == jax.tree.structure(adapter)
@@ -101,10 +102,10 @@ def test_what_is_written_is_read_back_equal(run):
 )
 def test_adapters_that_jlora_does_not_compute_are_refused(run, tmp_path, change, message):
     shutil.copytree(run / "adapter", tmp_path / "other")
-    path = tmp_path / "other" / export.CONFIG
+    path = tmp_path / "other" / peft_format.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
-        export.read_adapter(tmp_path / "other")
+        peft_format.read_adapter(tmp_path / "other")
 
 
 def test_wrong_places_are_named(run, tmp_path, smollm):
@@ -116,13 +117,13 @@ def test_wrong_places_are_named(run, tmp_path, smollm):
         done = run_module("jlora.export", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(UserError, match=r"expected a directory with adapter_config.json and adapter_model.safetensors"):
-        export.read_adapter(tmp_path)
+        peft_format.read_adapter(tmp_path)
     with pytest.raises(UserError, match=r"did you mean .*run/adapter\?"):
-        export.read_adapter(run)
+        peft_format.read_adapter(run)
     shutil.copytree(run / "adapter", tmp_path / "cut")
-    with (tmp_path / "cut" / export.WEIGHTS).open("r+b") as file:
+    with (tmp_path / "cut" / peft_format.WEIGHTS).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="is damaged or unreadable"):
-        export.read_adapter(tmp_path / "cut")
+        peft_format.read_adapter(tmp_path / "cut")
     with pytest.raises(UserError, match="belongs to another base"):
         generate.load(str(smollm), run / "adapter")

@@ -14,10 +14,10 @@ from flax import nnx
 from test_model import full, load, logits
 
 from jlora.errors import UserError
-from jlora.export import peft_config, tensors, write_adapter
 from jlora.model import hf
 from jlora.model.families import FAMILIES, read_config
 from jlora.model.llama import LoraConfig
+from jlora.peft_format import peft_config, tensors, write_adapter
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
 SIZES = {

@@ -16,7 +16,7 @@ import pytest
 from conftest import process_options, run_module, start_module
 from safetensors.numpy import load_file
 
-from jlora import export
+from jlora import peft_format
 
 
 def adapter_of(run):
@@ -299,8 +299,8 @@ def test_early_stopping_keeps_the_best_and_says_overfitting(whole):
     )
     assert on.returncode == 0, on.stderr
     step, place = re.search(r"adapter of step (\d+): (\S+)", on.stdout).groups()
-    assert export.written_step(Path(place)) == int(step)
-    assert export.written_step(run.parent / "early/adapter") == best  # what was exported before stays
+    assert peft_format.written_step(Path(place)) == int(step)
+    assert peft_format.written_step(run.parent / "early/adapter") == best  # what was exported before stays
 
 
 def test_divergence_stops_names_the_rows_and_is_not_saved(whole):

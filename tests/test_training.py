@@ -14,10 +14,10 @@ import transformers
 from jlora import lora, optim, sharding, train
 from jlora.config import load_config
 from jlora.data.chat import end_tokens, load_tokenizer
-from jlora.export import peft_config, write_adapter
 from jlora.loop import Programs
 from jlora.model import hf
 from jlora.model.families import read_config
+from jlora.peft_format import peft_config, write_adapter
 
 
 class Setup:
