@@ -17,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from jlora.errors import UserError
 from jlora.lora import Adapter
 from jlora.step import TrainState
+from jlora.whole import replace_text
 
 
 @dataclasses.dataclass
@@ -64,6 +65,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest complete checkpoint."""
         return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step that evaluated best, whether or not it is still there; without evaluations the latest."""
+        latest = self.latest()
+        return None if latest is None else self.progress(latest).best_step or latest
 
     def save(self, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
         """Saves the state's step, unless it is saved already.
@@ -144,13 +150,6 @@ class Checkpoints:
 def write_record(run: Path, record: dict[str, Any]) -> None:
     """config.json of a run: what was run, resolved, with versions and data hashes."""
     replace_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def read_record(run: Path, key: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def export_run(run: Path, step: int, target: Path) -> None:
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
     """The adapter of a run's checkpoint."""
     record = read_record(run, "--run")
-    spec = spec_of(record)
+    spec = spec_of(record["config"])
     model_config = read_config(Path(record["base"]["directory"]))
     _, shapes, _ = hf.abstract(model_config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
     checkpoints = Checkpoints(run)
@@ -38,11 +38,10 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
     return adapter, spec
 
 
-def spec_of(record: dict[str, Any]) -> LoraConfig:
-    """The LoraConfig that a run's config.json describes."""
-    config = record["config"]
+def spec_of(settings: dict[str, Any]) -> LoraConfig:
+    """The adapter that the `config` of a run's config.json describes."""
     return LoraConfig(
-        config["lora_rank"], config["lora_alpha"], config["lora_dropout"], tuple(config["target_modules"])
+        settings["lora_rank"], settings["lora_alpha"], settings["lora_dropout"], tuple(settings["target_modules"])
     )
 
 
@@ -52,11 +51,11 @@ def find_step(run: Path, wanted: str) -> int:
         raise UserError(f"--run {run}: no checkpoints there; expected the output_dir of a run")
     checkpoints = Checkpoints(run)
     steps, latest = checkpoints.steps(), checkpoints.latest()
-    best = checkpoints.progress(latest).best_step if latest is not None else None
+    best = checkpoints.best()
     checkpoints.close()
     if latest is None:
         raise UserError(f"--run {run}: no checkpoint was completed")
-    step = {"best": best or latest, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)
+    step = {"best": best, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)
     if step not in steps:
         raise UserError(f"--step {wanted}: there are {', '.join(map(str, steps))} (or best, latest)")
     return step

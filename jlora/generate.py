@@ -137,7 +137,7 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
     if adapter:
         weights, spec, _ = read_adapter(adapter)
     directory = sources.resolve(base, revision)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = hf.default_dtype()
     graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
     expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
     if expected != got:

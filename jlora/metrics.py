@@ -9,7 +9,7 @@ from types import TracebackType
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jlora.checkpoint import replace_text
+from jlora.whole import replace_text
 
 
 class Logger:

@@ -5,7 +5,6 @@ The base enters `multi_transform` as a masked node: it has no gradient, no state
 
 from typing import Any
 
-import jax
 import optax
 
 from jlora.config import Config
@@ -62,4 +61,4 @@ def update(
 ) -> tuple[Adapter, State]:
     """The adapter and the optimizer state after one step."""
     updates, state = optimizer.update(_tree(grads), state, _tree(lora))
-    return jax.tree.map(lambda p, u: p + u, lora, updates["lora"]), state
+    return optax.apply_updates(lora, updates["lora"]), state

@@ -4,7 +4,6 @@ adapter_config.json, and adapter_model.safetensors with a float32 A [r, in] and 
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jlora.errors import UserError
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.llama import LoraConfig
+from jlora.whole import new_directory
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -90,14 +90,10 @@ def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: P
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
-            made = Path(scratch) / "adapter"
-            made.mkdir()
+        with new_directory(target) as made:
             (made / WEIGHTS).write_bytes(save(tensors(adapter), metadata={"format": "pt", "jlora_step": str(step)}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
-            made.rename(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the adapter could not be written to {target}: {error}") from None
 

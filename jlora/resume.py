@@ -139,7 +139,7 @@ def _find(path: Path) -> tuple[Path, int]:
     if step:
         return run, int(step)
     checkpoints = Checkpoints(run)
-    best = checkpoints.progress(steps[-1]).best_step
+    best = checkpoints.best()
     checkpoints.close()
     return run, best if best in steps else steps[-1]
 

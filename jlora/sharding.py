@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 # Path -> spec, first match wins. Data-parallel: every device holds the base and the adapter, and its share of the rows.
 RULES: tuple[tuple[str, P], ...] = (
     (r"base/.*", P()),
-    (r"lora/.*", P()),
-    (r"optimizer/.*", P()),
+    (r"state/lora/.*", P()),
+    (r"state/optimizer/.*", P()),
+    (r"state/step", P()),
     (r"batch/(tokens|segments|positions)", P(None, "data", None)),  # [A, R, T]
     (r"batch/(predict_at|targets|weights)", P(None, "data", None)),  # [A, R, S]
 )
@@ -25,7 +26,7 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
-    """A NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "lora", "optimizer", "batch").
+    """A NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "state", "batch").
 
     Raises:
       ValueError: no rule covers a path, no path uses a rule, or an axis does not divide.

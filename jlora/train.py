@@ -30,13 +30,13 @@ from jlora.data.chat import Example, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation
 from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
-from jlora.export import export_run
+from jlora.export import export_run, spec_of
 from jlora.generate import Generator, show_answers
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LlamaConfig, LoraConfig
+from jlora.model.llama import LlamaConfig
 from jlora.peft_format import written_step
 from jlora.sharding import make_mesh, shardings
 from jlora.step import TrainState
@@ -74,7 +74,7 @@ def train(config: Config, again: str) -> None:
     record = describe(config, directory, mesh, kinds)
     start = resume.decide(config, record)
     print(start.message)
-    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, lora_config(config), **kinds)
+    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec_of(record["config"]), **kinds)
     optimizer = optim.make_optimizer(config, steps)
     state, progress = begin(start, fresh_state(config, adapter_shapes, optimizer, mesh))
     with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
@@ -225,15 +225,9 @@ def plan(
     )
 
 
-def lora_config(config: Config) -> LoraConfig:
-    """The adapter that a run's config describes."""
-    return LoraConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.target_modules)
-
-
 def dtypes(config: Config) -> dict[str, Any]:
     """Keyword arguments of `hf.abstract`: dtypes and recomputation, `auto` resolved for the devices at hand."""
-    own = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    names = {"auto": own, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    names = {"auto": hf.default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     param = names[config.param_dtype]
     compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
     if config.fp16 and config.compute_dtype == "auto":
@@ -248,11 +242,7 @@ def fresh_state(
     """Step 0: random A, zero B, no moments; placed on the mesh."""
     adapter = lora.init(shapes, jax.random.key(config.seed))
     state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32))
-    return TrainState(
-        jax.device_put(state.lora, shardings(state.lora, mesh, "lora")),
-        jax.device_put(state.optimizer, shardings(state.optimizer, mesh, "optimizer")),
-        jax.device_put(state.step, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
-    )
+    return jax.device_put(state, shardings(state, mesh, "state"))
 
 
 def describe(config: Config, base: Path, mesh: jax.sharding.Mesh, kinds: dict[str, Any]) -> dict[str, Any]:

@@ -74,23 +74,28 @@ def pairs(tmp_path_factory) -> Path:
     return directory
 
 
+def short_run(tiny: Path, pairs: Path, output: Path, **changes) -> dict:
+    """The settings of 12 steps on the tiny model, saved twice, every step logged."""
+    return {
+        "base_model": str(tiny),
+        "train_data_dir": str(pairs),
+        "output_dir": str(output),
+        "batch_size": 4,
+        "max_steps": 12,
+        "save_steps": 6,
+        "logging_steps": 1,
+        "lora_rank": 4,
+        "sample_questions": 0,
+        **changes,
+    }
+
+
 @pytest.fixture
 def config_file(tmp_path, tiny, pairs):
     """Writes a YAML config for a short run on the tiny model; returns a function of its changes."""
 
     def write(**changes) -> Path:
-        values = {
-            "base_model": str(tiny),
-            "train_data_dir": str(pairs),
-            "output_dir": str(tmp_path / "run"),
-            "batch_size": 4,
-            "max_steps": 12,
-            "save_steps": 6,
-            "logging_steps": 1,
-            "lora_rank": 4,
-            "sample_questions": 0,
-            **changes,
-        }
+        values = short_run(tiny, pairs, tmp_path / "run", **changes)
         file = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.yaml"
         file.write_text(json.dumps(values))
         return file

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import run_module
+from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora import export, generate, peft_format, verify
@@ -18,18 +18,14 @@ from jlora.errors import UserError
 def run(tmp_path_factory, tiny, pairs):
     """A finished run on the tiny model that has learned something."""
     directory = tmp_path_factory.mktemp("export")
-    values = {
-        "base_model": str(tiny),
-        "train_data_dir": str(pairs),
-        "output_dir": str(directory / "run"),
-        "max_steps": 12,
-        "save_steps": 6,
-        "lora_rank": 4,
-        "lora_alpha": 12.0,
-        "learning_rate": 2e-2,
-        "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
-        "sample_questions": 0,
-    }
+    values = short_run(
+        tiny,
+        pairs,
+        directory / "run",
+        lora_alpha=12.0,
+        learning_rate=2e-2,
+        target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+    )
     (directory / "config.json.yaml").write_text(json.dumps(values))
     done = run_module("jlora.train", "--config", directory / "config.json.yaml")
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import process_options, run_module, start_module
+from conftest import process_options, run_module, short_run, start_module
 from safetensors.numpy import load_file
 
 from jlora import peft_format
@@ -58,21 +58,8 @@ def whole(tmp_path_factory, tiny, pairs):
     directory = tmp_path_factory.mktemp("whole")
 
     def write(name, **changes):
-        values = {
-            "base_model": str(tiny),
-            "train_data_dir": str(pairs),
-            "output_dir": str(directory / name),
-            "max_steps": 12,
-            "save_steps": 6,
-            "logging_steps": 1,
-            "lora_rank": 4,
-            "lora_dropout": 0.1,
-            "learning_rate": 5e-3,
-            "eval_share": 0.1,
-            "eval_steps": 6,
-            "sample_questions": 1,
-            **changes,
-        }
+        own = {"lora_dropout": 0.1, "learning_rate": 5e-3, "eval_share": 0.1, "eval_steps": 6, "sample_questions": 1}
+        values = short_run(tiny, pairs, **{"output": directory / name, **own, **changes})
         file = directory / f"{name}.yaml"
         file.write_text(json.dumps(values))
         return file

@@ -14,6 +14,7 @@ import transformers
 from jlora import lora, optim, sharding, train
 from jlora.config import load_config
 from jlora.data.chat import end_tokens, load_tokenizer
+from jlora.export import spec_of
 from jlora.loop import Programs
 from jlora.model import hf
 from jlora.model.families import read_config
@@ -33,7 +34,7 @@ class Setup:
         self.examples = train.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], devices)
-        self.spec = train.lora_config(self.config)
+        self.spec = spec_of(dataclasses.asdict(self.config))
         self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, **train.dtypes(self.config))
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)

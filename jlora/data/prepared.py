@@ -3,9 +3,9 @@
 Its name is a hash of the rows, the tokenizer and the chat template, so a change of any of them makes a new one.
 """
 
+import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import transformers
 from jlora.data.chat import Example, encode
 from jlora.data.formats import Conversation
 from jlora.errors import UserError
+from jlora.whole import new_directory
 
 LAYOUT = 1  # a change of chat.py or of the features below that alters what is stored raises it
 SPLIT = "rows"
@@ -52,13 +53,9 @@ def prepare(tokenizer: Any, ends: frozenset[int], rows: list[Conversation], cach
     directory = cache / fingerprint(tokenizer, ends, rows)
     if not directory.is_dir():
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as scratch:
-                made = Path(scratch) / "examples"
-                made.mkdir()
+            # another process may be faster
+            with contextlib.suppress(FileExistsError), new_directory(directory) as made:
                 _write((encode(tokenizer, ends, row) for row in rows), made)
-                if not directory.is_dir():  # else another process was faster
-                    made.rename(directory)
         except OSError as error:
             raise UserError(
                 f"prepared data cannot be written to {cache}: {error}. Set XDG_CACHE_HOME elsewhere"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -43,6 +44,11 @@ NAMES = {
     ("norm", "weight"): "model.norm.weight",
     ("lm_head", "weight"): "lm_head.weight",
 }
+
+
+def default_dtype() -> DTypeLike:
+    """What weights and activations are, unless a config says otherwise: float32 on a CPU, else bfloat16."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def abstract(

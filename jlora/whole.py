@@ -1,0 +1,31 @@
+"""Files and directories that are written whole or not at all, whatever stops the writer."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one move."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` in one move when the `with` ends well.
+
+    Raises:
+      FileExistsError: `target` stands there by then; what was filled is dropped.
+      OSError: it cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
+        made = Path(scratch) / target.name
+        made.mkdir()
+        yield made
+        if target.exists():
+            raise FileExistsError(f"{target} exists")
+        made.rename(target)
