@@ -22,7 +22,7 @@ def export_run(run: Path, step: int, target: Path) -> None:
     adapter, spec = load_adapter(run, step)
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
-    config = peft_config(spec, base, settings["revision"] or None)
+    config = peft_config(spec, base, record["base"]["commit"] or None)
     write_adapter(adapter, config, _card(settings, step, base), target, step)
 
 

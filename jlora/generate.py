@@ -164,8 +164,11 @@ def main(argv: list[str]) -> None:
         parser.error("--prompt is empty")
     if not (arguments.base or arguments.adapter):
         parser.error("give --base, --adapter, or both")
-    base = arguments.base or read_adapter(arguments.adapter)[2]["base_model_name_or_path"]
-    generator, adapter = load(base, arguments.adapter, arguments.revision)
+    base, revision = arguments.base, arguments.revision
+    if not base:
+        named = read_adapter(arguments.adapter)[2]
+        base, revision = named["base_model_name_or_path"], revision or named.get("revision") or ""
+    generator, adapter = load(base, arguments.adapter, revision)
     system = (Message("system", arguments.system),) if arguments.system else ()
     messages = (*system, Message("user", arguments.prompt))
     for piece in generator.pieces(

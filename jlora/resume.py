@@ -158,7 +158,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         if old["data"][part] != new["data"][part]:
             changes[part] = f"{words} changed"
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
-        changes["base"] = f"the base was {old['config']['base_model']} and is {now['base_model']}, with other weights"
+        pin = f" (its commit was {old['base']['commit']}: set revision to it)" if old["base"].get("commit") else ""
+        changes["base"] = (
+            f"the base was {old['config']['base_model']}{pin} and is {now['base_model']}, with other weights"
+        )
     return changes
 
 

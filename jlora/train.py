@@ -259,6 +259,7 @@ def describe(config: Config, base: Path, mesh: jax.sharding.Mesh, kinds: dict[st
         "base": {
             "directory": str(base.resolve()),
             "hub_id": config.base_model if sources.is_hub_id(config.base_model) else "",
+            "commit": sources.commit(base),
             "fingerprint": resume.fingerprint(base),
         },
         "versions": {

@@ -1,6 +1,8 @@
 """The safetensors files of a model directory: what is in them, reading, and writing in shards."""
 
+import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,7 +133,13 @@ def write_weights(
       sizes: name -> bytes, in the order of writing.
       read: the tensor of a name; one file's tensors are in memory at a time.
       shard: bytes of a file at most.
+
+    Raises:
+      OSError: there is not enough room, said before anything is written.
     """
+    size, free = sum(sizes.values()), shutil.disk_usage(directory).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"no room for {size / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free")
     plan = split_state_dict_into_shards_factory(
         sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors", max_shard_size=shard
     )
