@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.checkpoint import Checkpoints, read_record
+from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
 from jlora.lora import Adapter
 from jlora.model import hf
@@ -23,7 +24,8 @@ def export_run(run: Path, step: int, target: Path) -> None:
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
     config = peft_config(spec, base, record["base"]["commit"] or None)
-    write_adapter(adapter, config, _card(settings, step, base), target, step)
+    template = find_template(settings["chat_template"]) if settings["chat_template"] else ""
+    write_adapter(adapter, config, _card(settings, step, base), target, step, template)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -76,6 +78,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
+{"It speaks the chat template in chat_template.jinja, not the base's own." if settings["chat_template"] else ""}
 """
 
 

@@ -24,7 +24,7 @@ from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
-from jlora.peft_format import read_adapter
+from jlora.peft_format import TEMPLATE, read_adapter
 from jlora.sharding import make_mesh
 
 ROUND = 64  # prompts and caches are rounded up to multiples of this, so that few programs are compiled
@@ -133,6 +133,7 @@ def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation
 def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator, Adapter]:
     """A generator for a base, and the adapter of a PEFT directory (none: an empty one)."""
     weights: Adapter = {}
+    template = str(adapter / TEMPLATE) if adapter and (adapter / TEMPLATE).is_file() else ""
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     if adapter:
         weights, spec, _ = read_adapter(adapter)
@@ -144,7 +145,7 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
         one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
         raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
-    return Generator(directory, load_tokenizer(directory), graphdef, frozen, dtype), weights
+    return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, dtype), weights
 
 
 def main(argv: list[str]) -> None:

@@ -4,9 +4,6 @@ against their own libraries, and broken files with a message each."""
 import ast
 import base64
 import json
-import subprocess
-import sys
-import zipfile
 
 import gguf
 import numpy as np
@@ -28,25 +25,12 @@ from jlora.model.families import read_config
 from jlora.model.rope import Llama3Rope
 from jlora.model.weights import Weights
 
-# Packages that carry the tokenizers of real models: Llama 3, Qwen, Mistral.
-WHEELS = ["llama-models==0.3.0", "dashscope==2.0.2", "mistral-common==1.13.1"]
 TEXTS = [
     "Under Article 39, 12345 yuan; don't  pay.\n\n\tIt's 3.5%…",
     "依据《劳动合同法》第47条，🙂 naïve Straße ΑΒΓ CamelCaseWords we'll SHOUT\r\n",
     "   leading, trailing   \n \n\n x  ",
     'a/b\\c: `code` // TODO(x): {"k": [1, 22, 333, 4444]}',
 ]
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    """The wheels above, unpacked."""
-    root = tmp_path_factory.mktemp("wheels")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", root, *WHEELS]
-    subprocess.run(command, check=True, capture_output=True)
-    for wheel in root.glob("*.whl"):
-        zipfile.ZipFile(wheel).extractall(root)
-    return root
 
 
 def values_of(kind, shape, random):
@@ -315,8 +299,8 @@ def test_a_real_byte_level_tokenizer_gives_its_own_ids(packages, tmp_path, pre):
     assert ours("a<eos>", add_special_tokens=False)["input_ids"][-1] == len(vocabulary) + 1
 
 
-def test_a_real_sentencepiece_tokenizer_gives_its_own_ids(packages, tmp_path):
-    theirs = SentencePieceProcessor(str(packages / "mistral_common/data/tokenizer.model.v1"))
+def test_a_real_sentencepiece_tokenizer_gives_its_own_ids(mistral_v1, tmp_path):
+    theirs = SentencePieceProcessor(str(mistral_v1))
     ids = range(theirs.vocab_size())
     types = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
     fields = {

@@ -19,7 +19,7 @@ ROOMS = [
         "jlora.model.weights",
         "jlora.from_gguf",
     ],
-    ["jlora.sources", "jlora.data.formats", "jlora.model.llama"],
+    ["jlora.sources", "jlora.data.formats", "jlora.data.templates", "jlora.model.llama"],
     ["jlora.config", "jlora.data.chat", "jlora.model.hf", "jlora.model.families"],
     ["jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
     ["jlora.step"],
