@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora import sources
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation, Message
-from jlora.errors import UserError, run_program
+from jlora.errors import run_program
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
-from jlora.peft_format import TEMPLATE, read_adapter
+from jlora.peft_format import TEMPLATE, read_adapter, refuse_other_base
 from jlora.sharding import make_mesh
 
 ROUND = 64  # prompts and caches are rounded up to multiples of this, so that few programs are compiled
@@ -140,10 +140,8 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
     directory = sources.resolve(base, revision)
     dtype = hf.default_dtype()
     graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
-    expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
-    if expected != got:
-        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
-        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
+    if adapter:
+        refuse_other_base(weights, shapes, adapter, base)
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, dtype), weights
 

@@ -152,6 +152,14 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
     return adapter, spec, config
 
 
+def refuse_other_base(weights: Adapter, shapes: Adapter, adapter: Path, base: str) -> None:
+    """Raises UserError where the shapes of an adapter are not those that a base needs."""
+    expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
+    if expected != got:
+        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
+        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
+
+
 def written_step(directory: Path) -> int | None:
     """The step that an exported adapter is of; None where jlora did not write it."""
     try:
