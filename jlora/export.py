@@ -124,6 +124,8 @@ def main(argv: list[str]) -> None:
         parser.error("--run is missing")
     if merged and not run and not (arguments.output and (arguments.base or arguments.adapter)):
         parser.error("--merged needs --run, or --output with --adapter, --base, or both")
+    if merged and arguments.verify:
+        parser.error("--verify is for adapters")
     if (arguments.base or arguments.adapter) and (run or not merged):
         parser.error("--base and --adapter go with --merged, instead of --run")
     step = find_step(run, arguments.step) if run else 0

@@ -46,7 +46,8 @@ class Generator:
         base: Any,
         compute_dtype: DTypeLike,
     ) -> None:
-        self.tokenizer, self._base, self._stops = tokenizer, base, end_tokens(directory, tokenizer)
+        self.tokenizer, self.graphdef, self.base = tokenizer, graphdef, base
+        self._stops = end_tokens(directory, tokenizer)
         self._config, self._dtype = read_config(directory), compute_dtype
 
         def run(
@@ -78,7 +79,7 @@ class Generator:
         positions = np.maximum(np.arange(length) - pad, 0)[None].astype(np.int32)
         key = jax.random.key(seed)
         for step in range(max_new_tokens):
-            logits, cache = self._run(adapter, self._base, ids, segments, positions, cache)
+            logits, cache = self._run(adapter, self.base, ids, segments, positions, cache)
             token = int(self._pick(logits[0], jax.random.fold_in(key, step), temperature, top_p))
             if token in self._stops:
                 return
