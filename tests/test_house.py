@@ -11,6 +11,10 @@ from conftest import ROOT
 # A module may import only from rooms that stand before its own.
 ROOMS = [
     ["jlora", "jlora.errors", "jlora.whole"],
+    ["jlora.data.conversation"],
+    ["jlora.data.encoding"],
+    ["jlora.data.records", "jlora.data.text", "jlora.data.stored"],
+    ["jlora.data.json_rows", "jlora.data.tables"],
     ["jlora.lora", "jlora.sharding", "jlora.model.attention", "jlora.model.rope", "jlora.from_gguf"],
     ["jlora.sources", "jlora.data.formats", "jlora.model.llama"],
     ["jlora.config", "jlora.data.chat", "jlora.model.hf", "jlora.model.families"],
