@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
-from jlora.data.conversation import PARTS, ROLES
+from jlora.data.conversation import PARTS, ROLES, is_whole
 from jlora.data.encoding import is_encoding
 from jlora.errors import UserError
 from jlora.sources import is_hub_id
@@ -162,6 +162,8 @@ def validate(config: Config) -> list[str]:
             for name, value in getattr(config, key).items()
             if name not in names or not isinstance(value, str) or not value.strip()
         ]
+    if not is_whole(config.columns):
+        problems.append(f"columns={config.columns!r}: expected prompt and response, or messages, or text")
     if config.role_prefixes and not {"user", "assistant"} <= config.role_prefixes.keys():
         problems.append(f"role_prefixes={config.role_prefixes!r}: expected the prefixes of user and of assistant")
     if config.encoding and not is_encoding(config.encoding):

@@ -110,6 +110,8 @@ def test_mistakes_in_a_python_config(python_config, line, message):
         ("columns: q", "columns='q': expected"),
         ("columns: {question: q}", "columns has 'question': 'q': expected text under prompt, context, response"),
         ("columns: {prompt: ''}", "columns has 'prompt': ''"),
+        ("columns: {prompt: q}", "columns={'prompt': 'q'}: expected prompt and response, or messages, or text"),
+        ("columns: {prompt: q, response: a, messages: m}", "expected prompt and response, or messages, or text"),
         ("role_prefixes: {user: Client}", "expected the prefixes of user and of assistant"),
         ("role_prefixes: {client: user}", "role_prefixes has 'client'.*expected text under system, user, assistant"),
         ("encoding: klingon", "encoding='klingon': Python knows no such encoding"),

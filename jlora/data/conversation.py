@@ -17,6 +17,11 @@ SYSTEM_NAMES = {"系统", "system"}
 NOUNS = {"system": "system message", "user": "question", "assistant": "answer", "text": "text"}
 # What a column can be; `rows` is the key of a JSON object under which the list of rows lies.
 PARTS = ("prompt", "context", "response", "system", "history", "messages", "text", "rows")
+FORMS = (  # the parts that make a row, and those that it may have
+    ({"prompt", "response"}, {"prompt", "response", "context", "system", "history"}),
+    ({"messages"}, {"messages", "system"}),
+    ({"text"}, {"text"}),
+)
 MAX_ROW = 1 << 24  # characters of a line or a row: what is longer is a broken file, and would fill the memory
 
 
@@ -68,6 +73,12 @@ class Reading:
     def plain(self) -> bool:
         """Are the files to be read as text, whatever their lines begin with?"""
         return self.task_type == "plain-text"
+
+
+def is_whole(columns: Mapping[str, str]) -> bool:
+    """Do the named columns make a row, of one form and not of two? None named will do: they are told by content."""
+    said = columns.keys() - {"rows"}
+    return not said or any(needed <= said <= allowed for needed, allowed in FORMS)
 
 
 class Notes:
@@ -144,7 +155,9 @@ def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conv
     if spoken == ["text"]:
         return Conversation(tuple(messages), where)
     if spoken[:1] == ["assistant"]:
-        raise UserError(f"{where}: this answer has no question before it: {messages[len(roles) > 1].content[:60]!r}")
+        raise UserError(
+            f"{where}: this answer has no question before it: {messages[len(roles) - len(spoken)].content[:60]!r}"
+        )
     if spoken[-1:] == ["user"] and spoken[:-1] == ["user", "assistant"] * (len(spoken) // 2):
         raise UserError(f"{where}: this question has no answer: {messages[-1].content[:60]!r}")
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):

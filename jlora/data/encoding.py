@@ -100,7 +100,9 @@ def _first_wrong(file: Path, encoding: str) -> int | None:
             while chunk := stream.read(CHUNK):
                 line += decoder.decode(chunk).count("\n")
             decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
+            if not isinstance(error, UnicodeDecodeError):  # UTF-16 named, and no mark
+                return line
             return line + codecs.decode(error.object[: error.start], encoding, "ignore").count("\n")
     return None
 

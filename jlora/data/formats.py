@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data import stored
-from jlora.data.conversation import PARTS, BadRows, Conversation, Message, Notes, Reading, listing
+from jlora.data.conversation import PARTS, BadRows, Conversation, Message, Notes, Reading, is_whole, listing
 from jlora.data.encoding import GB18030, detect, lines
 from jlora.data.json_rows import read_json
 from jlora.data.records import Records
@@ -26,6 +26,7 @@ from jlora.errors import UserError
 __all__ = ["Conversation", "Message", "Reading", "hash_files", "iter_conversations", "prefix_of", "read_conversations"]
 
 SKIPPED = {"Thumbs.db", "desktop.ini"}
+ABOUT = {"", "readme", "license", "licence"}  # "": what is hidden
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # how JSON begins, and hardly any text
 ROLE_PARTS = {
     "user": "prompt",
@@ -92,7 +93,7 @@ def iter_conversations(
 
 
 def data_files(path: str, key: str) -> list[Path]:
-    """The files that hold the rows; what is hidden, and `.md` notes, are passed over.
+    """The files that hold the rows; what is hidden, README and LICENSE are passed over.
 
     Raises:
       UserError: nothing there, or something that is no file: a link that leads nowhere or in a circle, a pipe.
@@ -141,16 +142,16 @@ def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     if real in above:
         raise UserError(f"{directory} is a link to a directory above it: remove it")
     try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        names = sorted(os.listdir(directory))
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}") from None
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name in SKIPPED or entry.name.lower().endswith(".md"):
+    for name in names:
+        if name in SKIPPED or name.split(".")[0].lower() in ABOUT:
             continue
-        if entry.is_dir():
-            yield from _walk(directory / entry.name, (*above, real))
+        if (directory / name).is_dir():
+            yield from _walk(directory / name, (*above, real))
         else:
-            yield directory / entry.name
+            yield directory / name
 
 
 def _rows(path: str, key: str, reading: Reading, notes: Notes) -> Iterator[Row]:
@@ -245,6 +246,8 @@ def _metadata(reading: Reading) -> dict[Path, Reading]:
         if not files:
             raise UserError(f"{path}:{number}: there is no file {name!r} in {listing(map(str, roots))}")
         columns = {part: column for part, column in said.items() if column}
+        if not is_whole(columns):
+            raise UserError(f"{path}:{number}: expected prompt and response, or messages, or text; got {columns}")
         prefixes = {role: columns[part] for role, part in ROLE_PARTS.items() if part in columns}
         own[files[0].resolve()] = dataclasses.replace(reading, columns=columns, role_prefixes=prefixes)
     return own

@@ -36,7 +36,7 @@ def read_json(file: Path, encoding: str, reading: Reading, notes: Notes) -> Iter
 
 
 def _is_lines(file: Path, encoding: str) -> bool:
-    """Are there several lines, the first or second of them an object of its own?"""
+    """Are there several lines, the first an object of its own, or meant to be: the next begins one too?"""
     seen: list[str] = []
     try:
         for _, line in lines(file, encoding):
@@ -46,7 +46,8 @@ def _is_lines(file: Path, encoding: str) -> bool:
                 break
     except UserError:  # a huge line: the document's own reader says where
         return False
-    return len(seen) == 2 and seen[0].lstrip().startswith("{") and any(map(_is_object, seen))
+    begins = [line.lstrip().startswith("{") for line in seen]
+    return len(seen) == 2 and begins[0] and (begins[1] or _is_object(seen[0]))
 
 
 def _is_object(line: str) -> bool:
@@ -155,9 +156,13 @@ class _Document:
             return name == self._wanted
         if key in self._whole or key.lower() in NAMES["messages"] | NAMES["history"]:
             return False
-        while len(self._buffer) - self._at < CHUNK and not self._ended:
+        while True:
+            space = SPACE.match(self._buffer, self._at + 1)
+            if space and space.end() < len(self._buffer):
+                return self._buffer[space.end()] == "{"
+            if self._ended:
+                return False
             self._read()
-        return self._buffer[self._at + 1 : self._at + CHUNK].lstrip().startswith("{")
 
     def _peek(self) -> str:
         """The next character that is not space; "" at the end."""

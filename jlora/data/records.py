@@ -94,8 +94,8 @@ class Records:
         if "messages" in parts:
             yield from self._messages(row[parts["messages"]], parts["messages"], where)
             return
-        if earlier := row.get(parts.get("history", "")):
-            yield from self._history(earlier, parts["history"], where)
+        if "history" in parts and row.get(parts["history"]):
+            yield from self._history(row[parts["history"]], parts["history"], where)
         yield "user", "\n".join(part for part in (text("prompt"), text("context")) if part)
         yield "assistant", text("response")
 
