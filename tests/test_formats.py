@@ -142,6 +142,13 @@ LAYOUTS = {
         json.dumps([{"system": SYSTEM, "conversations": turns("from", "value", ("", "human", "gpt"))}], indent=2),
         [[SYSTEM, *ONE, *TWO]],
     ),
+    "LIMA": ("a.jsonl", jsonl({"conversations": [*ONE, *TWO], "source": "x"}), MULTI),
+    "Capybara": ("a.jsonl", jsonl({"conversation": [{"input": q, "output": a} for q, a in (ONE, TWO)]}), MULTI),
+    "OpenOrca": (
+        "a.jsonl",
+        jsonl(*({"id": 1, "system_prompt": SYSTEM, "question": q, "response": a} for q, a in (ONE, TWO))),
+        WITH_SYSTEM,
+    ),
     "CSV with a header and more columns": (
         "a.csv",
         "﻿id,Question,Answer,source\n" + quoted(",", ("1", *ONE, "x"), ("2", *TWO, "y")),
@@ -167,6 +174,11 @@ def test_layouts_in_every_encoding(file, layout, encoding):
     assert contents(rows) == (expected or [[ONE[0], "不超过六个月。"], [*TWO]])
     assert any("read as GB18030: a" in line for line in said) == (encoding == "gb18030" and not content.isascii())
     assert all(row.where.startswith(f"{path}:") for row in rows)
+
+
+def test_a_long_json_list_on_one_line_is_read_piece_by_piece(file):
+    rows = [{"q": f"{i}?", "a": f"{i}" * 100_000} for i in range(10, 110)]  # 20 MB: more than one row may have
+    assert contents(read(file(json.dumps({"data": rows}), "a.json"))[0]) == [[row["q"], row["a"]] for row in rows]
 
 
 def test_columns_that_are_not_used_are_said_once(file):
@@ -373,8 +385,13 @@ BAD = [
     ),
     (
         "rows.jsonl",
+        '{"q": "a", "a": "b"}\n{"q": "a", "a": "' + "b" * 50_000_000 + '"}\n',
+        "rows.jsonl:2: a row of more than 16,777,216 characters",
+    ),
+    (
+        "rows.jsonl",
         '{"q": "a", "a": "' + "b" * 50_000_000 + '"}\n',
-        "rows.jsonl:1: a line of more than 16,777,216 characters",
+        "rows.jsonl:1: a row of more than 16,777,216 characters",
     ),
     ("rows.json", "[" * 100_000, "rows.json:1: not JSON: too deeply nested"),
     ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object, got int"),

@@ -150,6 +150,15 @@ WRITERS = {
 
 
 @FUZZ
+@given(st.data())
+def test_parquet_with_bytes_changed(folder, data):
+    content = bytearray(as_parquet([("a?", "b" * 40)] * 5))
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
+        content[at] = data.draw(st.integers(0, 255))
+    outcome(file(folder, ".parquet", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), Reading())
+
+
+@FUZZ
 @given(
     st.sampled_from(sorted(WRITERS)),
     st.lists(st.tuples(st.just("") | st.text(max_size=9), st.text(max_size=9)), min_size=1, max_size=6),

@@ -25,7 +25,7 @@ FORMS = (  # the parts that make a row, and those that it may have
 MAX_ROW = 1 << 24  # characters of a line or a row: what is longer is a broken file, and would fill the memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn: who says it ("system", "user" or "assistant") and what; or the role "text", for text without roles."""
 
@@ -33,7 +33,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One example, and where it stands (`file:line`): its turns, the last of them the assistant's; or one "text"."""
 

@@ -9,6 +9,7 @@ from jlora.data.conversation import MAX_ROW
 from jlora.errors import UserError
 
 CHUNK = 1 << 20  # bytes
+HEAD = 1 << 16  # characters
 UTF_8, GB18030 = "utf-8", "gb18030"
 MARKS = {  # the longer first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -68,6 +69,16 @@ def lines(file: Path, encoding: str) -> Iterator[tuple[int, str]]:
             if len(line) > MAX_ROW:
                 raise UserError(f"{file}:{number}: a line of more than {MAX_ROW:,} characters: is the file broken?")
             yield number, line
+
+
+def first_lines(file: Path, encoding: str) -> list[str]:
+    """Lines with words, from the first 65,536 characters that have any: enough to tell what a file is."""
+    with file.open(encoding=encoding) as stream:
+        while (text := stream.read(HEAD)) and not text.strip():
+            pass
+    head = text.split("\n")
+    whole = head[:-1] if len(text) == HEAD and len(head) > 1 else head  # the last may be cut
+    return [line for line in whole if line.strip()]
 
 
 def is_encoding(name: str) -> bool:

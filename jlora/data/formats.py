@@ -6,7 +6,6 @@ one read each; here they are found, told apart and put together.
 
 import dataclasses
 import hashlib
-import itertools
 import os
 import re
 import stat
@@ -16,10 +15,10 @@ from typing import Any
 
 from jlora.data import stored
 from jlora.data.conversation import PARTS, BadRows, Conversation, Message, Notes, Reading, is_whole, listing
-from jlora.data.encoding import GB18030, detect, lines
+from jlora.data.encoding import GB18030, detect, first_lines
 from jlora.data.json_rows import read_json
 from jlora.data.records import Records
-from jlora.data.tables import HEAD, cells_of, find_delimiter, looks_like_table, read_table
+from jlora.data.tables import cells_of, find_delimiter, looks_like_table, read_table
 from jlora.data.text import Row, begins_with_role, prefix_of, read_text
 from jlora.errors import UserError
 
@@ -181,7 +180,7 @@ def _read_file(file: Path, reading: Reading, notes: Notes) -> Iterator[Row]:
     encoding = detect(file, reading.encoding)
     if encoding == GB18030 and not reading.encoding:
         notes.add("not UTF-8, read as GB18030", file.name)
-    head = list(itertools.islice((line for _, line in lines(file, encoding) if line.strip()), HEAD))
+    head = first_lines(file, encoding)
     if not head:
         raise UserError(f"{file}: the file is empty")
     kind = _told(file.suffix.lower(), head, reading)

@@ -23,9 +23,9 @@ from jlora.data.conversation import (
 from jlora.errors import UserError
 
 NAMES = {
-    "prompt": USER_NAMES | {"prompt", "instruction", "query", "request", "inputs", "提问", "指令"},
+    "prompt": USER_NAMES | {"prompt", "instruction", "questions", "query", "request", "inputs", "提问", "指令"},
     "response": ASSISTANT_NAMES
-    | {"response", "completion", "output", "reply", "target", "targets", "答案", "回复", "输出"},
+    | {"response", "completion", "output", "answers", "reply", "target", "targets", "答案", "回复", "输出"},
     "context": {"input", "context", "输入", "上下文"},
     "system": SYSTEM_NAMES | {"system_prompt", "系统提示"},
     "history": {"history"},
@@ -88,6 +88,8 @@ class Records:
             return (value or "").strip()
 
         if "text" in parts:
+            if not (self._reading.plain or self._reading.columns):
+                self._notes.add("no column asks and answers, so the text itself is trained on", parts["text"])
             yield "text", text("text")
             return
         yield "system", text("system")
@@ -100,7 +102,13 @@ class Records:
         yield "assistant", text("response")
 
     def _messages(self, turns: Any, column: str, where: str) -> Iterator[tuple[str, str]]:
-        for turn in _list(turns, column, where):
+        for number, turn in enumerate(_list(turns, column, where)):
+            if isinstance(turn, str):
+                yield ("user", "assistant")[number % 2], turn
+                continue
+            if pair := _pair(turn):
+                yield from pair
+                continue
             who = next((key for key in WHO if isinstance(turn, dict) and key in turn), None)
             what = next((key for key in WHAT if isinstance(turn, dict) and key in turn), None)
             if not (who and what):
@@ -179,6 +187,16 @@ def _list(value: Any, column: str, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"{where}: {column} is {_short(value)}; expected a list of turns")
     return value
+
+
+def _pair(turn: Any) -> list[tuple[str, str]]:
+    """A question and its answer, where one turn holds both under two keys: {"human": ..., "assistant": ...}."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return []
+    (asks, question), (answers, answer) = turn.items()
+    if asks not in NAMES["prompt"] | {"input"} or answers not in NAMES["response"]:
+        return []
+    return [("user", question), ("assistant", answer)] if isinstance(question, str) and isinstance(answer, str) else []
 
 
 def _content(value: Any, role: str, where: str) -> str:

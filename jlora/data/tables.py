@@ -14,7 +14,7 @@ from jlora.data.records import NAMES, find_parts
 from jlora.errors import UserError
 
 DELIMITERS = "\t,;|"
-HEAD = 50  # rows from which the form is told
+SOME = 50  # rows from which the form is told
 SEPARATOR = re.compile(r"sep=(.)$")  # Excel's own first line
 SENTENCE = re.compile(r"[?？。！!]|\.(\s|$)")
 KNOWN = frozenset().union(*NAMES.values())
@@ -31,7 +31,7 @@ def read_table(file: Path, encoding: str, reading: Reading, notes: Notes) -> Ite
     first_line, first = next(rows, (0, []))
     if not first:
         raise UserError(f"{file}: no rows in it")
-    header = _header(file, first, list(itertools.islice(cells_of(file, encoding, delimiter), 1, HEAD)), reading)
+    header = _header(file, first, list(itertools.islice(cells_of(file, encoding, delimiter), 1, SOME)), reading)
     if header is None:
         header = [str(number) for number in range(1, len(first) + 1)]
         rows = itertools.chain([(first_line, first)], rows)
@@ -60,7 +60,7 @@ def find_delimiter(file: Path, encoding: str) -> str:
 
     def score(delimiter: str) -> tuple[int, float]:
         try:
-            widths = [len(cells) for _, cells in itertools.islice(cells_of(file, encoding, delimiter), HEAD)]
+            widths = [len(cells) for _, cells in itertools.islice(cells_of(file, encoding, delimiter), SOME)]
         except UserError:
             return 0, 0.0
         width, often = Counter(widths).most_common(1)[0] if widths else (1, 0)
