@@ -28,7 +28,7 @@ from jlora.config import Config, load_config
 from jlora.data import formats, inspect
 from jlora.data.batches import Batches, plan_batches
 from jlora.data.chat import Example, end_tokens, load_tokenizer
-from jlora.data.formats import Conversation
+from jlora.data.conversation import Conversation, Reading
 from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, spec_of
@@ -153,12 +153,13 @@ def finish(
 
 def read_rows(config: Config) -> tuple[list[Conversation], list[Conversation]]:
     """Training and held-out conversations."""
-    rows = formats.read_conversations(config.train_data_dir, "train_data_dir")
+    reading = Reading.of(dataclasses.asdict(config))
+    rows = formats.read_conversations(config.train_data_dir, "train_data_dir", reading)
     if config.eval_share:
         return inspect.split(rows, config.eval_share, config.seed)
     if not config.eval_data_dir:
         return rows, []
-    held_out = formats.read_conversations(config.eval_data_dir, "eval_data_dir")
+    held_out = formats.read_conversations(config.eval_data_dir, "eval_data_dir", reading)
     inspect.refuse_overlap(rows, held_out)
     return rows, held_out
 
@@ -252,13 +253,15 @@ def describe(
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
     questions = config.eval_data_dir or config.train_data_dir
+    reading = Reading.of(dataclasses.asdict(config))
+    held_out = config.eval_data_dir
     return {
         "config": dataclasses.asdict(config),
         "data": {
-            "train": formats.hash_files(config.train_data_dir, "train_data_dir"),
-            "held_out": formats.hash_files(config.eval_data_dir, "eval_data_dir") if config.eval_data_dir else "",
+            "train": formats.hash_files(config.train_data_dir, "train_data_dir", reading),
+            "held_out": formats.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
             "template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-            "questions": str(Path(questions).expanduser().resolve()),
+            "questions": formats.place(questions),
         },
         "base": {
             "directory": str(base.resolve()),
