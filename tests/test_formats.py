@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 
 from jlora.data import formats, inspect
 from jlora.data.conversation import Message, Reading
@@ -142,6 +145,11 @@ LAYOUTS = {
         json.dumps([{"system": SYSTEM, "conversations": turns("from", "value", ("", "human", "gpt"))}], indent=2),
         [[SYSTEM, *ONE, *TWO]],
     ),
+    "TRL": (
+        "a.jsonl",
+        jsonl(*({"prompt": m["messages"][:2], "completion": m["messages"][2:]} for m in openai(ONE, TWO))),
+        WITH_SYSTEM,
+    ),
     "LIMA": ("a.jsonl", jsonl({"conversations": [*ONE, *TWO], "source": "x"}), MULTI),
     "Capybara": ("a.jsonl", jsonl({"conversation": [{"input": q, "output": a} for q, a in (ONE, TWO)]}), MULTI),
     "OpenOrca": (
@@ -179,6 +187,40 @@ def test_layouts_in_every_encoding(file, layout, encoding):
 def test_a_long_json_list_on_one_line_is_read_piece_by_piece(file):
     rows = [{"q": f"{i}?", "a": f"{i}" * 100_000} for i in range(10, 110)]  # 20 MB: more than one row may have
     assert contents(read(file(json.dumps({"data": rows}), "a.json"))[0]) == [[row["q"], row["a"]] for row in rows]
+
+
+PEAKS = """
+import sys, tracemalloc
+from jlora.data.formats import iter_conversations
+for path in sys.argv[1:]:
+    for count in (lambda rows: sum(1 for _ in rows), lambda rows: len(list(rows))):
+        tracemalloc.start()
+        rows = count(iter_conversations(path, "train_data_dir"))
+        print(rows, tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+"""
+
+
+def test_files_are_streams(file):
+    pairs = [(f"{i}?", f"{i} " + "b" * 20_000) for i in range(1000)]
+    rows = [{"q": q, "a": a} for q, a in pairs]
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=50)
+    files = {
+        "a.jsonl": jsonl(*rows),
+        "a.json": json.dumps({"data": rows}),
+        "a.csv": quoted(",", ("q", "a"), *pairs),
+        "a.txt": "".join(f"Q: {q}\nA: {a}\n\n" for q, a in pairs),
+        "a.parquet": table.getvalue().to_pybytes(),
+    }
+    paths = [file(content, name) for name, content in files.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, *paths], cwd=ROOT, capture_output=True, text=True, check=True
+    )  # a process of its own: checking types, as the tests do, takes memory
+    peaks = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [count for count, _ in peaks] == [1000] * 10
+    for name, (_, one_by_one), (_, all_at_once) in zip(files, peaks[::2], peaks[1::2], strict=True):
+        assert one_by_one < 8e6 < 20e6 < all_at_once, name  # the files have 20 MB
 
 
 def test_columns_that_are_not_used_are_said_once(file):

@@ -25,7 +25,7 @@ def read_parquet(file: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
+            for batch in table.iter_batches(batch_size=128):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", row
