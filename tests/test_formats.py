@@ -312,7 +312,7 @@ def test_parquet(tmp_path, compression):
 def prepared(tmp_path):
     """A data set as TFDS prepares it, of two splits, in a data_dir of its own."""
 
-    class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Pairs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -343,7 +343,10 @@ def test_tfds_by_directory_and_by_name(prepared, tmp_path, monkeypatch):
         read(f"tfds:{prepared}/dev")
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     assert contents(read("tfds:pairs/test")[0]) == [[*TWO]]
-    with pytest.raises(UserError, match="train_data_dir=tfds:no_such_pairs/train: TFDS has no such data set here"):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
+    assert contents(read("tfds:pairs/test")[0]) == [[*TWO]]  # prepared now
+    assert list((tmp_path / "elsewhere").rglob("*.array_record*"))
+    with pytest.raises(UserError, match="train_data_dir=tfds:no_such_pairs/train: TFDS cannot give it"):
         read("tfds:no_such_pairs/train")
     with pytest.raises(UserError, match=r"array_record.*: TFDS stores rows in it: name the directory"):
         read(next(tmp_path.rglob("*.array_record*")))
