@@ -1,5 +1,6 @@
 """Files to conversations: every layout and encoding, what is said about them, and every mistake by file and line."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import ROOT
 
+from jlora.config import Config
 from jlora.data import formats, inspect
 from jlora.data.conversation import Message, Reading
 from jlora.errors import UserError
@@ -248,6 +250,14 @@ def test_columns_named_by_the_config(file):
     two = json.dumps({"train": [{"q": "a?", "a": "b"}], "test": [{"q": "c?", "a": "d"}]})
     rows, said = read(file(two, "a.json"), columns={"rows": "test"})
     assert contents(rows) == [["c?", "d"]] and said == ["train_data_dir: keys not used: train"]
+
+
+def test_what_is_said_about_reading_is_part_of_the_config():
+    settings = dataclasses.asdict(Config())
+    assert Reading.of(settings) == Reading() and set(dataclasses.asdict(Reading())) <= settings.keys()
+    assert Reading.of({**settings, "columns": {"text": "x"}, "bad_rows": "drop"}) == Reading(
+        {"text": "x"}, bad_rows="drop"
+    )
 
 
 def test_prefixes_named_by_the_config(file):
