@@ -1,18 +1,21 @@
 """Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
+from jlora.adapter_config import peft_config
 from jlora.checkpoint import Checkpoints, read_record
+from jlora.config import ALL_LINEAR, TARGETS, Config, read_pattern
 from jlora.errors import UserError, run_program
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig
-from jlora.peft_format import peft_config, write_adapter
+from jlora.peft_format import write_adapter
+from jlora.sites import LoraConfig
 from jlora.verify import verify
 
 
@@ -22,8 +25,9 @@ def export_run(run: Path, step: int, target: Path) -> None:
     adapter, spec = load_adapter(run, step)
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
-    config = peft_config(spec, base, settings["revision"] or None)
-    write_adapter(adapter, config, _card(settings, step, base), target, step)
+    tied = read_config(Path(record["base"]["directory"])).tie_word_embeddings
+    config = peft_config(spec, base, settings["revision"] or None, tied=tied)
+    write_adapter(adapter, spec, config, _card(settings, step, base), target, step)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -40,9 +44,46 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
 
 def spec_of(settings: dict[str, Any]) -> LoraConfig:
     """The adapter that the `config` of a run's config.json describes."""
+    s = {**dataclasses.asdict(Config()), **settings}  # a setting that is newer than the run had its default
+    targets = TARGETS if tuple(s["target_modules"]) == ALL_LINEAR else tuple(s["target_modules"])
+    noise = s["neftune_noise_alpha"]
+    if s["peft_type"] == "IA3":
+        leaves = {target.split(".")[-1] for target in targets}
+        forward = tuple(target for target in s["feedforward_modules"] if target in leaves)
+        return LoraConfig(1, 1.0, 0.0, targets, peft_type="IA3", feedforward_modules=forward, neftune_noise_alpha=noise)
     return LoraConfig(
-        settings["lora_rank"], settings["lora_alpha"], settings["lora_dropout"], tuple(settings["target_modules"])
+        s["lora_rank"],
+        s["lora_alpha"],
+        s["lora_dropout"],
+        targets,
+        use_rslora=s["use_rslora"],
+        use_dora=s["use_dora"],
+        pissa=s["init_lora_weights"] == "pissa",
+        rank_pattern=tuple(read_pattern(entry, int) for entry in s["rank_pattern"]),
+        alpha_pattern=tuple(read_pattern(entry, float) for entry in s["alpha_pattern"]),
+        layers_to_transform=tuple(map(int, s["layers_to_transform"])),
+        modules_to_save=tuple(s["modules_to_save"]),
+        neftune_noise_alpha=noise,
     )
+
+
+def settings_of(spec: LoraConfig) -> dict[str, Any]:
+    """The other way: the keys of a config that `spec_of` reads as this adapter."""
+    return {
+        "lora_rank": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": spec.target_modules,
+        "peft_type": spec.peft_type,
+        "feedforward_modules": spec.feedforward_modules,
+        "use_rslora": spec.use_rslora,
+        "use_dora": spec.use_dora,
+        "init_lora_weights": "pissa" if spec.pissa else "true",
+        "rank_pattern": tuple(f"{pattern}={rank}" for pattern, rank in spec.rank_pattern),
+        "alpha_pattern": tuple(f"{pattern}={alpha!r}" for pattern, alpha in spec.alpha_pattern),
+        "layers_to_transform": tuple(map(str, spec.layers_to_transform)),
+        "modules_to_save": spec.modules_to_save,
+    }
 
 
 def find_step(run: Path, wanted: str) -> int:

@@ -16,16 +16,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora import sources
+from jlora import lora, sources
+from jlora.adapter_config import read_config_file, read_spec
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation, Message
-from jlora.errors import UserError, run_program
+from jlora.errors import run_program
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
+from jlora.model.llama import Cache, Llama, empty_cache
 from jlora.peft_format import read_adapter
 from jlora.sharding import make_mesh
+from jlora.sites import LoraConfig
 
 ROUND = 64  # prompts and caches are rounded up to multiples of this, so that few programs are compiled
 
@@ -58,6 +60,10 @@ class Generator:
 
         self._run = jax.jit(run, donate_argnums=5)
         self._pick = jax.jit(pick)
+
+    def neutral(self, adapter: Adapter) -> Adapter:
+        """An adapter of the same form that does nothing: with it, the base answers."""
+        return jax.jit(lora.neutral)(adapter, self._base)
 
     def tokens(
         self,
@@ -119,7 +125,7 @@ def pick(
 
 def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation]) -> Iterator[str]:
     """For each held-out row: its question, its own answer, the base's, and the adapter's."""
-    nothing = jax.tree.map(jnp.zeros_like, adapter)
+    nothing = generator.neutral(adapter)
     for row in rows:
         question, expected = row.messages[:-1], row.messages[-1].content
         room = len(generator.tokenizer(expected)["input_ids"]) + 40
@@ -132,18 +138,15 @@ def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation
 
 def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator, Adapter]:
     """A generator for a base, and the adapter of a PEFT directory (none: an empty one)."""
-    weights: Adapter = {}
+    directory = sources.resolve(base, revision)
+    config, dtype = read_config(directory), hf.default_dtype()
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     if adapter:
-        weights, spec, _ = read_adapter(adapter)
-    directory = sources.resolve(base, revision)
-    dtype = hf.default_dtype()
-    graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
-    expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
-    if expected != got:
-        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
-        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
+        spec = read_spec(adapter, config.num_hidden_layers)
+    graphdef, shapes, base_shapes = hf.abstract(config, spec, param_dtype=dtype, compute_dtype=dtype)
+    weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings) if adapter else {}
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
+    weights = lora.complete(spec, weights, frozen)
     return Generator(directory, load_tokenizer(directory), graphdef, frozen, dtype), weights
 
 
@@ -164,7 +167,7 @@ def main(argv: list[str]) -> None:
         parser.error("--prompt is empty")
     if not (arguments.base or arguments.adapter):
         parser.error("give --base, --adapter, or both")
-    base = arguments.base or read_adapter(arguments.adapter)[2]["base_model_name_or_path"]
+    base = arguments.base or read_config_file(arguments.adapter)["base_model_name_or_path"]
     generator, adapter = load(base, arguments.adapter, arguments.revision)
     system = (Message("system", arguments.system),) if arguments.system else ()
     messages = (*system, Message("user", arguments.prompt))

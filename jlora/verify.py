@@ -19,8 +19,8 @@ from jlora.generate import Generator
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig
 from jlora.sharding import make_mesh
+from jlora.sites import LoraConfig
 
 PROMPTS, NEW_TOKENS = 20, 40
 TOLERANCE = 1e-3  # largest allowed difference of a float32 logit

@@ -11,10 +11,11 @@ from conftest import ROOT
 # A module may import only from rooms that stand before its own.
 ROOMS = [
     ["jlora", "jlora.errors", "jlora.whole"],
+    ["jlora.sites"],
     ["jlora.lora", "jlora.sharding", "jlora.model.attention", "jlora.model.rope", "jlora.from_gguf"],
     ["jlora.sources", "jlora.data.formats", "jlora.model.llama"],
     ["jlora.config", "jlora.data.chat", "jlora.model.hf", "jlora.model.families"],
-    ["jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
+    ["jlora.adapter_config", "jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
     ["jlora.step"],
     ["jlora.checkpoint", "jlora.peft_format"],
     ["jlora.metrics", "jlora.resume", "jlora.generate"],

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jlora.errors import UserError
-from jlora.model.llama import Llama, LlamaConfig, LoraConfig
+from jlora.model.llama import Llama, LlamaConfig
 from jlora.sharding import shardings
+from jlora.sites import LoraConfig
 
 # Place in the model -> tensor name in the files; {i} is the layer. The adapter's tensors are named after these.
 NAMES = {
@@ -162,6 +163,11 @@ def load_base(
 
     arrays = [place(path, leaf, at) for path, (_, leaf), at in zip(paths, leaves, placed, strict=True)]
     return jax.tree.unflatten(structure, arrays)
+
+
+def projections() -> list[str]:
+    """Every linear module of a layer, as "self_attn.q_proj"."""
+    return [".".join(path[1:-1]) for path in NAMES if path[-1] == "weight" and path[-2].endswith("_proj")]
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
