@@ -15,6 +15,7 @@ from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.peft_format import write_adapter
+from jlora.provenance import BASE, STEP, base_hash
 from jlora.sites import LoraConfig
 from jlora.verify import verify
 
@@ -26,8 +27,9 @@ def export_run(run: Path, step: int, target: Path) -> None:
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
     tied = read_config(Path(record["base"]["directory"])).tie_word_embeddings
+    notes = {STEP: str(step), BASE: base_hash(Path(record["base"]["directory"]))}
     config = peft_config(spec, base, settings["revision"] or None, tied=tied)
-    write_adapter(adapter, spec, config, _card(settings, step, base), target, step)
+    write_adapter(adapter, spec, config, _card(settings, step, base), target, notes)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:

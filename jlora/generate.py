@@ -25,7 +25,8 @@ from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import Cache, Llama, empty_cache
-from jlora.peft_format import read_adapter
+from jlora.peft_format import WEIGHTS, read_adapter
+from jlora.provenance import check_base
 from jlora.sharding import make_mesh
 from jlora.sites import LoraConfig
 
@@ -143,6 +144,7 @@ def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     if adapter:
         spec = read_spec(adapter, config.num_hidden_layers)
+        check_base(adapter / WEIGHTS, directory)
     graphdef, shapes, base_shapes = hf.abstract(config, spec, param_dtype=dtype, compute_dtype=dtype)
     weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings) if adapter else {}
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))

@@ -16,6 +16,7 @@ from jlora.adapter_config import CONFIG, read_config_file
 from jlora.errors import UserError
 from jlora.lora import Adapter, Leaves
 from jlora.model import hf
+from jlora.provenance import STEP, metadata
 from jlora.sites import LoraConfig
 from jlora.whole import new_directory
 
@@ -74,9 +75,19 @@ def _as_ia3(values: np.ndarray, name: str, spec: LoraConfig) -> np.ndarray:
 
 
 def write_adapter(
-    adapter: Adapter, spec: LoraConfig, config: dict[str, Any], card: str, target: Path, step: int = 0
+    adapter: Adapter,
+    spec: LoraConfig,
+    config: dict[str, Any],
+    card: str,
+    target: Path,
+    notes: dict[str, str] | None = None,
 ) -> None:
-    """Writes the PEFT directory, whole or not at all; `config` is its adapter_config.json.
+    """Writes the PEFT directory, whole or not at all.
+
+    Args:
+      config: its adapter_config.json.
+      card: its README.md.
+      notes: what goes into the weights' metadata (see provenance.py).
 
     Raises:
       UserError: `target` exists, or cannot be written.
@@ -86,7 +97,7 @@ def write_adapter(
     named = tensors(adapter, spec, tied=config.get("ensure_weight_tying") is True)
     try:
         with new_directory(target) as made:
-            (made / WEIGHTS).write_bytes(save(named, metadata={"format": "pt", "jlora_step": str(step)}))
+            (made / WEIGHTS).write_bytes(save(named, metadata={"format": "pt", **(notes or {})}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -155,9 +166,5 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 def written_step(directory: Path) -> int | None:
     """The step that an exported adapter is of; None where jlora did not write it."""
-    try:
-        with safe_open(directory / WEIGHTS, framework="numpy") as file:
-            step = (file.metadata() or {}).get("jlora_step", "")
-    except (OSError, SafetensorError):
-        return None
+    step = metadata(directory / WEIGHTS).get(STEP, "")
     return int(step) if step.isdigit() else None

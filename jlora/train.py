@@ -38,7 +38,8 @@ from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
-from jlora.peft_format import read_adapter, written_step
+from jlora.peft_format import WEIGHTS, read_adapter, written_step
+from jlora.provenance import check_base
 from jlora.sharding import make_mesh, shardings
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
@@ -73,7 +74,7 @@ def train(config: Config, again: str) -> None:
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out")
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
     kinds = dtypes(config)
-    config = take_form(config, model_config)
+    config = take_form(config, directory, model_config)
     record = describe(config, directory, mesh, kinds)
     spec = spec_of(record["config"])
     start = resume.decide(config, record)
@@ -241,7 +242,7 @@ def dtypes(config: Config) -> dict[str, Any]:
     return {"param_dtype": param, "compute_dtype": compute, "remat": config.remat == "full"}
 
 
-def take_form(config: Config, model: LlamaConfig) -> Config:
+def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
     """The config with the adapter's form that `init_adapter` has, where it is set.
 
     Raises:
@@ -249,6 +250,7 @@ def take_form(config: Config, model: LlamaConfig) -> Config:
     """
     layers = model.num_hidden_layers
     if config.init_adapter:
+        check_base(Path(config.init_adapter) / WEIGHTS, directory)
         settings = settings_of(read_spec(Path(config.init_adapter), layers))
         form = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
         print(f"starting from the adapter {config.init_adapter}, in its own form: {form}")
