@@ -1,7 +1,11 @@
-"""Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`."""
+"""Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--for LOADER]`.
+
+With --for it is written in the form that the loader reads rightly, and only if it computes what was trained.
+"""
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from jlora.adapter_config import peft_config
 from jlora.checkpoint import Checkpoints, read_record
 from jlora.config import ALL_LINEAR, TARGETS, Config, read_pattern
 from jlora.errors import UserError, run_program
+from jlora.loaders import LOADERS, form_for
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
@@ -20,16 +25,24 @@ from jlora.sites import LoraConfig
 from jlora.verify import verify
 
 
-def export_run(run: Path, step: int, target: Path) -> None:
-    """Writes a checkpoint of a run as a PEFT directory."""
+def export_run(run: Path, step: int, target: Path, loader: str = "", max_rank: int = 0) -> None:
+    """Writes a checkpoint of a run as a PEFT directory; for a `loader` of LOADERS, in its form and certified."""
     record = read_record(run, "--run")
-    adapter, spec = load_adapter(run, step)
+    trained = adapter, spec = load_adapter(run, step)
+    if loader:
+        adapter, spec = form_for(loader, adapter, spec, max_rank)
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
     tied = read_config(Path(record["base"]["directory"])).tie_word_embeddings
     notes = {STEP: str(step), BASE: base_hash(Path(record["base"]["directory"]))}
     config = peft_config(spec, base, settings["revision"] or None, tied=tied)
-    write_adapter(adapter, spec, config, _card(settings, step, base), target, notes)
+
+    def certify(made: Path) -> str:
+        parity = verify(record, *trained, made)
+        print(parity.sentence)
+        return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
+
+    write_adapter(adapter, spec, config, _card(spec, step, base), target, notes, certify if loader else None)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -104,13 +117,14 @@ def find_step(run: Path, wanted: str) -> int:
     return step
 
 
-def _card(settings: dict[str, Any], step: int, base: str) -> str:
+def _card(spec: LoraConfig, step: int, base: str) -> str:
+    form = "An IA3 adapter" if spec.peft_type == "IA3" else f"A LoRA adapter of rank {spec.rank}, alpha {spec.alpha:g}"
     return f"""---
 library_name: peft
-base_model: {settings["base_model"]}
+base_model: {base}
 ---
-A LoRA adapter trained by jlora: rank {settings["lora_rank"]}, alpha {settings["lora_alpha"]:g}, on
-{", ".join(settings["target_modules"])}; step {step}.
+{form}, trained by jlora, on
+{", ".join(spec.target_modules)}; step {step}.
 
 ```python
 from peft import PeftModel
@@ -129,18 +143,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", default="best", help="a step, best (default) or latest")
     parser.add_argument("--output", type=Path, help="where to; by default RUN/adapter for best, RUN/adapter-STEP else")
     parser.add_argument("--verify", action="store_true", help="load it with PEFT and compare logits and answers")
+    parser.add_argument("--for", dest="loader", choices=LOADERS, default="", help="what will read it; verified too")
+    parser.add_argument("--max_lora_rank", type=int, default=0, help="what vLLM is started with; by default 16")
     arguments = parser.parse_args(argv)
-    run = arguments.run
+    run, loader = arguments.run, arguments.loader
     step = find_step(run, arguments.step)
-    target = arguments.output or run / ("adapter" if arguments.step == "best" else f"adapter-{step}")
+    named = "adapter" if loader in ("", "peft") else f"adapter-{loader}"
+    target = arguments.output or run / (named if arguments.step == "best" else f"{named}-{step}")
     if target.exists() and arguments.verify:
         print(f"{target} exists: verifying it against the checkpoint of step {step}")
     else:
-        export_run(run, step, target)
+        export_run(run, step, target, loader, arguments.max_lora_rank)
         print(f"adapter of step {step}: {target}")
     if arguments.verify:
-        adapter, spec = load_adapter(run, step)
-        print(verify(read_record(run, "--run"), adapter, spec, target))
+        print(verify(read_record(run, "--run"), *load_adapter(run, step), target).sentence)
 
 
 if __name__ == "__main__":

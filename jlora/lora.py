@@ -148,6 +148,25 @@ def difference(leaves: Leaves, rank: int | None = None) -> tuple[Any, Any]:
     return jnp.concatenate([a, frozen_a]), jnp.concatenate([b, -frozen_b], axis=1)
 
 
+def portable(adapter: Adapter, spec: LoraConfig) -> tuple[Adapter, LoraConfig]:
+    """The same LoRA with one rank and scale 1: each scale folded into its B, ranks padded, absent layers zero."""
+    made: Adapter = {}
+    pairs = {path: jax.vmap(lambda leaves: difference(leaves))(leaves) for path, leaves in modules(adapter)}
+    rank = max(a.shape[1] for a, _ in pairs.values())
+    for path, (a, b) in pairs.items():
+        site = spec.site(".".join(path[1:]), len(a))
+        *parents, name = path
+        node = made
+        for key in parents:
+            node = node.setdefault(key, {})
+        missing = rank - a.shape[1]
+        node[name] = {
+            "lora_A": jnp.pad(a, [(0, 0), (0, missing), (0, 0)]),
+            "lora_B": jnp.pad(b * jnp.array(site.scales, b.dtype)[:, None, None], [(0, 0), (0, 0), (0, missing)]),
+        }
+    return made, LoraConfig(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
+
+
 def dora_factor(weight: Float[Array, "o i"], leaves: Leaves, scale: float | Float[Array, ""]) -> Float[Array, " o"]:
     """magnitude / ||W + scale * B A|| by output, float32; the norm is no path for gradients (section 4.3).
 

@@ -1,7 +1,7 @@
 """PEFT's directory: an adapter -> adapter_model.safetensors under PEFT's names, float32 and contiguous; and back."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jlora.sites import LoraConfig
 from jlora.whole import new_directory
 
 PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PARITY = "adapter_model.safetensors", "parity.json"
 # A leaf's name here -> the end of its tensor's name there; PiSSA's frozen pair goes into A and B.
 PARTS = {
     "lora_A": ".lora_A.weight",
@@ -81,6 +81,7 @@ def write_adapter(
     card: str,
     target: Path,
     notes: dict[str, str] | None = None,
+    check: Callable[[Path], str] | None = None,
 ) -> None:
     """Writes the PEFT directory, whole or not at all.
 
@@ -88,6 +89,8 @@ def write_adapter(
       config: its adapter_config.json.
       card: its README.md.
       notes: what goes into the weights' metadata (see provenance.py).
+      check: looks at the directory before it gets its name; what it returns is kept as parity.json, what it raises
+        leaves nothing behind.
 
     Raises:
       UserError: `target` exists, or cannot be written.
@@ -100,6 +103,8 @@ def write_adapter(
             (made / WEIGHTS).write_bytes(save(named, metadata={"format": "pt", **(notes or {})}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
+            if check:
+                (made / PARITY).write_text(check(made), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the adapter could not be written to {target}: {error}") from None
 

@@ -41,6 +41,13 @@ class LoraConfig:
         """Whether training draws random numbers: dropout, or noise."""
         return self.dropout > 0 or self.neftune_noise_alpha > 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether r and lora_alpha alone say it all, for every layer and by module names' last parts."""
+        varied = self.rank_pattern or self.alpha_pattern or self.layers_to_transform
+        special = self.use_rslora or self.use_dora or self.pissa or self.modules_to_save or self.peft_type != "LORA"
+        return not (varied or special or any("." in target for target in self.target_modules))
+
     def site(self, module: str, layers: int) -> Site:
         """The ranks and scales of one projection, named as "self_attn.q_proj", in a model of so many layers."""
         ranks, scales = [], []

@@ -1,7 +1,9 @@
 """The adapter on disk: what PEFT reads is what was trained, and a broken one is caught."""
 
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora import adapter_config, export, generate, peft_format, verify
+from jlora import adapter_config, export, generate, lora, peft_format, verify
 from jlora.checkpoint import read_record
 from jlora.errors import UserError
 from jlora.model import hf
@@ -62,8 +64,12 @@ def test_the_command_exports_and_verifies_with_peft(run, tmp_path):
             {k: v * 1.1 if "q_proj.lora_B" in k else v for k, v in tensors.items()},
             config,
         ),
+        lambda tensors, config: (
+            {k: np.ascontiguousarray(v.T).reshape(v.shape) if "lora_A" in k else v for k, v in tensors.items()},
+            config,
+        ),
     ],
-    ids=["prefix", "alpha", "rslora", "missing-layer", "narrow-targets", "scaled"],
+    ids=["prefix", "alpha", "rslora", "missing-layer", "narrow-targets", "scaled", "transposed"],
 )
 def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypatch):
     monkeypatch.setattr(verify, "PROMPTS", 4)
@@ -76,6 +82,33 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
     (broken / adapter_config.CONFIG).write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"not the trained one|PEFT warns"):
         verify.verify(read_record(run, "--run"), *export.load_adapter(run, 12), broken)
+
+
+def test_an_export_for_a_server_is_certified_or_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "PROMPTS", 4)
+    monkeypatch.setattr(verify, "NEW_TOKENS", 2)
+    other = shutil.copytree(run, tmp_path / "run")  # the same arrays, of a run with other scales
+    record = json.loads((other / "config.json").read_text())
+    record["config"] |= {"use_rslora": True, "alpha_pattern": ["v_proj=3", "layers.1.mlp.down_proj=20"]}
+    (other / "config.json").write_text(json.dumps(record))
+    export.main(["--run", str(other), "--for", "vllm"])
+    config = adapter_config.read_config_file(other / "adapter-vllm")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4.0, False)
+    assert not config["alpha_pattern"] and not config["rank_pattern"]
+    parity = json.loads((other / "adapter-vllm" / peft_format.PARITY).read_text())
+    assert parity["largest_logit_difference"] < 1e-3 and parity["equal_greedy_answers"] == len(parity["prompts"]) == 4
+    assert not parity["weaker"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    export.main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
+    parity = json.loads((tmp_path / "alone" / peft_format.PARITY).read_text())
+    assert parity["weaker"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
+    assert adapter_config.read_config_file(tmp_path / "alone")["use_rslora"]
+    scaling = lora.portable
+    monkeypatch.setattr(lora, "portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0)))
+    with pytest.raises(SystemExit, match="not the trained one"):
+        export.main(["--run", str(other), "--for", "sglang"])
+    assert not (other / "adapter-sglang").exists()
+    assert not list(other.glob(".unfinished*"))
 
 
 def test_what_is_written_is_read_back_equal(run):

@@ -19,7 +19,9 @@ from jlora import lora, optim, sharding
 from jlora.adapter_config import peft_config, read_spec
 from jlora.config import TARGETS, Config
 from jlora.data.batches import Batch
+from jlora.errors import UserError
 from jlora.export import settings_of, spec_of
+from jlora.loaders import form_for
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import Projection
@@ -273,6 +275,54 @@ def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models
         for part, leaf in leaves.items()
         if not part.startswith("pissa")
     )
+
+
+def test_the_portable_form_computes_the_same(models, tmp_path):
+    spec = LoraConfig(
+        4,
+        8.0,
+        0.0,
+        ("q_proj", "v_proj", "model.layers.1.mlp.down_proj"),
+        use_rslora=True,
+        rank_pattern=(("layers.0.self_attn.q_proj", 2), ("v_proj", 6)),
+        alpha_pattern=(("layers.2.self_attn.v_proj", 3.0),),
+        layers_to_transform=(0, 2),
+    )
+    ours = Ours(models[True], spec)
+    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for path, leaves in lora.modules(adapter):
+        within = jnp.any(leaves["lora_A"] != 0, axis=2)[:, None]
+        leaves["lora_B"] = jnp.where(
+            within, 0.05 * jax.random.normal(jax.random.key(len(path)), leaves["lora_B"].shape), 0
+        )
+    plain, form = lora.portable(adapter, spec)
+    assert form == LoraConfig(6, 6.0, 0.0, form.target_modules)
+    assert set(form.target_modules) == {"q_proj", "v_proj", "down_proj"} and form.is_plain and not spec.is_plain
+    other = Ours(models[True], form)
+    want = ours.logits(adapter, TOKENS[0])
+    assert np.abs(other.logits(plain, TOKENS[0]) - want).max() < 1e-6 * np.abs(want).max()
+    other.write(plain, tmp_path / "portable")
+    loaded = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "portable")
+    assert np.abs(torch_logits(loaded, TOKENS[0]) - want).max() < 1e-4
+    nothing = ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])
+    assert np.abs(nothing - want).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_rank", "message"),
+    [
+        ({"use_dora": True}, 0, r"vLLM does not read DoRA \(use_dora\): merge it into the base"),
+        ({"modules_to_save": ("lm_head",)}, 0, "vLLM does not read modules_to_save=lm_head: merge"),
+        ({"peft_type": "IA3"}, 0, "vLLM does not read IA3: merge"),
+        ({"rank": 17}, 0, "rank 17, and vLLM is started for ranks up to 16. Start it with --max-lora-rank 32"),
+        ({"rank": 600}, 512, "rank 600 is above vLLM's limit of 512: merge"),
+    ],
+)
+def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_rank, message):
+    spec = LoraConfig(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj",), **changes})
+    with pytest.raises(UserError, match=message):
+        form_for("vllm", {}, spec, max_rank)
+    assert form_for("peft", {}, spec, 0) == ({}, spec)
 
 
 def test_doras_dropout_is_pefts():
