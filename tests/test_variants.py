@@ -1,6 +1,8 @@
 """Every kind of adapter against PEFT's own: its curve, its files, its logits, both ways; on tiny random models."""
 
 import dataclasses
+import json
+import shutil
 import warnings
 
 import jax
@@ -10,17 +12,17 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from conftest import make_model, short_run
 from flax import nnx
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.numpy import load_file
 
-from jlora import lora, optim, sharding
+from jlora import generate, lora, optim, sharding, train
 from jlora.adapter_config import peft_config, read_spec
-from jlora.config import TARGETS, Config
+from jlora.config import TARGETS, Config, load_config
 from jlora.data.batches import Batch
 from jlora.errors import UserError
-from jlora.export import settings_of, spec_of
+from jlora.export import load_adapter, settings_of, spec_of
 from jlora.loaders import form_for
 from jlora.model import hf
 from jlora.model.families import read_config
@@ -323,6 +325,49 @@ def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_r
     with pytest.raises(UserError, match=message):
         form_for("vllm", {}, spec, max_rank)
     assert form_for("peft", {}, spec, 0) == ({}, spec)
+
+
+def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, pairs, capsys, monkeypatch):
+    monkeypatch.setattr(train, "find_devices", lambda config: jax.devices()[:1])
+    (tmp_path / "few.txt").write_text("\n\n".join((pairs / "train.txt").read_text().split("\n\n")[:4]))
+    settings = short_run(
+        tiny,
+        tmp_path / "few.txt",
+        tmp_path / "whole",
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-3,
+        lora_dropout=0.1,
+        use_dora=True,
+        use_rslora=True,
+        init_lora_weights="pissa",
+        target_modules=["q_proj", "up_proj"],
+        layers_to_transform=[0, 2],
+        rank_pattern={"layers.2.mlp.up_proj": 2},
+        modules_to_save=["embed_tokens"],
+        loraplus_lr_ratio=4,
+        neftune_noise_alpha=5,
+    )
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+
+    def run(*overrides):
+        train.train(load_config(str(tmp_path / "run.yaml"), list(overrides)), "")
+
+    run()
+    shutil.copytree(tmp_path / "whole", tmp_path / "halved")
+    shutil.rmtree(tmp_path / "halved/checkpoints/4")
+    shutil.rmtree(tmp_path / "halved/adapter")
+    run(f"--config.output_dir={tmp_path / 'halved'}", "--config.resume_from_checkpoint=auto")
+    assert "from step 2, exactly" in capsys.readouterr().out
+    one, other = (load_file(tmp_path / place / "adapter" / WEIGHTS) for place in ("whole", "halved"))
+    assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+    generator, adapter = generate.load(str(tiny), tmp_path / "whole/adapter")
+    trained, spec = load_adapter(tmp_path / "whole", 4)
+    graphdef, _, _ = hf.abstract(read_config(tiny), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    same = generate.Generator(tiny, generator.tokenizer, graphdef, generator._base, jnp.float32)
+    assert list(generator.tokens(adapter, [1, 2, 3], 8)) == list(same.tokens(trained, [1, 2, 3], 8))
+    bare = generate.load(str(tiny), None)[0]
+    assert list(same.tokens(same.neutral(trained), [1, 2, 3], 8)) == list(bare.tokens({}, [1, 2, 3], 8))
 
 
 def test_doras_dropout_is_pefts():
