@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jlora.errors import UserError
 from jlora.sites import LoraConfig
 
 Adapter = dict[str, Any]  # nested: {"layers": {"self_attn": {"q_proj": {"lora_A": [L, r, in], "lora_B": [L, out, r]}}}}
@@ -92,8 +93,10 @@ def complete(spec: LoraConfig, adapter: Adapter, base: Any) -> Adapter:
         if "pissa_A" in leaves:
             site = spec.site(".".join(path[1:]), len(leaves["lora_A"]))
             ranks, scales = jnp.array(site.ranks), jnp.array(site.scales, jnp.float32)
-            size = leaves["pissa_A"].shape[1]
-            leaves["pissa_A"], leaves["pissa_B"] = _principal(_weight(base, path), ranks, scales, size)
+            weight, size = _weight(base, path), leaves["pissa_A"].shape[1]
+            if size > (most := min(weight.shape[1:])):
+                raise UserError(f"init_lora_weights=pissa: {path[-1]} has {most} components, so no rank of {size}")
+            leaves["pissa_A"], leaves["pissa_B"] = _principal(weight, ranks, scales, size)
     return made
 
 

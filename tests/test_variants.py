@@ -370,6 +370,13 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     assert list(same.tokens(same.neutral(trained), [1, 2, 3], 8)) == list(bare.tokens({}, [1, 2, 3], 8))
 
 
+def test_pissa_of_more_ranks_than_components_is_refused(models):
+    spec = LoraConfig(65, 8.0, 0.0, ("k_proj",), pissa=True)
+    ours = Ours(models[True], spec)
+    with pytest.raises(UserError, match="k_proj has 64 components, so no rank of 65"):
+        lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+
+
 def test_doras_dropout_is_pefts():
     spec = LoraConfig(4, 8.0, 0.5, ("q_proj",), use_dora=True)
     ours = Projection("self_attn.q_proj", 16, 24, spec, jnp.float32, bias=True, layers=1)
