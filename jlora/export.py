@@ -22,6 +22,7 @@ from jlora.model.families import read_config
 from jlora.peft_format import write_adapter
 from jlora.provenance import BASE, STEP, base_hash
 from jlora.sites import LoraConfig
+from jlora.to_gguf import write_gguf
 from jlora.verify import verify
 
 
@@ -31,6 +32,9 @@ def export_run(run: Path, step: int, target: Path, loader: str = "", max_rank: i
     trained = adapter, spec = load_adapter(run, step)
     if loader:
         adapter, spec = form_for(loader, adapter, spec, max_rank)
+    if loader == "llama.cpp":
+        print(write_gguf(trained, (adapter, spec), Path(record["base"]["directory"]), target))
+        return
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
     tied = read_config(Path(record["base"]["directory"])).tie_word_embeddings

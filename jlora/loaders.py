@@ -1,7 +1,8 @@
 """What PEFT and the servers read of an adapter, and the form that each reads rightly.
 
 By reading their sources: vLLM and LoRAX take one rank and one scale for all modules, older SGLang knows no rsLoRA,
-LoRAX drops a module type that one layer lacks; none of the three takes DoRA, IA3 or trained tables.
+LoRAX drops a module type that one layer lacks, llama.cpp ignores rsLoRA and alpha patterns; none of the four takes
+DoRA, IA3 or trained tables.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ LOADERS = {
     "vllm": Loader("vLLM", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
     "sglang": Loader("SGLang", plain=True),
     "lorax": Loader("LoRAX", plain=True),
+    "llama.cpp": Loader("llama.cpp", plain=True),
 }
 MERGE = "merge it into the base instead: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload() in PEFT"
 

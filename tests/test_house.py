@@ -18,7 +18,7 @@ ROOMS = [
     ["jlora.adapter_config", "jlora.provenance"],
     ["jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
     ["jlora.step"],
-    ["jlora.checkpoint", "jlora.peft_format", "jlora.loaders"],
+    ["jlora.checkpoint", "jlora.peft_format", "jlora.loaders", "jlora.to_gguf"],
     ["jlora.metrics", "jlora.resume", "jlora.generate"],
     ["jlora.verify", "jlora.loop"],
     ["jlora.export"],

@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ import transformers
 from conftest import make_model, short_run
 from flax import nnx
 from peft.optimizers import create_loraplus_optimizer
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jlora import generate, lora, optim, sharding, train
@@ -23,6 +25,7 @@ from jlora.config import TARGETS, Config, load_config
 from jlora.data.batches import Batch
 from jlora.errors import UserError
 from jlora.export import load_adapter, settings_of, spec_of
+from jlora.from_gguf import _half_rotation as half_rotation
 from jlora.loaders import form_for
 from jlora.model import hf
 from jlora.model.families import read_config
@@ -30,6 +33,7 @@ from jlora.model.llama import Projection
 from jlora.peft_format import WEIGHTS, read_adapter, write_adapter
 from jlora.sites import LoraConfig
 from jlora.step import TrainState, make_train_step
+from jlora.to_gguf import FILE, check_gguf, side_by_side, write_gguf
 
 STEPS, ROWS, LENGTH, V = 20, 2, 24, 256
 TOKENS = np.random.RandomState(1).randint(0, V, (4, ROWS, LENGTH)).astype(np.int32)[np.arange(STEPS + 1) % 4]
@@ -308,6 +312,38 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
     assert np.abs(torch_logits(loaded, TOKENS[0]) - want).max() < 1e-4
     nothing = ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
+
+
+def test_a_gguf_adapter_changes_every_weight_as_trained(models, tmp_path, smollm):
+    spec = LoraConfig(
+        4, 8.0, 0.0, TARGETS, use_rslora=True, rank_pattern=(("q_proj", 2),), layers_to_transform=(0, 2), pissa=True
+    )
+    ours = Ours(models[True], spec)
+    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for _, leaves in lora.modules(adapter):
+        leaves["lora_B"] = 1.5 * leaves["lora_B"]
+    form = form_for("llama.cpp", adapter, spec, 0)
+    sentence = write_gguf((adapter, spec), form, models[True], tmp_path / "made")
+    assert "each of 21 weights" in sentence
+    reader = gguf.GGUFReader(tmp_path / "made" / FILE)
+    fields = {name: reader.fields[name].contents() for name in ("general.type", "adapter.type", "general.architecture")}
+    assert list(fields.values()) == ["adapter", "lora", "llama"]
+    assert reader.fields["adapter.lora.alpha"].contents() == 8.0
+    shapes = {tensor.name: tensor.data.shape for tensor in reader.tensors}
+    assert shapes["blk.2.ffn_down.weight.lora_a"] == (8, 96) and shapes["blk.2.attn_k.weight.lora_b"] == (64, 8)
+    heads = {"q_proj": 2, "k_proj": 1}
+    for wrong, file_heads in ((dataclasses.replace(spec, alpha=9.0), heads), (spec, {})):  # scale, order of rows
+        with pytest.raises(SystemExit, match="is not the trained one: blk"):
+            check_gguf(tmp_path / "made" / FILE, (adapter, wrong), file_heads)
+    with pytest.raises(UserError, match="exists, and jlora never overwrites"):
+        write_gguf((adapter, spec), form, models[True], tmp_path / "made")
+
+
+def test_rows_are_in_the_order_of_a_real_gguf_file(smollm):
+    with safe_open(smollm / "model.safetensors", framework="numpy") as file:
+        weight = file.get_tensor("model.layers.3.self_attn.k_proj.weight")
+    assert np.array_equal(half_rotation(side_by_side(weight, 3), 3), weight)  # half_rotation read the real file
+    assert not np.array_equal(side_by_side(weight, 3), weight)
 
 
 @pytest.mark.parametrize(
