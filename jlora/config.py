@@ -20,9 +20,11 @@ from ml_collections import ConfigDict
 from jlora.data.conversation import PARTS, ROLES, is_whole
 from jlora.data.encoding import is_encoding
 from jlora.errors import UserError
+from jlora.sites import TABLES
 from jlora.sources import is_hub_id
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = ("all-linear",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,17 @@ class Config:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or "all-linear"; "3.mlp.up_proj" is that of one layer
+    peft_type: str = "LORA"  # "IA3" trains one factor a channel instead: of the lora_ keys none counts then
+    feedforward_modules: tuple[str, ...] = ("down_proj",)  # where targets: IA3 scales their input, not their output
+    use_rslora: bool = False  # lora_alpha / sqrt(lora_rank): high ranks keep learning
+    use_dora: bool = False  # magnitude and direction apart: a little better at low rank, half as fast
+    init_lora_weights: str = "true"  # A drawn and B zero; "pissa": the base's principal components, learns faster
+    rank_pattern: tuple[str, ...] = ()  # other ranks: "PATTERN=RANK", the first that matches; YAML: a mapping
+    alpha_pattern: tuple[str, ...] = ()  # the same for lora_alpha
+    layers_to_transform: tuple[str, ...] = ()  # layers that get an adapter, from 0; () is all
+    modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained whole, for new words; large
+    init_adapter: str = ""  # a PEFT directory to start from; its own form then replaces the keys above
 
     # Optimization: AdamW, as Hugging Face's trainer has it.
     batch_size: int = 4  # examples in one forward pass, over all devices
@@ -68,6 +80,8 @@ class Config:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # global norm of the adapter's gradient; 0 turns clipping off
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+); 1: one rate for all
+    neftune_noise_alpha: float = 0.0  # noise on embeddings in training; 5 is usual, 0 is none
     seed: int = 0  # initial A, order of examples, dropout, split
 
     # Evaluation and saving, in optimizer steps.
@@ -100,13 +114,21 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "param_dtype": ("auto", "float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "remat": ("none", "full"),
+    "peft_type": ("LORA", "IA3"),
+    "init_lora_weights": ("true", "pissa"),
 }
 POSITIVE = (
     "max_seq_length lora_rank lora_alpha batch_size gradient_accumulation_steps epochs learning_rate adam_epsilon "
-    "logging_steps save_steps"
+    "logging_steps save_steps loraplus_lr_ratio"
 ).split()
-NOT_NEGATIVE = "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed".split()
+NOT_NEGATIVE = (
+    "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed neftune_noise_alpha"
+).split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
+LORA_ONLY = (
+    "lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern layers_to_transform modules_to_save "
+    "loraplus_lr_ratio"
+).split()
 
 
 def default_config() -> ConfigDict:
@@ -126,7 +148,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
     _override(config, overrides)
     values = config.to_dict()
-    values["target_modules"] = tuple(values["target_modules"])
+    values = {k: tuple(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
     kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
     problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
     if not problems:
@@ -173,13 +195,7 @@ def validate(config: Config) -> list[str]:
         problems.append("output_dir='': expected a directory for the run")
     if config.eval_data_dir and config.eval_share:
         problems.append("eval_data_dir and eval_share are both set: keep one of them")
-    if not config.target_modules:
-        problems.append(f"target_modules=(): expected one or more of {', '.join(TARGETS)}")
-    problems += [
-        f"target_modules has {name!r}: did you mean {propose(name, TARGETS)}?"
-        for name in config.target_modules
-        if name not in TARGETS
-    ]
+    problems += _adapter_problems(config)
     if config.revision and not is_hub_id(config.base_model):
         problems.append(f"revision={config.revision!r} is for a hub id, and base_model={config.base_model!r} is none")
     if config.fp16 and config.compute_dtype == "float32":
@@ -187,6 +203,52 @@ def validate(config: Config) -> list[str]:
     if config.early_stopping_patience and not (config.eval_data_dir or config.eval_share):
         problems.append("early_stopping_patience needs held-out pairs: set eval_data_dir or eval_share")
     return problems
+
+
+def _adapter_problems(config: Config) -> list[str]:
+    """Mistakes in the keys that form the adapter."""
+    problems = []
+    if not config.target_modules:
+        problems.append(f"target_modules=(): expected one or more of {', '.join(TARGETS)}, or all-linear")
+    known = {"target_modules": TARGETS, "feedforward_modules": TARGETS, "modules_to_save": TABLES}
+    problems += [
+        f"{key} has {name!r}: did you mean {propose(name, names)}?"
+        for key, names in known.items()
+        for name in getattr(config, key)
+        if name.split(".")[-1] not in names and not (key == "target_modules" and config.target_modules == ALL_LINEAR)
+    ]
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        for entry in getattr(config, key):
+            try:
+                pattern, value = read_pattern(entry, kind)
+                re.compile(pattern)
+                if not 0 < value < math.inf:
+                    raise ValueError
+            except (ValueError, re.error):
+                problems.append(f"{key} has {entry!r}: expected PATTERN={'RANK' if kind is int else 'ALPHA'}")
+    problems += [
+        f"layers_to_transform has {layer!r}: expected numbers of layers, from 0"
+        for layer in config.layers_to_transform
+        if not layer.isdecimal()
+    ]
+    defaults = Config()
+    if config.peft_type == "IA3":
+        problems += [
+            f"{key}={getattr(config, key)!r} says nothing of IA3: leave it out"
+            for key in LORA_ONLY
+            if getattr(config, key) != getattr(defaults, key)
+        ]
+    if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):
+        problems.append("init_adapter and resume_from_checkpoint both say what to start from: keep one of them")
+    return problems
+
+
+def read_pattern(entry: str, kind: type) -> tuple[str, Any]:
+    """An entry of `rank_pattern` or `alpha_pattern`, "PATTERN=NUMBER", in two."""
+    pattern, _, value = entry.rpartition("=")
+    if not pattern:
+        raise ValueError(entry)
+    return pattern, kind(value)
 
 
 def propose(name: str, known: tuple[str, ...] | list[str]) -> str:
@@ -204,6 +266,8 @@ def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
     if key not in config:
         raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
     kind = type(config[key])
+    if key == "init_lora_weights" and value is True:
+        value = "true"
     if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         value = "auto" if str(value).lower() == "true" else ""
     try:
@@ -221,8 +285,12 @@ def _as(kind: type, value: Any) -> Any:
         return ""
     if kind is ConfigDict and isinstance(value, dict):
         return {str(name): inner if inner is None else str(inner) for name, inner in value.items()}
+    if kind is tuple and isinstance(value, dict):
+        return tuple(f"{pattern}={number}" for pattern, number in value.items())
+    if kind is tuple and isinstance(value, int):
+        return (str(value),)
     if kind is tuple:
-        parts = re.findall(r"[\w-]+", value) if isinstance(value, str) else value
+        parts = re.findall(r"[^\s,()\[\]'\"]+", value) if isinstance(value, str) else value
         return tuple(str(part) for part in parts)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError

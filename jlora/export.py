@@ -1,35 +1,58 @@
-"""Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`;
-or base and adapter as one model: `--merged`.
+"""Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--for LOADER]`.
+
+With --for it is written in the form that the loader reads rightly, and only if it computes what was trained. With
+--merged, base and adapter are written as one model.
 """
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from jlora import sources
+from jlora.adapter_config import peft_config, read_config_file, read_spec
 from jlora.checkpoint import Checkpoints, read_record
+from jlora.config import ALL_LINEAR, TARGETS, read_pattern
 from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
+from jlora.loaders import LOADERS, form_for
 from jlora.lora import Adapter
 from jlora.merged import write_merged
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig
-from jlora.peft_format import TEMPLATE, peft_config, read_adapter, refuse_other_base, write_adapter
+from jlora.peft_format import TEMPLATE, WEIGHTS, read_adapter, write_adapter
+from jlora.provenance import BASE, STEP, base_hash, check_base
+from jlora.sites import LoraConfig
+from jlora.to_gguf import write_gguf
 from jlora.verify import verify
 
 
-def export_run(run: Path, step: int, target: Path) -> None:
-    """Writes a checkpoint of a run as a PEFT directory."""
+def export_run(run: Path, step: int, target: Path, loader: str = "", max_rank: int = 0) -> None:
+    """Writes a checkpoint of a run as a PEFT directory; for a `loader` of LOADERS, in its form and certified."""
     record = read_record(run, "--run")
-    adapter, spec = load_adapter(run, step)
+    trained = adapter, spec = load_adapter(run, step)
+    if loader:
+        adapter, spec = form_for(loader, adapter, spec, max_rank)
+    if loader == "llama.cpp":
+        print(write_gguf(trained, (adapter, spec), Path(record["base"]["directory"]), target))
+        return
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
-    config = peft_config(spec, base, record["base"]["commit"] or None)
+    tied = read_config(Path(record["base"]["directory"])).tie_word_embeddings
+    notes = {STEP: str(step), BASE: base_hash(Path(record["base"]["directory"]))}
+    config = peft_config(spec, base, record["base"]["commit"] or None, tied=tied)
     template = find_template(settings["chat_template"]) if settings["chat_template"] else ""
-    write_adapter(adapter, config, _card(settings, step, base), target, step, template)
+
+    def certify(made: Path) -> str:
+        parity = verify(record, *trained, made)
+        print(parity.sentence)
+        return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
+
+    card = _card(spec, step, base, own_template=bool(template))
+    write_adapter(adapter, spec, config, card, target, notes, certify if loader else None, template)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -46,9 +69,46 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
 
 def spec_of(settings: dict[str, Any]) -> LoraConfig:
     """The adapter that the `config` of a run's config.json describes."""
+    s = settings
+    targets = TARGETS if tuple(s["target_modules"]) == ALL_LINEAR else tuple(s["target_modules"])
+    noise = s["neftune_noise_alpha"]
+    if s["peft_type"] == "IA3":
+        leaves = {target.split(".")[-1] for target in targets}
+        forward = tuple(target for target in s["feedforward_modules"] if target in leaves)
+        return LoraConfig(1, 1.0, 0.0, targets, peft_type="IA3", feedforward_modules=forward, neftune_noise_alpha=noise)
     return LoraConfig(
-        settings["lora_rank"], settings["lora_alpha"], settings["lora_dropout"], tuple(settings["target_modules"])
+        s["lora_rank"],
+        s["lora_alpha"],
+        s["lora_dropout"],
+        targets,
+        use_rslora=s["use_rslora"],
+        use_dora=s["use_dora"],
+        pissa=s["init_lora_weights"] == "pissa",
+        rank_pattern=tuple(read_pattern(entry, int) for entry in s["rank_pattern"]),
+        alpha_pattern=tuple(read_pattern(entry, float) for entry in s["alpha_pattern"]),
+        layers_to_transform=tuple(map(int, s["layers_to_transform"])),
+        modules_to_save=tuple(s["modules_to_save"]),
+        neftune_noise_alpha=noise,
     )
+
+
+def settings_of(spec: LoraConfig) -> dict[str, Any]:
+    """The other way: the keys of a config that `spec_of` reads as this adapter."""
+    return {
+        "lora_rank": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": spec.target_modules,
+        "peft_type": spec.peft_type,
+        "feedforward_modules": spec.feedforward_modules,
+        "use_rslora": spec.use_rslora,
+        "use_dora": spec.use_dora,
+        "init_lora_weights": "pissa" if spec.pissa else "true",
+        "rank_pattern": tuple(f"{pattern}={rank}" for pattern, rank in spec.rank_pattern),
+        "alpha_pattern": tuple(f"{pattern}={alpha!r}" for pattern, alpha in spec.alpha_pattern),
+        "layers_to_transform": tuple(map(str, spec.layers_to_transform)),
+        "modules_to_save": spec.modules_to_save,
+    }
 
 
 def find_step(run: Path, wanted: str) -> int:
@@ -67,13 +127,14 @@ def find_step(run: Path, wanted: str) -> int:
     return step
 
 
-def _card(settings: dict[str, Any], step: int, base: str) -> str:
+def _card(spec: LoraConfig, step: int, base: str, *, own_template: bool) -> str:
+    form = "An IA3 adapter" if spec.peft_type == "IA3" else f"A LoRA adapter of rank {spec.rank}, alpha {spec.alpha:g}"
     return f"""---
 library_name: peft
-base_model: {settings["base_model"]}
+base_model: {base}
 ---
-A LoRA adapter trained by jlora: rank {settings["lora_rank"]}, alpha {settings["lora_alpha"]:g}, on
-{", ".join(settings["target_modules"])}; step {step}.
+{form}, trained by jlora, on
+{", ".join(spec.target_modules)}; step {step}.
 
 ```python
 from peft import PeftModel
@@ -82,30 +143,33 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
-{"It speaks the chat template in chat_template.jinja, not the base's own." if settings["chat_template"] else ""}
+{"It speaks the chat template in chat_template.jinja, not the base's own." if own_template else ""}
 """
 
 
-def export_merged(run: Path | None, step: int, base: str, adapter: Path | None, output: Path) -> None:
-    """Writes base and adapter as one model: those of a run's checkpoint, or a base with or without a PEFT directory."""
-    if run:
-        record = read_record(run, "--run")
-        directory, named = Path(record["base"]["directory"]), record["config"]["chat_template"]
-        weights, spec = load_adapter(run, step)
-        write_merged(directory, weights, spec, output, find_template(named) if named else "")
-        return
-    weights, spec, template = {}, LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=()), ""
-    revision = ""
-    if adapter:
-        weights, spec, named_in = read_adapter(adapter)
-        template = find_template(str(adapter / TEMPLATE)) if (adapter / TEMPLATE).is_file() else ""
-        if not base:
-            base, revision = named_in["base_model_name_or_path"], named_in.get("revision") or ""
+def merge_run(run: Path, step: int, target: Path) -> None:
+    """Writes the base of a run and the adapter of one of its checkpoints as one model."""
+    record = read_record(run, "--run")
+    named = record["config"]["chat_template"]
+    adapter, spec = load_adapter(run, step)
+    write_merged(Path(record["base"]["directory"]), adapter, spec, target, find_template(named) if named else "")
+
+
+def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
+    """Writes a base, with a PEFT directory merged into it where one is given, as one model."""
+    revision, template, spec = "", "", LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    if adapter and not base:
+        named = read_config_file(adapter)
+        base, revision = named["base_model_name_or_path"], named.get("revision") or ""
     directory = sources.resolve(base, revision)
-    _, shapes, _ = hf.abstract(read_config(directory), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    config, weights = read_config(directory), {}
     if adapter:
-        refuse_other_base(weights, shapes, adapter, base)
-    write_merged(directory, weights, spec, output, template)
+        check_base(adapter / WEIGHTS, directory)
+        spec = read_spec(adapter, config.num_hidden_layers)
+        _, shapes, _ = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings)
+        template = find_template(str(adapter / TEMPLATE)) if (adapter / TEMPLATE).is_file() else ""
+    write_merged(directory, weights, spec, target, template)
 
 
 def main(argv: list[str]) -> None:
@@ -115,34 +179,39 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", default="best", help="a step, best (default) or latest")
     parser.add_argument("--output", type=Path, help="where to; by default RUN/adapter for best, RUN/adapter-STEP else")
     parser.add_argument("--verify", action="store_true", help="load it with PEFT and compare logits and answers")
+    parser.add_argument("--for", dest="loader", choices=LOADERS, default="", help="what will read it; verified too")
+    parser.add_argument("--max_lora_rank", type=int, default=0, help="what vLLM is started with; by default 16")
     parser.add_argument("--merged", action="store_true", help="write base and adapter as one model, to RUN/merged")
     parser.add_argument("--adapter", type=Path, help="with --merged, a PEFT directory instead of a run")
     parser.add_argument("--base", default="", help="with --merged, a base instead of the adapter's own, or alone")
     arguments = parser.parse_args(argv)
-    run, merged = arguments.run, arguments.merged
-    if not merged and not run:
+    run, loader, merged = arguments.run, arguments.loader, arguments.merged
+    if not (run or merged):
         parser.error("--run is missing")
-    if merged and not run and not (arguments.output and (arguments.base or arguments.adapter)):
+    if not run and not (arguments.output and (arguments.base or arguments.adapter)):
         parser.error("--merged needs --run, or --output with --adapter, --base, or both")
-    if merged and arguments.verify:
-        parser.error("--verify is for adapters")
     if (arguments.base or arguments.adapter) and (run or not merged):
         parser.error("--base and --adapter go with --merged, instead of --run")
-    step = find_step(run, arguments.step) if run else 0
-    name = "merged" if merged else "adapter"
-    target = arguments.output or run / (name if arguments.step == "best" else f"{name}-{step}")
+    if merged and (arguments.verify or loader):
+        parser.error("--verify and --for are for adapters, not for --merged")
+    if not run:
+        merge_directory(arguments.adapter, arguments.base, arguments.output)
+        print(f"merged model: {arguments.output}")
+        return
+    step = find_step(run, arguments.step)
+    named = "merged" if merged else "adapter" if loader in ("", "peft") else f"adapter-{loader}"
+    target = arguments.output or run / (named if arguments.step == "best" else f"{named}-{step}")
     if merged:
-        export_merged(run, step, arguments.base, arguments.adapter, target)
+        merge_run(run, step, target)
         print(f"merged model: {target}")
         return
     if target.exists() and arguments.verify:
         print(f"{target} exists: verifying it against the checkpoint of step {step}")
     else:
-        export_run(run, step, target)
+        export_run(run, step, target, loader, arguments.max_lora_rank)
         print(f"adapter of step {step}: {target}")
     if arguments.verify:
-        adapter, spec = load_adapter(run, step)
-        print(verify(read_record(run, "--run"), adapter, spec, target))
+        print(verify(read_record(run, "--run"), *load_adapter(run, step), target).sentence)
 
 
 if __name__ == "__main__":

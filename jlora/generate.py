@@ -16,16 +16,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora import sources
+from jlora import lora, sources
+from jlora.adapter_config import read_config_file, read_spec
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation, Message
 from jlora.errors import run_program
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
-from jlora.peft_format import TEMPLATE, read_adapter, refuse_other_base
+from jlora.model.llama import Cache, Llama, empty_cache
+from jlora.peft_format import TEMPLATE, WEIGHTS, read_adapter
+from jlora.provenance import check_base
 from jlora.sharding import make_mesh
+from jlora.sites import LoraConfig
 
 ROUND = 64  # prompts and caches are rounded up to multiples of this, so that few programs are compiled
 
@@ -59,6 +62,10 @@ class Generator:
 
         self._run = jax.jit(run, donate_argnums=5)
         self._pick = jax.jit(pick)
+
+    def neutral(self, adapter: Adapter) -> Adapter:
+        """An adapter of the same form that does nothing: with it, the base answers."""
+        return jax.jit(lora.neutral)(adapter, self.base)
 
     def tokens(
         self,
@@ -120,7 +127,7 @@ def pick(
 
 def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation]) -> Iterator[str]:
     """For each held-out row: its question, its own answer, the base's, and the adapter's."""
-    nothing = jax.tree.map(jnp.zeros_like, adapter)
+    nothing = generator.neutral(adapter)
     for row in rows:
         question, expected = row.messages[:-1], row.messages[-1].content
         room = len(generator.tokenizer(expected)["input_ids"]) + 40
@@ -133,17 +140,17 @@ def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation
 
 def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator, Adapter]:
     """A generator for a base, and the adapter of a PEFT directory (none: an empty one)."""
-    weights: Adapter = {}
-    template = str(adapter / TEMPLATE) if adapter and (adapter / TEMPLATE).is_file() else ""
-    spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    if adapter:
-        weights, spec, _ = read_adapter(adapter)
     directory = sources.resolve(base, revision)
-    dtype = hf.default_dtype()
-    graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
+    config, dtype = read_config(directory), hf.default_dtype()
+    spec, template = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=()), ""
     if adapter:
-        refuse_other_base(weights, shapes, adapter, base)
+        spec = read_spec(adapter, config.num_hidden_layers)
+        check_base(adapter / WEIGHTS, directory)
+        template = str(adapter / TEMPLATE) if (adapter / TEMPLATE).is_file() else ""
+    graphdef, shapes, base_shapes = hf.abstract(config, spec, param_dtype=dtype, compute_dtype=dtype)
+    weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings) if adapter else {}
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
+    weights = lora.complete(spec, weights, frozen)
     return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, dtype), weights
 
 
@@ -166,7 +173,7 @@ def main(argv: list[str]) -> None:
         parser.error("give --base, --adapter, or both")
     base, revision = arguments.base, arguments.revision
     if not base:
-        named = read_adapter(arguments.adapter)[2]
+        named = read_config_file(arguments.adapter)
         base, revision = named["base_model_name_or_path"], revision or named.get("revision") or ""
     generator, adapter = load(base, arguments.adapter, revision)
     system = (Message("system", arguments.system),) if arguments.system else ()

@@ -9,13 +9,12 @@ from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora import optim
+from jlora import lora, optim
 from jlora.checkpoint import Checkpoints, Progress
 from jlora.config import Config
 from jlora.data.batches import Batch, Batches, Shape
@@ -85,6 +84,10 @@ class Programs:
             sums.append(self._program("evaluation", self._eval, arguments, batch, say)(*arguments))
         losses, targets = np.sum(jax.device_get(sums), axis=0)
         return float(losses / targets)
+
+    def neutral(self, adapter: Adapter) -> Adapter:
+        """An adapter of the same form and place that does nothing."""
+        return jax.jit(lora.neutral, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(adapter, self._base)
 
     def _place(self, batch: Batch) -> Batch:
         """A host batch on the mesh, its rows split over `data`."""
@@ -196,7 +199,7 @@ class Loop:
 
     def _evaluate_start(self, state: TrainState) -> None:
         assert self.held_out is not None
-        nothing = jax.tree.map(jnp.zeros_like, state.lora)
+        nothing = self.programs.neutral(state.lora)
         self.progress.base_loss = self.programs.held_out_loss(nothing, self.held_out, self.logger.say)
         self.logger.say(f"held-out loss of the base, before training: {self.progress.base_loss:.4f}")
         loss = self.progress.base_loss

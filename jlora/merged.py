@@ -2,9 +2,11 @@
 
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,8 +15,8 @@ from jlora.errors import UserError
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig
 from jlora.model.weights import DTYPES, INDEX, write_weights
+from jlora.sites import TABLES, LoraConfig
 from jlora.whole import new_directory
 
 # What a model directory may hold besides its model: other forms of the weights, and the base's own description.
@@ -35,15 +37,13 @@ def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, t
     """
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
-    _, _, shapes = hf.abstract(read_config(base), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
-    weights, added = hf.open_base(base, shapes), dict(_by_name(adapter))
+    config = read_config(base)
+    _, _, shapes = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    weights, changes = hf.open_base(base, shapes), dict(_changes(adapter, spec, tied=config.tie_word_embeddings))
 
     def read(name: str) -> np.ndarray:
         values = weights.read(name)
-        if name not in added:
-            return values
-        a, b = added[name]
-        return np.asarray(lora.merge(jnp.asarray(values), a, b, scale=lora.scaling(spec.rank, spec.alpha)))
+        return np.asarray(changes[name](jnp.asarray(values))) if name in changes else values
 
     names = [name for name in weights.names() if weights.format(name) in DTYPES]
     sizes = {name: math.prod(weights.shape(name)) * DTYPES[weights.format(name)].itemsize for name in sorted(names)}
@@ -59,12 +59,29 @@ def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, t
         raise UserError(f"the merged model could not be written to {target}: {error}") from None
 
 
-def _by_name(adapter: Adapter) -> Any:
-    """The file's name of each adapted weight, with its A and B."""
-    for path in hf.NAMES:
-        module: Any = adapter
-        for key in path[:-1]:
-            module = module.get(key, {})
-        if path[-1] == "weight" and "lora_A" in module:
-            names = hf.tensor_names(path, module["lora_A"].shape)
-            yield from zip(names, zip(module["lora_A"], module["lora_B"], strict=True), strict=True)
+def _changes(
+    adapter: Adapter, spec: LoraConfig, *, tied: bool
+) -> Iterator[tuple[str, Callable[[jax.Array], jax.Array]]]:
+    """What becomes of each tensor that the adapter changes, by the file's name."""
+    for path, leaves in lora.modules(adapter):
+        if "modules_to_save" in leaves:
+            for table in TABLES if tied else path:
+                yield hf.NAMES[table, "weight"], partial(_replaced, leaves["modules_to_save"])
+            continue
+        layers = len(next(iter(leaves.values())))
+        site, scales_input = spec.site(".".join(path[1:]), layers), path[-1] in spec.feedforward_modules
+        names = [hf.tensor_names((*path, part), (layers,)) for part in ("weight", "bias") if (*path, part) in hf.NAMES]
+        for layer, (rank, scale) in enumerate(zip(site.ranks, site.scales, strict=True)):
+            own = {part: leaf[layer] for part, leaf in leaves.items()}
+            if rank:
+                yield names[0][layer], partial(lora.applied, leaves=own, scale=scale, scales_input=scales_input)
+            if rank and "ia3_l" in own and not scales_input:  # IA3 scales what the projection puts out, its bias too
+                yield names[1][layer], partial(_scaled, own["ia3_l"])
+
+
+def _replaced(table: jax.Array, values: jax.Array) -> jax.Array:
+    return table.astype(values.dtype)
+
+
+def _scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
+    return (values.astype(jnp.float32) * factor).astype(values.dtype)

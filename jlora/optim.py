@@ -5,6 +5,7 @@ The base enters `multi_transform` as a masked node: it has no gradient, no state
 
 from typing import Any
 
+import jax
 import optax
 
 from jlora.config import Config
@@ -31,20 +32,36 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
+# Leaves that LoRA+ gives its own rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354); leaves that never change.
+FAST, FROZEN = ("lora_B", "lora_magnitude_vector"), ("pissa_A", "pissa_B")
+
+
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); the base is labelled frozen."""
-    adamw = optax.adamw(
-        schedule(config, steps),
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    rate = schedule(config, steps)
+
+    def adamw(ratio: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: ratio * rate(step),
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        if path[-1].key in FROZEN:
+            return "frozen"
+        return "fast" if path[-1].key in FAST and config.loraplus_lr_ratio != 1 else "train"
+
+    def labels(tree: dict[str, Any]) -> dict[str, Any]:
+        return {"lora": jax.tree_util.tree_map_with_path(label, tree["lora"]), "base": "frozen"}
+
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    return optax.multi_transform(
-        {"train": optax.chain(clip, adamw), "frozen": optax.set_to_zero()},
-        {"lora": "train", "base": "frozen"},
-    )
+    rates = {"train": adamw(1.0), "frozen": optax.set_to_zero()}
+    if config.loraplus_lr_ratio != 1:
+        rates["fast"] = adamw(config.loraplus_lr_ratio)
+    return optax.chain(clip, optax.multi_transform(rates, labels))
 
 
 def _tree(lora: Adapter) -> dict[str, Any]:
@@ -52,7 +69,7 @@ def _tree(lora: Adapter) -> dict[str, Any]:
 
 
 def init(optimizer: optax.GradientTransformation, lora: Adapter) -> State:
-    """Optimizer state: two adapters (float32 moments) and counters."""
+    """Optimizer state: two float32 moments of every leaf that trains, and counters."""
     return optimizer.init(_tree(lora))
 
 

@@ -1,9 +1,7 @@
-"""PEFT's format: adapter -> directory, and back.
-
-adapter_config.json, and adapter_model.safetensors with a float32 A [r, in] and B [out, r] for every module and layer.
-"""
+"""PEFT's directory: an adapter -> adapter_model.safetensors under PEFT's names, float32 and contiguous; and back."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,80 +11,87 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from jlora.config import TARGETS
+from jlora import lora
+from jlora.adapter_config import CONFIG, read_config_file
 from jlora.errors import UserError
-from jlora.lora import Adapter
+from jlora.lora import Adapter, Leaves
 from jlora.model import hf
-from jlora.model.llama import LoraConfig
+from jlora.provenance import STEP, metadata
+from jlora.sites import LoraConfig
 from jlora.whole import new_directory
 
 PREFIX = "base_model.model."
-WEIGHTS, CONFIG, TEMPLATE = "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"
-# Fields of adapter_config.json that change the numbers, with the one value that jlora computes.
-REQUIRED = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "exclude_modules": None,
-    "trainable_token_indices": None,
+WEIGHTS, PARITY, TEMPLATE = "adapter_model.safetensors", "parity.json", "chat_template.jinja"
+# A leaf's name here -> the end of its tensor's name there; PiSSA's frozen pair goes into A and B.
+PARTS = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "lora_magnitude_vector": ".lora_magnitude_vector",
+    "ia3_l": ".ia3_l",
+    "modules_to_save": ".weight",
 }
 
 
-def tensors(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The adapter's leaves under PEFT's names, one tensor a layer, contiguous float32."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(adapter)[0]:
-        *module, part = (key.key for key in path)
-        stacked = np.asarray(jax.device_get(leaf), np.float32)
-        for name, values in zip(tensor_names((*module, part), stacked.shape), stacked, strict=True):
-            found[name] = np.ascontiguousarray(values)
-    return found
+def _places(adapter: Adapter, spec: LoraConfig) -> Iterator[tuple[str, Leaves, int | None, int]]:
+    """Every module that the files know: its name there, its leaves, its layer in them, and its rank."""
+    for path, leaves in lora.modules(adapter):
+        size = next(iter(leaves.values())).shape[0]
+        names = [name.removesuffix(".weight") for name in hf.tensor_names((*path, "weight"), (size,))]
+        if path[0] != "layers":
+            yield PREFIX + names[0], leaves, None, 0
+            continue
+        ranks = spec.site(".".join(path[1:]), size).ranks
+        for layer, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+            if rank:
+                yield PREFIX + name, leaves, layer, rank
 
 
-def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-    """PEFT's names of one stacked leaf (`path` ends in lora_A or lora_B), by layer."""
-    *module, part = path
-    base = hf.tensor_names((*module, "weight"), shape)
-    return [f"{PREFIX}{name.removesuffix('weight')}{part}.weight" for name in base]
+def tensors(adapter: Adapter, spec: LoraConfig, *, tied: bool) -> dict[str, np.ndarray]:
+    """The adapter under PEFT's names: layers apart, ranks cut to each layer's own, PiSSA as a difference.
+
+    Args:
+      tied: the base's head is its embedding table; a trained one then stands under both names, as PEFT writes it.
+    """
+    found: dict[str, Any] = {}
+    for name, leaves, layer, rank in _places(jax.device_get(adapter), spec):
+        if layer is None:
+            found[name + PARTS["modules_to_save"]] = leaves["modules_to_save"]
+            continue
+        one = {part: leaf[layer] for part, leaf in leaves.items()}
+        if "ia3_l" in one:
+            found[name + PARTS["ia3_l"]] = _as_ia3(one["ia3_l"], name, spec)
+            continue
+        one["lora_A"], one["lora_B"] = lora.difference(one, rank)
+        found |= {name + end: one[part] for part, end in PARTS.items() if part in one}
+    if tied and spec.modules_to_save:
+        embedding, head = (PREFIX + hf.NAMES[table, "weight"] for table in ("embed_tokens", "lm_head"))
+        found[head] = found[embedding].copy()
+    return {name: np.ascontiguousarray(values, np.float32) for name, values in found.items()}
 
 
-def peft_config(spec: LoraConfig, base: str, revision: str | None) -> dict[str, Any]:
-    """adapter_config.json."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": spec.dropout,
-        "target_modules": list(spec.target_modules),
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+def _as_ia3(values: np.ndarray, name: str, spec: LoraConfig) -> np.ndarray:
+    """PEFT's shape of IA3's factors: a row [1, in] where they scale the input, else a column [out, 1]."""
+    return values[None] if name.rpartition(".")[2] in spec.feedforward_modules else values[:, None]
 
 
 def write_adapter(
-    adapter: Adapter, config: dict[str, Any], card: str, target: Path, step: int = 0, template: str = ""
+    adapter: Adapter,
+    spec: LoraConfig,
+    config: dict[str, Any],
+    card: str,
+    target: Path,
+    notes: dict[str, str] | None = None,
+    check: Callable[[Path], str] | None = None,
+    template: str = "",
 ) -> None:
     """Writes the PEFT directory, whole or not at all.
 
     Args:
+      config: its adapter_config.json.
+      card: its README.md.
+      notes: what goes into the weights' metadata (see provenance.py).
+      check: looks at the directory before it gets its name; what it returns is kept as parity.json, what it raises
+        leaves nothing behind.
       template: the chat template it was trained on, where that is not the base's own.
 
     Raises:
@@ -94,77 +99,81 @@ def write_adapter(
     """
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
+    named = tensors(adapter, spec, tied=config.get("ensure_weight_tying") is True)
     try:
         with new_directory(target) as made:
-            (made / WEIGHTS).write_bytes(save(tensors(adapter), metadata={"format": "pt", "jlora_step": str(step)}))
+            (made / WEIGHTS).write_bytes(save(named, metadata={"format": "pt", **(notes or {})}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
             if template:
                 (made / TEMPLATE).write_text(template, encoding="utf-8")
+            if check:
+                (made / PARITY).write_text(check(made), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the adapter could not be written to {target}: {error}") from None
 
 
-def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
-    """A PEFT LoRA directory as an adapter, its LoraConfig, and its adapter_config.json.
+def read_adapter(directory: Path, spec: LoraConfig, shapes: Adapter, *, tied: bool) -> Adapter:
+    """The tensors of a PEFT directory in the adapter's tree; PiSSA's frozen pair is left zero (see `lora.complete`).
+
+    Args:
+      spec: what its adapter_config.json says (`adapter_config.read_spec`).
+      shapes: the adapter's tree of shapes on the base at hand.
+      tied: the base's head is its embedding table.
 
     Raises:
-      UserError: it cannot be read, or has something that jlora does not compute, by name; nothing is dropped.
+      UserError: a tensor is missing, surplus, misshapen or not finite, or the file cannot be read; nothing is dropped.
     """
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(directory / WEIGHTS, framework="numpy") as file:
-            found = {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
-    except FileNotFoundError:
-        inside = f"; did you mean {directory / 'adapter'}?" if (directory / "adapter" / CONFIG).is_file() else ""
-        raise UserError(f"adapter {directory}: expected a directory with {CONFIG} and {WEIGHTS}{inside}") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"adapter {directory} is damaged or unreadable: {error}") from None
-    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
-        raise UserError(f"adapter {directory}: {CONFIG} has no r and lora_alpha")
-    problems = [
-        f"{field}={config[field]!r} (jlora computes {expected!r})"
-        for field, expected in REQUIRED.items()
-        if config.get(field, expected) not in (expected, None, [], {})
-    ]
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
-        problems.append(f"target_modules={targets!r} (expected some of {', '.join(TARGETS)})")
-    if problems:
-        raise UserError(f"adapter {directory} asks for what jlora does not compute: {'; '.join(problems)}")
-    assert isinstance(targets, list)
-    rank = config["r"]
-    spec = LoraConfig(rank, float(config["lora_alpha"]), 0.0, tuple(t for t in TARGETS if t in targets))
-    layers = len({name.split(".layers.")[1].split(".")[0] for name in found if ".layers." in name})
-    adapter: Adapter = {}
-    for module in (p[:-1] for p in hf.NAMES if p[-1] == "weight" and p[-2] in spec.target_modules):
-        for part in ("lora_A", "lora_B"):
-            names = tensor_names((*module, part), (layers,))
-            if missing := [name for name in names if name not in found]:
-                raise UserError(f"adapter {directory}: {len(missing)} tensor(s) are missing, the first {missing[0]}")
-            leaf = jnp.asarray(np.stack([found.pop(name) for name in names]))
-            node = adapter
-            for key in module:
-                node = node.setdefault(key, {})
-            node[part] = leaf
+    found = _read_tensors(directory)
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    for name, leaves, layer, rank in _places(adapter, spec):
+        for part in leaves.keys() & PARTS.keys():
+            whole = leaves[part] if layer is None else leaves[part][layer]
+            place = whole[:rank] if part == "lora_A" else whole[:, :rank] if part == "lora_B" else whole
+            expected = _as_ia3(place, name, spec).shape if part == "ia3_l" else place.shape
+            place[...] = _take(found, name + PARTS[part], expected, directory).reshape(place.shape)
+    if tied and spec.modules_to_save:
+        head, embedding = found.pop(PREFIX + hf.NAMES["lm_head", "weight"], None), adapter["embed_tokens"]
+        only = head is None and read_config_file(directory).get("ensure_weight_tying") is not True
+        if only or not (head is None or np.array_equal(head, embedding["modules_to_save"])):
+            raise UserError(f"adapter {directory} trains embeddings apart from the head, and this base ties them")
     if found:
         raise UserError(f"adapter {directory}: {len(found)} tensor(s) would be dropped, the first {min(found)}")
-    return adapter, spec, config
+    return jax.tree.map(jnp.asarray, adapter)
 
 
-def refuse_other_base(weights: Adapter, shapes: Adapter, adapter: Path, base: str) -> None:
-    """Raises UserError where the shapes of an adapter are not those that a base needs."""
-    expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
-    if expected != got:
-        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
-        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
+def _take(found: dict[str, np.ndarray], name: str, expected: tuple[int, ...], directory: Path) -> np.ndarray:
+    if name not in found:
+        raise UserError(f"adapter {directory}: tensors are missing, the first {name}")
+    values = found.pop(name)
+    if values.shape != expected:
+        raise UserError(
+            f"adapter {directory} belongs to another base, or its {CONFIG} has another rank: {name} has shape "
+            f"{values.shape}, expected {expected}"
+        )
+    if not np.all(np.isfinite(values)):
+        raise UserError(f"adapter {directory}: {name} holds values that are not finite; it broke down in training")
+    return values
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    read_config_file(directory)  # so that a directory that is no adapter is called that
+    if not (directory / WEIGHTS).is_file():
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        if pickled:
+            raise UserError(
+                f"adapter {directory} has only {pickled[0]}, which can run code when opened. Convert it where you "
+                "trust it: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
+            )
+        raise UserError(f"adapter {directory}: expected a directory with {CONFIG} and {WEIGHTS}")
+    try:
+        with safe_open(directory / WEIGHTS, framework="numpy") as file:
+            return {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"adapter {directory} is damaged or unreadable: {error}") from None
 
 
 def written_step(directory: Path) -> int | None:
     """The step that an exported adapter is of; None where jlora did not write it."""
-    try:
-        with safe_open(directory / WEIGHTS, framework="numpy") as file:
-            step = (file.metadata() or {}).get("jlora_step", "")
-    except (OSError, SafetensorError):
-        return None
+    step = metadata(directory / WEIGHTS).get(STEP, "")
     return int(step) if step.isdigit() else None

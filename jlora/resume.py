@@ -16,7 +16,10 @@ except ImportError:  # Windows has no flock: there, two runs in one place are no
 
 KEY = "resume_from_checkpoint"
 # What an adapter cannot change about itself.
-ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules")
+ADAPTER_KEYS = (
+    "lora_rank lora_alpha target_modules peft_type feedforward_modules use_rslora use_dora init_lora_weights "
+    "rank_pattern alpha_pattern layers_to_transform modules_to_save"
+).split()
 # What a run has written before its first checkpoint.
 UNFINISHED = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
 

@@ -23,6 +23,7 @@ import optax
 
 import jlora
 from jlora import lora, optim, resume, sources
+from jlora.adapter_config import read_spec
 from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.config import Config, load_config
 from jlora.data import formats, inspect
@@ -31,15 +32,17 @@ from jlora.data.chat import Example, end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Reading
 from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
-from jlora.export import export_run, spec_of
+from jlora.export import export_run, settings_of, spec_of
 from jlora.generate import Generator, show_answers
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
-from jlora.peft_format import written_step
+from jlora.peft_format import WEIGHTS, read_adapter, written_step
+from jlora.provenance import check_base
 from jlora.sharding import make_mesh, shardings
+from jlora.sites import LoraConfig
 from jlora.step import TrainState
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -72,22 +75,25 @@ def train(config: Config, again: str) -> None:
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out")
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
     kinds = dtypes(config)
+    config = take_form(config, directory, model_config)
     record = describe(config, directory, tokenizer, mesh, kinds)
+    spec = spec_of(record["config"])
     start = resume.decide(config, record)
     print(start.message)
-    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec_of(record["config"]), **kinds)
-    optimizer = optim.make_optimizer(config, steps)
-    state, progress = begin(start, fresh_state(config, adapter_shapes, optimizer, mesh))
+    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec, **kinds)
     with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
         base = hf.load_base(directory, base_shapes, mesh, bar.update)
+    optimizer = optim.make_optimizer(config, steps)
+    adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
+    state, progress = begin(start, fresh_state(adapter, optimizer, mesh))
 
     run, stop = Path(config.output_dir), Stop()
     with resume.claim(run):
-        checkpoints, warm = Checkpoints(run), start.source is not None and not start.exact
+        checkpoints, warm = Checkpoints(run), not start.exact and bool(start.source or config.init_adapter)
         if warm:
             checkpoints.save(state, progress, None)  # first of all, so that no restart begins from nothing
         write_record(run, record)
-        programs = Programs(graphdef, base, optimizer, mesh, dropout=config.lora_dropout > 0, seed=config.seed + 1)
+        programs = Programs(graphdef, base, optimizer, mesh, dropout=spec.draws, seed=config.seed + 1)
         sizes = len(batches.shapes)
         shapes = (
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
@@ -238,11 +244,33 @@ def dtypes(config: Config) -> dict[str, Any]:
     return {"param_dtype": param, "compute_dtype": compute, "remat": config.remat == "full"}
 
 
-def fresh_state(
-    config: Config, shapes: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
-    """Step 0: random A, zero B, no moments; placed on the mesh."""
-    adapter = lora.init(shapes, jax.random.key(config.seed))
+def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
+    """The config with the adapter's form that `init_adapter` has, where it is set.
+
+    Raises:
+      UserError: a key asks for what this base does not have.
+    """
+    layers = model.num_hidden_layers
+    if config.init_adapter:
+        check_base(Path(config.init_adapter) / WEIGHTS, directory)
+        settings = settings_of(read_spec(Path(config.init_adapter), layers))
+        form = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
+        print(f"starting from the adapter {config.init_adapter}, in its own form: {form}")
+        return dataclasses.replace(config, **settings)
+    if problems := spec_of(dataclasses.asdict(config)).problems(hf.projections(), layers):
+        raise UserError("\n  ".join([f"{config.base_model} does not fit the config:", *problems]))
+    return config
+
+
+def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: Any, *, tied: bool) -> lora.Adapter:
+    """The adapter of step 0: `init_adapter`, or one that does nothing yet."""
+    if not config.init_adapter:
+        return lora.start(spec, shapes, base, jax.random.key(config.seed))
+    return lora.complete(spec, read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), base)
+
+
+def fresh_state(adapter: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Step 0, without moments; placed on the mesh."""
     state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32))
     return jax.device_put(state, shardings(state, mesh, "state"))
 

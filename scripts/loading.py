@@ -61,7 +61,7 @@ def _shapes(directory: Path) -> dict:
 
     from jlora.model import hf
     from jlora.model.families import read_config
-    from jlora.model.llama import LoraConfig
+    from jlora.sites import LoraConfig
 
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     return hf.abstract(read_config(directory), spec, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)[2]

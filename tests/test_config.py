@@ -1,9 +1,12 @@
 """Configs: both file kinds, overrides, and every mistake in one message."""
 
+import dataclasses
+
 import pytest
 
-from jlora.config import load_config
+from jlora.config import TARGETS, load_config
 from jlora.errors import UserError
+from jlora.export import spec_of
 
 PYTHON = """
 from jlora.config import default_config
@@ -72,6 +75,26 @@ def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
     assert load_config(yaml_config("resume_from_checkpoint: false\nmetadata_path:\n"), []).resume_from_checkpoint == ""
 
 
+def test_patterns_and_layers_are_read_from_every_form(yaml_config, python_config):
+    want = ("layers.1.mlp.up_proj=4", "q_proj=2"), ("0", "2")
+    text = "rank_pattern: {layers.1.mlp.up_proj: 4, q_proj: 2}\nlayers_to_transform: [0, 2]\n"
+    line = "c.rank_pattern = ('layers.1.mlp.up_proj=4', 'q_proj=2'); c.layers_to_transform = (0, 2)"
+    overrides = ["--config.rank_pattern={layers.1.mlp.up_proj: 4, q_proj: 2}", "--config.layers_to_transform=0,2"]
+    for config in (
+        load_config(yaml_config(text), []),
+        load_config(python_config(line), []),
+        load_config(python_config(), overrides),
+    ):
+        assert (config.rank_pattern, config.layers_to_transform) == want
+    config = load_config(
+        yaml_config("target_modules: all-linear\ninit_lora_weights: true\nlayers_to_transform: 1\n"), []
+    )
+    assert config.target_modules == ("all-linear",) and config.init_lora_weights == "true"
+    assert config.layers_to_transform == ("1",)
+    adapter = spec_of(dataclasses.asdict(config))
+    assert adapter.target_modules == TARGETS and adapter.layers_to_transform == (1,)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -85,6 +108,13 @@ def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
             r"(?s)3 change\(s\).*abacus.*rank=0.*dropout=1.0",
         ),
         ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj': did you mean q_proj"),
+        ("c.rank_pattern = ('q_proj=0',)", r"rank_pattern has 'q_proj=0': expected PATTERN=RANK"),
+        ("c.alpha_pattern = ('(=2',)", r"alpha_pattern has '\(=2': expected PATTERN=ALPHA"),
+        ("c.layers_to_transform = ('first',)", r"layers_to_transform has 'first': expected numbers of layers"),
+        ("c.modules_to_save = ('lm_hed',)", r"modules_to_save has 'lm_hed': did you mean lm_head"),
+        ("c.init_lora_weights = 'olora'", r"init_lora_weights='olora': expected one of true, pissa"),
+        ("c.peft_type = 'IA3'; c.use_dora = True", r"use_dora=True says nothing of IA3: leave it out"),
+        ("c.init_adapter = 'a'; c.resume_from_checkpoint = 'b'", r"init_adapter and resume_from_checkpoint both say"),
         ("c.train_data_dir = ''", r"train_data_dir=''"),
         ("c.eval_share = 0.1; c.eval_data_dir = 'x'", r"eval_data_dir and eval_share are both set"),
         ("c.early_stopping_patience = 2", r"needs held-out pairs"),

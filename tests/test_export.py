@@ -1,17 +1,25 @@
 """The adapter on disk: what PEFT reads is what was trained, and a broken one is caught."""
 
+import dataclasses
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora import export, generate, peft_format, verify
+from jlora import adapter_config, export, generate, lora, peft_format, verify
 from jlora.checkpoint import read_record
 from jlora.errors import UserError
+from jlora.model import hf
+from jlora.model.families import read_config
+
+MODULES = {module.split(".")[1]: module for module in hf.projections()}
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +64,57 @@ def test_the_command_exports_and_verifies_with_peft(run, tmp_path):
             {k: v * 1.1 if "q_proj.lora_B" in k else v for k, v in tensors.items()},
             config,
         ),
+        lambda tensors, config: (
+            {k: np.ascontiguousarray(v.T).reshape(v.shape) if "lora_A" in k else v for k, v in tensors.items()},
+            config,
+        ),
     ],
-    ids=["prefix", "alpha", "rslora", "missing-layer", "narrow-targets", "scaled"],
+    ids=["prefix", "alpha", "rslora", "missing-layer", "narrow-targets", "scaled", "transposed"],
 )
 def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypatch):
     monkeypatch.setattr(verify, "PROMPTS", 4)
     monkeypatch.setattr(verify, "NEW_TOKENS", 2)
     broken = tmp_path / "broken"
     shutil.copytree(run / "adapter", broken)
-    config = json.loads((broken / peft_format.CONFIG).read_text())
+    config = json.loads((broken / adapter_config.CONFIG).read_text())
     tensors, config = break_it(load_file(broken / peft_format.WEIGHTS), config)
     save_file(tensors, broken / peft_format.WEIGHTS, metadata={"format": "pt"})
-    (broken / peft_format.CONFIG).write_text(json.dumps(config))
+    (broken / adapter_config.CONFIG).write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"not the trained one|PEFT warns"):
         verify.verify(read_record(run, "--run"), *export.load_adapter(run, 12), broken)
 
 
+def test_an_export_for_a_server_is_certified_or_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "PROMPTS", 4)
+    monkeypatch.setattr(verify, "NEW_TOKENS", 2)
+    other = shutil.copytree(run, tmp_path / "run")  # the same arrays, of a run with other scales
+    record = json.loads((other / "config.json").read_text())
+    record["config"] |= {"use_rslora": True, "alpha_pattern": ["v_proj=3", "layers.1.mlp.down_proj=20"]}
+    (other / "config.json").write_text(json.dumps(record))
+    export.main(["--run", str(other), "--for", "vllm"])
+    config = adapter_config.read_config_file(other / "adapter-vllm")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4.0, False)
+    assert not config["alpha_pattern"] and not config["rank_pattern"]
+    parity = json.loads((other / "adapter-vllm" / peft_format.PARITY).read_text())
+    assert parity["largest_logit_difference"] < 1e-3 and parity["equal_greedy_answers"] == len(parity["prompts"]) == 4
+    assert not parity["weaker"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    export.main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
+    parity = json.loads((tmp_path / "alone" / peft_format.PARITY).read_text())
+    assert parity["weaker"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
+    assert adapter_config.read_config_file(tmp_path / "alone")["use_rslora"]
+    scaling = lora.portable
+    monkeypatch.setattr(lora, "portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0)))
+    with pytest.raises(SystemExit, match="not the trained one"):
+        export.main(["--run", str(other), "--for", "sglang"])
+    assert not (other / "adapter-sglang").exists()
+    assert not list(other.glob(".unfinished*"))
+
+
 def test_what_is_written_is_read_back_equal(run):
     adapter, spec = export.load_adapter(run, 12)
-    got, got_spec, config = peft_format.read_adapter(run / "adapter")
+    got, config = read(run / "adapter", run), adapter_config.read_config_file(run / "adapter")
+    got_spec = adapter_config.read_spec(run / "adapter", 3)
     assert (got_spec.rank, got_spec.alpha) == (spec.rank, spec.alpha) == (4, 12.0)
     assert set(got_spec.target_modules) == set(spec.target_modules) == set(config["target_modules"])
     assert jax.tree.structure(got) == jax.tree.structure(adapter)
@@ -83,12 +123,28 @@ def test_what_is_written_is_read_back_equal(run):
     assert config["base_model_name_or_path"] and config["inference_mode"] is True
 
 
+def read(directory, run):
+    """The adapter of a directory, read for the base of a run."""
+    base = read_config(Path(read_record(run, "--run")["base"]["directory"]))
+    spec = adapter_config.read_spec(directory, base.num_hidden_layers)
+    _, shapes, _ = hf.abstract(base, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    return peft_format.read_adapter(directory, spec, shapes, tied=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
-        ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"a_new_trick": {"strength": 2}}, "a_new_trick="),
+        ({"peft_type": "VERA"}, "peft_type='VERA'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changes the base"),
+        ({"layers_pattern": ["blocks"]}, "layers_pattern="),
+        ({"modules_to_save": ["score"]}, "modules_to_save has 'score'"),
+        ({"target_modules": None}, "target_modules=None"),
+        ({"target_modules": ["q_proj", "c_attn"]}, "target_modules="),
+        ({"use_dora": True}, "are missing, the first .*lora_magnitude_vector"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_[AB].weight has shape .* expected"),
+        ({"target_modules": "all-linear"}, "are missing"),
         ({"target_modules": ["q_proj"]}, r"\d+ tensor\(s\) would be dropped"),
         (
             {"target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]},
@@ -98,10 +154,10 @@ def test_what_is_written_is_read_back_equal(run):
 )
 def test_adapters_that_jlora_does_not_compute_are_refused(run, tmp_path, change, message):
     shutil.copytree(run / "adapter", tmp_path / "other")
-    path = tmp_path / "other" / peft_format.CONFIG
+    path = tmp_path / "other" / adapter_config.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
-        peft_format.read_adapter(tmp_path / "other")
+        read(tmp_path / "other", run)
 
 
 def test_wrong_places_are_named(run, tmp_path, smollm):
@@ -113,13 +169,68 @@ def test_wrong_places_are_named(run, tmp_path, smollm):
         done = run_module("jlora.export", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(UserError, match=r"expected a directory with adapter_config.json and adapter_model.safetensors"):
-        peft_format.read_adapter(tmp_path)
+        read(tmp_path, run)
     with pytest.raises(UserError, match=r"did you mean .*run/adapter\?"):
-        peft_format.read_adapter(run)
+        read(run, run)
     shutil.copytree(run / "adapter", tmp_path / "cut")
     with (tmp_path / "cut" / peft_format.WEIGHTS).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="is damaged or unreadable"):
-        peft_format.read_adapter(tmp_path / "cut")
-    with pytest.raises(UserError, match="belongs to another base"):
+        read(tmp_path / "cut", run)
+
+
+def test_adapters_of_another_base_or_with_broken_values_are_refused(run, tmp_path, smollm):
+    with pytest.raises(UserError, match="was trained on other weights than"):
         generate.load(str(smollm), run / "adapter")
+
+    def broken(name, change, **notes):
+        directory = shutil.copytree(run / "adapter", tmp_path / name)
+        tensors = load_file(directory / peft_format.WEIGHTS)
+        change(tensors, next(iter(tensors)))
+        save_file(tensors, directory / peft_format.WEIGHTS, metadata={"format": "pt", **notes})
+        return directory
+
+    unnoted = broken("unnoted", lambda tensors, first: None)
+    with pytest.raises(UserError, match=r"belongs to another base.* has shape"):
+        generate.load(str(smollm), unnoted)
+    with pytest.raises(UserError, match=r"holds values that are not finite"):
+        read(broken("nan", lambda tensors, first: tensors[first].__setitem__((0, 0), np.nan)), run)
+    with pytest.raises(UserError, match=r"1 tensor\(s\) would be dropped, the first alien"):
+        read(broken("alien", lambda tensors, first: tensors.update(alien=np.zeros(3, np.float32))), run)
+    pickled = shutil.copytree(run / "adapter", tmp_path / "pickled")
+    (pickled / peft_format.WEIGHTS).rename(pickled / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"only adapter_model.bin, which can run code.*safe_serialization=True"):
+        read(pickled, run)
+
+
+def test_forms_of_targets_and_dtypes_that_peft_writes_are_read(run, tmp_path):
+    want = read(run / "adapter", run)
+    leaves = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    for name, change in {
+        "regex": {"target_modules": r".*\.(q|v|o|gate|down)_proj"},
+        "excluded": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "up_proj"]},
+        "whole-names": {"target_modules": [f"{i}.{m}" for i in range(3) for m in map(MODULES.get, leaves)]},
+    }.items():
+        directory = shutil.copytree(run / "adapter", tmp_path / name)
+        path = directory / adapter_config.CONFIG
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        got = read(directory, run)
+        assert jax.tree.all(jax.tree.map(np.array_equal, got, want)), name
+    half = {k: v.astype(jnp.bfloat16) for k, v in load_file(directory / peft_format.WEIGHTS).items()}
+    save_file(half, directory / peft_format.WEIGHTS)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), want)
+    assert jax.tree.all(jax.tree.map(np.array_equal, read(directory, run), rounded))
+
+
+def test_a_run_starts_from_an_adapter_in_its_own_form(run, tmp_path, tiny, pairs):
+    values = short_run(tiny, pairs, tmp_path / "on", learning_rate=1e-2, lora_rank=16, max_steps=2, save_steps=1)
+    (tmp_path / "on.yaml").write_text(json.dumps({**values, "init_adapter": str(run / "adapter")}))
+    done = run_module("jlora.train", "--config", tmp_path / "on.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "in its own form: peft_type='LORA', lora_rank=4, lora_alpha=12.0" in done.stdout
+    before, after = (
+        [json.loads(line)["loss"] for line in (place / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for place in (run, tmp_path / "on")
+    )
+    assert after[0] < 0.9 * before[0]
+    assert export.load_adapter(tmp_path / "on", 2)[1] == export.load_adapter(run, 12)[1]

@@ -13,11 +13,12 @@ import transformers
 from flax import nnx
 from test_model import full, load, logits
 
+from jlora.adapter_config import peft_config
 from jlora.errors import UserError
 from jlora.model import hf
 from jlora.model.families import FAMILIES, read_config
-from jlora.model.llama import LoraConfig
-from jlora.peft_format import peft_config, tensors, write_adapter
+from jlora.peft_format import tensors, write_adapter
+from jlora.sites import LoraConfig
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
 SIZES = {
@@ -153,7 +154,7 @@ def test_equal_to_transformers_and_peft(models, tmp_path, case):
     directory = models(case)
     graphdef, adapter, base = load(directory, SPEC)
     adapter = full(adapter)
-    write_adapter(adapter, peft_config(SPEC, str(directory), None), "", tmp_path / "adapter")
+    write_adapter(adapter, SPEC, peft_config(SPEC, str(directory), None, tied=False), "", tmp_path / "adapter")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
@@ -188,7 +189,7 @@ def test_equal_to_transformers_and_peft(models, tmp_path, case):
         theirs = {
             name.replace(".default", ""): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad
         }
-        ours = tensors(grads)
+        ours = tensors(grads, SPEC, tied=False)
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert np.linalg.norm(value - theirs[name]) <= 1e-4 * np.linalg.norm(theirs[name]), name

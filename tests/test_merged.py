@@ -1,5 +1,6 @@
 """Merged models: byte by byte the base without an adapter; PEFT's own merge with one."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,16 +14,17 @@ import transformers
 from conftest import run_module
 from safetensors.numpy import load_file
 from test_families import CASES, make
-from test_model import full
 
 from jlora import lora
+from jlora.adapter_config import peft_config
 from jlora.data.templates import TEMPLATES
 from jlora.errors import UserError
 from jlora.export import main
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig
-from jlora.peft_format import peft_config, write_adapter
+from jlora.peft_format import write_adapter
+from jlora.sharding import make_mesh
+from jlora.sites import LoraConfig
 
 SPEC = LoraConfig(rank=4, alpha=6.0, dropout=0.0, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # of the last digit, relative
@@ -57,18 +59,41 @@ def test_a_base_alone_comes_back_byte_by_byte(tmp_path, case, dtype):
     assert (tmp_path / "merged/config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", HALF_STEP)
-def test_with_an_adapter_it_is_what_peft_merges(tmp_path, dtype):
-    base = halved(make(tmp_path / "base", *CASES["qwen3"]), dtype)
-    _, shapes, _ = hf.abstract(read_config(base), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32)
-    adapter = full(lora.init(shapes, jax.random.key(0)))
-    write_adapter(adapter, peft_config(SPEC, str(base), None), "", tmp_path / "adapter")
+FORMS = {
+    "lora": SPEC,
+    "patterned": dataclasses.replace(
+        SPEC, use_rslora=True, rank_pattern=(("self_attn.q_proj", 2),), layers_to_transform=(1, 2)
+    ),
+    "dora": dataclasses.replace(SPEC, use_dora=True),
+    "pissa": dataclasses.replace(SPEC, pissa=True),
+    "tables": dataclasses.replace(SPEC, modules_to_save=("embed_tokens", "lm_head")),
+    "ia3": LoraConfig(
+        1, 1.0, 0.0, ("k_proj", "v_proj", "down_proj"), peft_type="IA3", feedforward_modules=("down_proj",)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "case", "dtype"),
+    [("lora", "qwen3", dtype) for dtype in HALF_STEP]
+    + [("dora", "qwen2", "bfloat16"), ("tables", "llama-tied", "bfloat16"), ("ia3", "qwen2", "float32")]
+    + [("dora", "qwen3", "float32"), ("pissa", "qwen3", "float32"), ("patterned", "qwen3", "float32")],
+)
+def test_with_an_adapter_it_is_what_peft_merges(tmp_path, form, case, dtype):
+    base, spec = halved(make(tmp_path / "base", *CASES[case]), dtype), FORMS[form]
+    config = read_config(base)
+    tied = config.tie_word_embeddings
+    _, shapes, base_shapes = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    frozen = hf.load_base(base, base_shapes, make_mesh(jax.devices()[:1]))
+    adapter = lora.start(spec, shapes, frozen, jax.random.key(0))
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
+    write_adapter(adapter, spec, peft_config(spec, str(base), None, tied=tied), "", tmp_path / "adapter")
     main(["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
     theirs, before, ours = model.state_dict(), tensors(base), tensors(tmp_path / "merged")
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys() - ({"lm_head.weight"} if tied else set())
     changed = 0
     for name, value in ours.items():
         want, got = theirs[name].float().numpy(), value.astype(np.float32)
@@ -76,10 +101,11 @@ def test_with_an_adapter_it_is_what_peft_merges(tmp_path, dtype):
             assert np.array_equal(got, want), name
             continue
         changed += 1
-        # both round the sum, PEFT the delta before it too: half a step each
-        room = HALF_STEP[dtype] * (2 * np.abs(want) + np.abs(want - before[name].astype(np.float32)))
-        assert np.all(np.abs(got - want) <= room + 1e-7), name
-    assert changed == len(SPEC.target_modules) * 3
+        # both round the sum, PEFT the delta before it too: half a step each; DoRA multiplies once more
+        steps = 4 if form == "dora" else 2
+        room = HALF_STEP[dtype] * (steps * np.abs(want) + np.abs(want - before[name].astype(np.float32)))
+        assert np.all(np.abs(got - want) <= room + 3e-7), name
+    assert changed == {"tables": 16, "ia3": 9 + 6, "patterned": 10}.get(form, 15)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert again.dtype == getattr(torch, dtype)
 
@@ -110,8 +136,8 @@ def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
 def test_another_bases_adapter_is_refused(tmp_path):
     bases = {case: make(tmp_path / case, *CASES[case]) for case in ("llama-2-gqa", "qwen2")}
     _, shapes, _ = hf.abstract(read_config(bases["qwen2"]), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32)
-    config = peft_config(SPEC, str(bases["qwen2"]), None)
-    write_adapter(lora.init(shapes, jax.random.key(0)), config, "", tmp_path / "adapter")
+    config = peft_config(SPEC, str(bases["qwen2"]), None, tied=True)
+    write_adapter(lora.init(shapes, jax.random.key(0)), SPEC, config, "", tmp_path / "adapter")
     arguments = ["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match="belongs to another base"):
         main([*arguments, "--base", str(bases["llama-2-gqa"])])

@@ -14,7 +14,8 @@ from flax import nnx
 from jlora import lora, sharding
 from jlora.model import attention, hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig, empty_cache
+from jlora.model.llama import empty_cache
+from jlora.sites import LoraConfig
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries

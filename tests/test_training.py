@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from jlora import lora, optim, sharding, train
+from jlora.adapter_config import peft_config
 from jlora.config import load_config
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.export import spec_of
 from jlora.loop import Programs
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.peft_format import peft_config, write_adapter
+from jlora.peft_format import write_adapter
 
 
 class Setup:
@@ -38,10 +39,11 @@ class Setup:
         self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, **train.dtypes(self.config))
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
-        self.state = train.fresh_state(self.config, self.shapes, self.optimizer, self.mesh)
-        self.programs = Programs(
-            self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.config.lora_dropout > 0, seed=1
+        adapter = train.first_adapter(
+            self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
         )
+        self.state = train.fresh_state(adapter, self.optimizer, self.mesh)
+        self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
 
     def losses(self, count):
         """Trains and returns the loss of each step."""
@@ -57,7 +59,9 @@ def peft_losses(setup, initial, directory, count):
     config = setup.config
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT's way of saying that keys do not fit
-        write_adapter(initial, peft_config(setup.spec, str(setup.directory), None), "", directory)
+        tied = setup.model_config.tie_word_embeddings
+        config_of_peft = peft_config(setup.spec, str(setup.directory), None, tied=tied)
+        write_adapter(initial, setup.spec, config_of_peft, "", directory)
         base = transformers.AutoModelForCausalLM.from_pretrained(setup.directory, dtype=torch.float32)
         model = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
     trained = [p for p in model.parameters() if p.requires_grad]

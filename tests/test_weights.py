@@ -16,8 +16,8 @@ from jlora import sharding
 from jlora.errors import UserError
 from jlora.model import hf
 from jlora.model.families import read_config
-from jlora.model.llama import LoraConfig
 from jlora.model.weights import INDEX, Weights, write_weights
+from jlora.sites import LoraConfig
 
 NONE = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 Q1 = "model.layers.1.self_attn.q_proj.weight"

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jlora.errors import UserError
-from jlora.model.llama import Llama, LlamaConfig, LoraConfig
+from jlora.model.llama import Llama, LlamaConfig
 from jlora.model.weights import DTYPES, Weights
 from jlora.sharding import shardings
+from jlora.sites import LoraConfig
 
 # Place in the model -> tensor name in the files; {i} is the layer. The adapter's tensors are named after these.
 NAMES = {
@@ -172,6 +173,11 @@ def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
 def _listed(problems: list[str]) -> str:
     more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
     return "\n  ".join(["", *problems[:20], *more])
+
+
+def projections() -> list[str]:
+    """Every linear module of a layer, as "self_attn.q_proj"."""
+    return [".".join(path[1:-1]) for path in NAMES if path[-1] == "weight" and path[-2].endswith("_proj")]
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora import lora
 from jlora.model.attention import attention
 from jlora.model.rope import DefaultRope, angles, rotate
+from jlora.sites import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +43,6 @@ class LlamaConfig:
     tie_word_embeddings: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Where the adapter sits and how strong it is."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: tuple[str, ...]
-
-
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, for decoding."""
 
@@ -71,27 +62,71 @@ class LayerCache(NamedTuple):
 
 
 class Projection(nnx.Module):
-    """y = W x (+ bias), plus the adapter's (alpha/r) B A x where `name` is a target."""
+    """y = W x (+ bias), plus the adapter's scale * B A x where `spec` has a site; PiSSA, DoRA and IA3 are cases of it.
 
-    def __init__(self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: DTypeLike, *, bias: bool) -> None:
+    Args:
+      name: as "self_attn.q_proj".
+      layers: L; the projection is one layer's share of a stack, and is told which when it is called.
+    """
+
+    def __init__(
+        self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: DTypeLike, *, bias: bool, layers: int
+    ) -> None:
         self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
         self.biased = bias
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
-        self.adapted = name in spec.target_modules
+        self.spec, self.site = spec, spec.site(name, layers)
+        rank = max(self.site.ranks)
+        self.ia3, self.adapted = (rank > 0 and spec.peft_type == kind for kind in ("IA3", "LORA"))
+        self.scales_input = name.rpartition(".")[2] in spec.feedforward_modules
+        if self.ia3:
+            self.ia3_l = nnx.LoRAParam(jnp.zeros((inputs if self.scales_input else outputs,), jnp.float32))
         if self.adapted:
-            self.lora_A = nnx.LoRAParam(jnp.zeros((spec.rank, inputs), jnp.float32))
-            self.lora_B = nnx.LoRAParam(jnp.zeros((outputs, spec.rank), jnp.float32))
-        self.scale = lora.scaling(spec.rank, spec.alpha)
-        self.dropout = spec.dropout
+            self.lora_A = nnx.LoRAParam(jnp.zeros((rank, inputs), jnp.float32))
+            self.lora_B = nnx.LoRAParam(jnp.zeros((outputs, rank), jnp.float32))
+        if self.adapted and spec.pissa:
+            self.pissa_A = nnx.LoRAParam(jnp.zeros((rank, inputs), jnp.float32))
+            self.pissa_B = nnx.LoRAParam(jnp.zeros((outputs, rank), jnp.float32))
+        if self.adapted and spec.use_dora:
+            self.lora_magnitude_vector = nnx.LoRAParam(jnp.zeros((outputs,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B T i"], key: PRNGKeyArray | None = None) -> Float[Array, "B T o"]:
-        y = jnp.einsum("BTi,oi->BTo", x, self.weight[...].astype(x.dtype))
-        if self.biased:
-            y = y + self.bias[...].astype(x.dtype)[None, None]
+    def __call__(
+        self, x: Float[Array, "B T i"], layer: Int[Array, ""], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T o"]:
+        bias = self.bias[...].astype(x.dtype)[None, None] if self.biased else 0.0
+        scale = lora.at(self.site.scales, layer)
+        if self.ia3:
+            factor = jnp.where(scale == 0, 1.0, self.ia3_l[...]).astype(x.dtype)[None, None]
+            return self._base(x * factor, scale) + bias if self.scales_input else (self._base(x, scale) + bias) * factor
+        y = self._base(x, scale)
         if not self.adapted:
+            return y + bias
+        dropped = lora.dropout(x, self.spec.dropout, key)
+        change = lora.delta(dropped, self.lora_A[...], self.lora_B[...], scale)
+        if self.spec.use_dora:
+            factor = lora.dora_factor(self.weight[...], self._leaves(), scale)[None, None]
+            direction = y if dropped is x else self._base(dropped, scale)
+            change = ((factor - 1.0) * direction + factor * change).astype(x.dtype)
+        return y + change + bias
+
+    def _base(self, x: Float[Array, "B T i"], scale: float | Float[Array, ""]) -> Float[Array, "B T o"]:
+        """W x; for PiSSA without the frozen pair's share, which is what trains."""
+        y = jnp.einsum("BTi,oi->BTo", x, self.weight[...].astype(x.dtype))
+        if not (self.adapted and self.spec.pissa):
             return y
-        return y + lora.delta(x, self.lora_A[...], self.lora_B[...], scale=self.scale, dropout=self.dropout, key=key)
+        leaves = self._leaves()
+        return y - lora.delta(x, leaves["pissa_A"], leaves["pissa_B"], scale)
+
+    def _leaves(self) -> lora.Leaves:
+        """The adapter's arrays by name; PiSSA's frozen pair takes no gradient."""
+        leaves = {"lora_A": self.lora_A[...], "lora_B": self.lora_B[...]}
+        if self.spec.pissa:
+            leaves["pissa_A"] = jax.lax.stop_gradient(self.pissa_A[...])
+            leaves["pissa_B"] = jax.lax.stop_gradient(self.pissa_B[...])
+        if self.spec.use_dora:
+            leaves["lora_magnitude_vector"] = self.lora_magnitude_vector[...]
+        return leaves
 
 
 class RMSNorm(nnx.Module):
@@ -113,11 +148,11 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        D, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = Projection("q_proj", D, queries, spec, dtype, bias=bias)
-        self.k_proj = Projection("k_proj", D, keys, spec, dtype, bias=bias)
-        self.v_proj = Projection("v_proj", D, keys, spec, dtype, bias=bias)
-        self.o_proj = Projection("o_proj", queries, D, spec, dtype, bias=config.o_bias)
+        D, L, bias = config.hidden_size, config.num_hidden_layers, config.qkv_bias
+        self.q_proj = Projection("self_attn.q_proj", D, queries, spec, dtype, bias=bias, layers=L)
+        self.k_proj = Projection("self_attn.k_proj", D, keys, spec, dtype, bias=bias, layers=L)
+        self.v_proj = Projection("self_attn.v_proj", D, keys, spec, dtype, bias=bias, layers=L)
+        self.o_proj = Projection("self_attn.o_proj", queries, D, spec, dtype, bias=config.o_bias, layers=L)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
@@ -128,13 +163,14 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
+        layer: Int[Array, ""],
         keys: list[PRNGKeyArray | None],
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         B, T, _ = x.shape
-        q = self.q_proj(x, keys[0]).reshape(B, T, -1, self.config.head_dim)
-        k = self.k_proj(x, keys[1]).reshape(B, T, -1, self.config.head_dim)
-        v = self.v_proj(x, keys[2]).reshape(B, T, -1, self.config.head_dim)
+        q = self.q_proj(x, layer, keys[0]).reshape(B, T, -1, self.config.head_dim)
+        k = self.k_proj(x, layer, keys[1]).reshape(B, T, -1, self.config.head_dim)
+        v = self.v_proj(x, layer, keys[2]).reshape(B, T, -1, self.config.head_dim)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *turned), rotate(k, *turned)
@@ -147,21 +183,23 @@ class Attention(nnx.Module):
         mixed = attention(
             q, k, v, q_segments=segments, k_segments=k_segments, q_start=start, window=self.config.sliding_window
         )
-        return self.o_proj(mixed.reshape(B, T, -1), keys[3]), cache
+        return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
-        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Projection("gate_proj", D, F, spec, dtype, bias=bias)
-        self.up_proj = Projection("up_proj", D, F, spec, dtype, bias=bias)
-        self.down_proj = Projection("down_proj", F, D, spec, dtype, bias=bias)
+        D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
+        self.gate_proj = Projection("mlp.gate_proj", D, F, spec, dtype, bias=bias, layers=L)
+        self.up_proj = Projection("mlp.up_proj", D, F, spec, dtype, bias=bias, layers=L)
+        self.down_proj = Projection("mlp.down_proj", F, D, spec, dtype, bias=bias, layers=L)
 
-    def __call__(self, x: Float[Array, "B T D"], keys: list[PRNGKeyArray | None]) -> Float[Array, "B T D"]:
-        gated = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
-        return self.down_proj(gated, keys[2])
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Int[Array, ""], keys: list[PRNGKeyArray | None]
+    ) -> Float[Array, "B T D"]:
+        gated = jax.nn.silu(self.gate_proj(x, layer, keys[0])) * self.up_proj(x, layer, keys[1])
+        return self.down_proj(gated, layer, keys[2])
 
 
 class Layer(nnx.Module):
@@ -178,20 +216,28 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
+        layer: Int[Array, ""],
         key: PRNGKeyArray | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        mixed, cache = self.self_attn(self.input_layernorm(x), turned, segments, keys[:4], cache)
+        mixed, cache = self.self_attn(self.input_layernorm(x), turned, segments, layer, keys[:4], cache)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), cache
+        return x + self.mlp(self.post_attention_layernorm(x), layer, keys[4:]), cache
 
 
 class Embedding(nnx.Module):
-    """The token table [V, D]; also the head where it is tied."""
+    """A token table [V, D], for input, head or both where they are tied; a trained copy of it where `trained`."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+    def __init__(self, config: LlamaConfig, dtype: DTypeLike, *, trained: bool) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight, self.trained = nnx.Param(jnp.zeros(shape, dtype)), trained
+        if trained:
+            self.modules_to_save = nnx.LoRAParam(jnp.zeros(shape, jnp.float32))
+
+    def table(self) -> Float[Array, "V D"]:
+        """The table in use."""
+        return (self.modules_to_save if self.trained else self.weight)[...]
 
 
 class Llama(nnx.Module):
@@ -215,12 +261,13 @@ class Llama(nnx.Module):
         remat: bool,
     ) -> None:
         self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
-        self.embed_tokens = Embedding(config, param_dtype)
+        self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
+        self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
         stack = nnx.vmap(lambda _: Layer(config, spec, param_dtype), axis_size=config.num_hidden_layers)
         self.layers = stack(None)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
-        if not config.tie_word_embeddings:
-            self.lm_head = Embedding(config, param_dtype)
+        if not tied:
+            self.lm_head = Embedding(config, param_dtype, trained=spec.saves("lm_head", tied=tied))
 
     def __call__(
         self,
@@ -237,26 +284,29 @@ class Llama(nnx.Module):
           tokens: token ids.
           segments: which example each token belongs to, from 1; 0 is padding.
           positions: place of each token within its example, from 0.
-          key: for the adapter's dropout; None turns dropout off.
+          key: for the adapter's dropout and for noise on embeddings; None turns both off.
           cache: where to read and write keys and values; None in training.
         """
         turned = angles(self.config.rope, positions, self.config.head_dim)
-        x = self.embed_tokens.weight[...][tokens].astype(self.compute_dtype)
+        x = self.embed_tokens.table()[tokens].astype(self.compute_dtype)
+        if key is not None and self.noise:
+            key, noise_key = jax.random.split(key)
+            x = lora.noise(x, segments, self.noise, noise_key)
         graphdef, layers = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
         if cache is not None:
             written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.fill, axis=1)
             cache = cache._replace(segments=written)
 
-        def layer(x: Array, leaves: tuple[Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
-            state, key, kv = leaves
+        def layer(x: Array, leaves: tuple[Any, Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
+            state, index, key, kv = leaves
             past = None if cache is None else LayerCache(kv[0], kv[1], cache.segments, cache.fill)
-            x, past = nnx.merge(graphdef, state)(x, turned, segments, key, past)
+            x, past = nnx.merge(graphdef, state)(x, turned, segments, index, key, past)
             return x, None if past is None else (past.k, past.v)
 
         body = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
         kv = None if cache is None else (cache.k, cache.v)
-        x, kv = jax.lax.scan(body, x, (layers, keys, kv))
+        x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
         if cache is not None and kv is not None:
             cache = Cache(kv[0], kv[1], cache.segments, cache.fill + tokens.shape[1])
         return self.norm(x), cache
@@ -264,8 +314,8 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Scores of the next token, float32."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        weight = head.weight[...].astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+        table = head.table().astype(hidden.dtype)
+        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:
