@@ -35,7 +35,15 @@ class Config:
     train_data_dir: str = ""
     eval_data_dir: str = ""  # held-out pairs of their own ...
     eval_share: float = 0.0  # ... or this share of the training pairs, split off by `seed`
-    max_seq_length: int = 512  # tokens; a longer example is an error that names it
+    max_seq_length: int = 512  # tokens
+    overlong: str = "error"  # longer examples: "error" names them; "truncate", "drop" and "split" count them
+    train_on: str = "assistant"  # "assistant": every answer; "last": the last of a conversation; "all": questions too
+    system_prompt: str = ""  # before each conversation that has no system message; "" leaves that to the chat template
+    pii: str = (
+        "warn"  # personal data: "warn" says where, "mask" trains on placeholders, "error" stops, "allow" is silent
+    )
+    pii_regions: tuple[str, ...] = ("CN", "US")  # countries whose phone numbers are known without their country code
+    pii_amounts: bool = False  # are amounts of money personal data too?
 
     # The adapter: delta W = (lora_alpha / lora_rank) B A.
     lora_rank: int = 16
@@ -83,6 +91,9 @@ NOT_TRAINING = frozenset(
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation",),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
+    "overlong": ("error", "truncate", "drop", "split"),
+    "train_on": ("assistant", "last", "all"),
+    "pii": ("warn", "mask", "error", "allow"),
     "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
     "param_dtype": ("auto", "float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
@@ -114,7 +125,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
     _override(config, overrides)
     values = config.to_dict()
-    values["target_modules"] = tuple(values["target_modules"])
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Config)}
     problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
     if not problems:
@@ -156,6 +167,13 @@ def validate(config: Config) -> list[str]:
         for name in config.target_modules
         if name not in TARGETS
     ]
+    problems += [
+        f"pii_regions has {name!r}: expected a country's two letters (ISO 3166), as CN"
+        for name in config.pii_regions
+        if not re.fullmatch("[A-Z]{2}", name)
+    ]
+    if config.overlong == "split" and config.max_seq_length < 2:
+        problems.append("max_seq_length=1: expected 2 or more where overlong='split'")
     if config.revision and not is_hub_id(config.base_model):
         problems.append(f"revision={config.revision!r} is for a hub id, and base_model={config.base_model!r} is none")
     if config.fp16 and config.compute_dtype == "float32":

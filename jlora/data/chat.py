@@ -207,7 +207,9 @@ def _trained(
             f"{where}: the end of the chat template's prompt, {text[: span.start][-12:]!r}, and the beginning of the "
             "answer become one token, so the served model would never be asked for it; let the prompt end without a space"
         )
-    last = next((t for c in range(span.said, span.start, -1) if (t := encoding.char_to_token(c - 1)) is not None), first)
+    last = next(
+        (t for c in range(span.said, span.start, -1) if (t := encoding.char_to_token(c - 1)) is not None), first
+    )
     for place in range(max(first, last), len(ids)):
         begin, end = encoding.token_to_chars(place)
         if begin >= span.said and end <= span.end and ids[place] in ends:

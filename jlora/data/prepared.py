@@ -83,9 +83,7 @@ def prepare(
     return Prepared(directory)
 
 
-def fingerprint(
-    tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], train_on: str
-) -> tuple[str, int]:
+def fingerprint(tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], train_on: str) -> tuple[str, int]:
     """sha256 over all that decides the stored tokens and masks; and the number of rows."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     said = [LAYOUT, transformers.__version__, tokenizer.chat_template, special, sorted(ends), train_on]
