@@ -39,9 +39,7 @@ class Config:
     overlong: str = "error"  # longer examples: "error" names them; "truncate", "drop" and "split" count them
     train_on: str = "assistant"  # "assistant": every answer; "last": the last of a conversation; "all": questions too
     system_prompt: str = ""  # before each conversation that has no system message; "" leaves that to the chat template
-    pii: str = (
-        "warn"  # personal data: "warn" says where, "mask" trains on placeholders, "error" stops, "allow" is silent
-    )
+    pii: str = "warn"  # personal data: "warn" says where, "mask" puts placeholders, "error" stops, "allow" is silent
     pii_regions: tuple[str, ...] = ("CN", "US")  # countries whose phone numbers are known without their country code
     pii_amounts: bool = False  # are amounts of money personal data too?
 

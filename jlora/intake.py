@@ -4,7 +4,7 @@ Training and the X-ray (`python -m jlora.data`) both come through here, so that 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,8 +46,8 @@ class Rows:
             yield row
 
 
-def read_rows(config: Config) -> tuple[Rows, list[Conversation]]:
-    """Training rows and held-out conversations; prints what is odd about them.
+def read_rows(config: Config, say: Callable[[str], None] = print) -> tuple[Rows, list[Conversation]]:
+    """Training rows and held-out conversations; says what is odd about them.
 
     Raises:
       UserError: a row that cannot be used; a held-out question that is trained on; nothing on one side of the split;
@@ -66,17 +66,24 @@ def read_rows(config: Config) -> tuple[Rows, list[Conversation]]:
             side = "train on" if name == "training" else "hold out"
             raise UserError(f"eval_share={config.eval_share} of these pairs leaves nothing to {side}")
         for line in survey.lines():
-            print(f"{name}: {line}")
+            say(f"{name}: {line}")
     return rows, held_out
 
 
 def read_examples(
-    config: Config, tokenizer: Any, ends: frozenset[int], rows: Rows | list[Conversation], name: str
+    config: Config,
+    tokenizer: Any,
+    ends: frozenset[int],
+    rows: Rows | list[Conversation],
+    name: str,
+    say: Callable[[str], None] = print,
 ) -> Measured:
-    """Conversations as tokens and masks, none longer than `max_seq_length`, with a line on them."""
+    """Conversations as tokens and masks, none longer than `max_seq_length`; says how many there are."""
     prepared = prepare(tokenizer, ends, rows, sources.cache_directory() / "prepared", config.train_on)
     examples, said = fit(prepared, config.max_seq_length, config.overlong, name)
-    print("\n".join(line for line in (inspect.summary(name, examples), said) if line), flush=True)
+    for line in (inspect.summary(name, examples), said):
+        if line:
+            say(line)
     return examples
 
 

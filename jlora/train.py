@@ -147,9 +147,7 @@ def finish(
         export_run(run, step, target)
     print(f"adapter of step {step}: {target}")
     if config.system_prompt:
-        print(
-            f"it was trained with a system prompt, so ask it with the same: --system {shlex.quote(config.system_prompt)}"
-        )
+        print(f"it knows one system prompt, so ask it with the same: --system {shlex.quote(config.system_prompt)}")
 
 
 def find_devices(config: Config) -> list[jax.Device]:

@@ -32,28 +32,28 @@ def main(argv: list[str]) -> None:
     if arguments.html and not arguments.html.parent.is_dir():
         raise UserError(f"--html {arguments.html}: {arguments.html.parent} is not a directory")
     config = load_config(arguments.config, overrides)
-    rows, held_out_rows = intake.read_rows(config)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        print(line, flush=True)
+
+    rows, held_out_rows = intake.read_rows(config, say)
     directory = sources.resolve(config.base_model, config.revision)
     tokenizer = load_tokenizer(directory)
     ends = end_tokens(directory, tokenizer)
-    examples = intake.read_examples(config, tokenizer, ends, rows, "training")
-    held_out = intake.read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else None
+    examples = intake.read_examples(config, tokenizer, ends, rows, "training", say)
+    held_out = intake.read_examples(config, tokenizer, ends, held_out_rows, "held out", say) if held_out_rows else None
     steps, batches, _ = intake.plan(config, read_config(directory), examples, held_out, devices=1)
+    for line in inspect.histogram(examples.sizes[:, 0]):
+        say(line)
+    say(f"on one device: {xray.batch_line(batches, steps)}")
     shown = [examples[i] for i in range(min(arguments.rows or len(examples), len(examples)))]
-    counts = f"{len(shown)} of {len(examples)} rows shown" + (
-        "; --rows 0 shows all" if len(shown) < len(examples) else ""
-    )
-    summary = [
-        inspect.summary("training", examples),
-        *inspect.histogram(examples.sizes[:, 0]),
-        f"on one device: {xray.batch_line(batches, steps)}",
-        counts,
-    ]
-    print("\n".join(summary[1:]))
+    say(f"{len(shown)} of {len(examples)} rows shown; --rows N shows more, --rows 0 all")
     if arguments.html:
         title = f"What {arguments.config} trains on"
         try:
-            replace_text(arguments.html, xray.as_page(tokenizer, title, summary, shown))
+            replace_text(arguments.html, xray.as_page(tokenizer, title, said, shown))
         except OSError as error:
             raise UserError(f"--html {arguments.html} cannot be written: {error.strerror}") from None
         print(f"written: {arguments.html}")

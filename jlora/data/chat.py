@@ -141,7 +141,8 @@ def _refuse_markup(tokenizer: Any, conversations: Sequence[Conversation]) -> Non
         for message in conversation.messages:
             if spelled := markup.search(message.content):
                 raise UserError(
-                    f"{conversation.where}: the {message.role}'s text spells {spelled[0]!r}, which is markup of the model"
+                    f"{conversation.where}: the {message.role}'s text spells {spelled[0]!r}, which is markup of the "
+                    "model"
                 )
 
 
@@ -155,7 +156,7 @@ def _render_all(
     before = iter(render(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
     earlier = [c.messages[: i + 1] for c, i in answers if i + 1 < len(c.messages)]
     after = iter(render(tokenizer, earlier, prompt=False))
-    rendered = []
+    rendered: list[tuple[str, list[_Span]]] = []
     for c in conversations:
         if is_text(c.messages):
             rendered.append((_opening(tokenizer) + c.messages[0].content + _closing(tokenizer, ends), []))
@@ -205,7 +206,8 @@ def _trained(
     if joined:
         raise UserError(
             f"{where}: the end of the chat template's prompt, {text[: span.start][-12:]!r}, and the beginning of the "
-            "answer become one token, so the served model would never be asked for it; let the prompt end without a space"
+            "answer become one token, so the served model would never be asked for it; let the prompt end without a "
+            "space"
         )
     last = next(
         (t for c in range(span.said, span.start, -1) if (t := encoding.char_to_token(c - 1)) is not None), first

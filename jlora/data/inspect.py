@@ -36,7 +36,7 @@ def is_held_out(row: Conversation, share: float, seed: int) -> bool:
 
 def summary(name: str, examples: Measured) -> str:
     """One line: examples, tokens, share trained, longest."""
-    total, trained = np.sum(examples.sizes, axis=0, dtype=np.int64).tolist()
+    total, trained = (int(column.sum(dtype=np.int64)) for column in examples.sizes.T)
     longest = examples[int(np.argmax(examples.sizes[:, 0]))]
     return (
         f"{name}: {len(examples):,} examples, {total:,} tokens, {trained / total:.0%} of them trained on; "
@@ -53,6 +53,7 @@ def histogram(lengths: np.ndarray) -> list[str]:
         f"{i * step + 1:>{len(last)}} to {(i + 1) * step:>{len(last)}} tokens  "
         f"{'#' * -(-WIDTH * count // counts.max()):<{WIDTH}} {count:,}"
         for i, count in enumerate(counts.tolist())
+        if counts[: i + 1].any()
     ]
 
 

@@ -25,6 +25,11 @@ import stdnum.us.ssn
 
 from jlora.data.formats import Conversation
 
+
+def _is_card(number: str) -> bool:
+    return stdnum.luhn.is_valid(re.sub(r"[ -]", "", number))
+
+
 WORDS = {  # in the order in which they claim a place
     "EMAIL": "e-mail address",
     "ID": "identity number",
@@ -38,15 +43,12 @@ EMAIL = re.compile(
 )
 MONEY = re.compile(
     r"(?:[$€£¥￥]|\b(?:USD|EUR|GBP|RMB|CNY|HKD)\s?)\s?\d[\d,.]*\d?(?:\s?(?:million|billion|万|亿))?"
-    r"|\d[\d,.]*\s?(?:[百千万亿]*(?:元|圆|美元|欧元|港元)|(?:million |billion )?(?:yuan|dollars?|euros?|RMB|USD|EUR|GBP)\b)"
+    r"|\d[\d,.]*\s?[百千万亿]*(?:元|圆|美元|欧元|港元)"
+    r"|\d[\d,.]*\s?(?:million |billion )?(?:yuan|dollars?|euros?|RMB|USD|EUR|GBP)\b"
 )
 
-
-def _is_card(number: str) -> bool:
-    return stdnum.luhn.is_valid(re.sub(r"[ -]", "", number))
-
-
 LONG = r"(?<![\w.]){}(?![\w]|\.\d)"  # not a part of a longer number or word
+EU = "AT BE BG CY CZ DE DK EE EL ES FI FR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
 CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
     ("ID", r"\d{17}[\dXx]", stdnum.cn.ric.is_valid),
     ("ID", r"\d{3}-\d{2}-\d{4}", stdnum.us.ssn.is_valid),
@@ -58,7 +60,7 @@ CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
     ("TAX", r"[0-9A-HJ-NPQRTUWXY]{2}\d{6}[0-9A-HJ-NPQRTUWXY]{10}", stdnum.cn.uscc.is_valid),
     (
         "TAX",
-        r"(?:AT|BE|BG|CY|CZ|DE|DK|EE|EL|ES|FI|FR|HR|HU|IE|IT|LT|LU|LV|MT|NL|PL|PT|RO|SE|SI|SK)[0-9A-Z+*]{8,12}",
+        rf"(?:{EU.replace(' ', '|')})[0-9A-Z+*]{{8,12}}",
         stdnum.eu.vat.is_valid,
     ),
     ("ACCOUNT", r"[A-Z]{2}\d{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,3})?", stdnum.iban.is_valid),
@@ -135,11 +137,10 @@ def _is_dialled(text: str, match: phonenumbers.PhoneNumberMatch) -> bool:
     found = text[match.start : match.end]
     if found.startswith("+"):
         return True
-    if found.isdigit() and not found.startswith("0"):
-        if phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE:
-            return False
+    bare = found.isdigit() and not found.startswith("0")
     return not (
-        NOT_DIALLED.search(text[max(0, match.start - 12) : match.start])
+        (bare and phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE)
+        or NOT_DIALLED.search(text[max(0, match.start - 12) : match.start])
         or NOT_A_PHONE.match(text[match.end : match.end + 8])
         or DATE.match(found)
     )

@@ -90,7 +90,8 @@ def fingerprint(tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversatio
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     count = 0
-    for count, row in enumerate(rows, start=1):
+    for row in rows:
+        count += 1
         digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())
     return digest.hexdigest(), count
 

@@ -55,13 +55,12 @@ class Survey:
 
     def _look(self, row: Conversation) -> None:
         index, answer = self.count, row.messages[-1].content
-        text = "\n".join(message.content for message in row.messages if message.role != "system")
+        said = [message for message in row.messages if message.role != "system"]
+        text = "\n".join(message.content for message in said)
         self.count += 1
         self._where.append(Path(row.where).name)
-        self._rows.append(_hash("\0".join(f"{m.role}\0{m.content}" for m in row.messages)))
-        self._questions.append(
-            _hash("\0".join(" ".join(m.content.split()).casefold() for m in row.messages[:-1] if m.role != "system"))
-        )
+        self._rows.append(_hash("\0".join(f"{m.role}\0{m.content}" for m in said)))
+        self._questions.append(_hash("\0".join(" ".join(m.content.split()).casefold() for m in said[:-1])))
         self._lengths.append(len(answer))
         self._beginnings.append(answer[:BEGINNING])
         if index < NEAR:
