@@ -193,26 +193,15 @@ def _trained(
     tokenizer: Any, ends: frozenset[int], text: str, span: _Span, ids: list[int], encoding: Any, where: str
 ) -> tuple[int, int]:
     """The first token of an answer, and the token that ends it."""
-    place = encoding.char_to_token(span.start - 1) if span.start else -1
-    if place is None:  # a space that offsets leave out: does it begin the answer's first token?
-        prompt = tokenizer(text[: span.start], add_special_tokens=False)["input_ids"]
-        first = len(prompt)
-        joined = ids[:first] != prompt
-    else:
-        first = place + 1  # one character may be several tokens
-        while first < len(ids) and encoding.token_to_chars(first)[0] < span.start:
-            first += 1
-        joined = first > 0 and encoding.token_to_chars(first - 1)[1] > span.start
-    if joined:
+    first = _prompt_tokens(tokenizer, text, span.start, ids, encoding)
+    if first is None:
         raise UserError(
             f"{where}: the end of the chat template's prompt, {text[: span.start][-12:]!r}, and the beginning of the "
             "answer become one token, so the served model would never be asked for it; let the prompt end without a "
             "space"
         )
-    last = next(
-        (t for c in range(span.said, span.start, -1) if (t := encoding.char_to_token(c - 1)) is not None), first
-    )
-    for place in range(max(first, last), len(ids)):
+    last = _token_before(encoding, span.said, span.start)
+    for place in range(max(first, last or 0), len(ids)):
         begin, end = encoding.token_to_chars(place)
         if begin >= span.said and end <= span.end and ids[place] in ends:
             return first, place
@@ -221,6 +210,28 @@ def _trained(
         f"{where}: the model's chat template puts no end token after the answer (it puts "
         f"{text[span.said : span.end]!r}; the model stops at {named}), so the tuned model would not know when to stop"
     )
+
+
+def _prompt_tokens(tokenizer: Any, text: str, start: int, ids: list[int], encoding: Any) -> int | None:
+    """How many tokens the first `start` characters are; None where a token stands on both sides."""
+    token = _token_before(encoding, start, 0)
+    if token is None:
+        return None if start else 0
+    begin, first = encoding.token_to_chars(token)[0], token + 1
+    if encoding.char_to_token(start - 1) is not None:
+        while first < len(ids) and encoding.token_to_chars(first)[0] < start:  # one character may be several tokens
+            first += 1
+        return None if encoding.token_to_chars(first - 1)[1] > start else first
+    for first in range(token + 1, min(token + 1 + start - begin, len(ids)) + 1):  # offsets leave these blanks out
+        if tokenizer.decode(ids[token:first]).lstrip() == text[begin:start].lstrip():
+            return first
+    return None
+
+
+def _token_before(encoding: Any, stop: int, start: int) -> int | None:
+    """The first token of the last character before `stop`, from `start` on, that is in any."""
+    tokens = (encoding.char_to_token(place) for place in range(stop - 1, start - 1, -1))
+    return next((token for token in tokens if token is not None), None)
 
 
 def _gate(tokenizer: Any, example: Example, whole: bool) -> None:
