@@ -216,7 +216,7 @@ def _as(kind: type, value: Any) -> Any:
     if kind is str and value is None:
         return ""
     if kind is tuple:
-        parts = re.findall(r"[\w-]+", value) if isinstance(value, str) else value
+        parts = re.findall(r"[\w-]+", value) if isinstance(value, str) else value or ()
         return tuple(str(part) for part in parts)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError

@@ -4,7 +4,7 @@ Training and the X-ray (`python -m jlora.data`) both come through here, so that 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from jlora import sources
 from jlora.config import Config
 from jlora.data import formats, inspect, pii
 from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat import Measured, is_text
+from jlora.data.chat import Example, Measured, is_text
 from jlora.data.formats import Conversation, Message
 from jlora.data.overlong import fit
 from jlora.data.prepared import prepare
@@ -88,7 +88,7 @@ def read_examples(
 
 
 def plan(
-    config: Config, model: LlamaConfig, examples: Measured, held_out: Measured | None, devices: int
+    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
 ) -> tuple[int, Batches, Batches | None]:
     """Optimizer steps of the run, its batches, and the held-out batches."""
     heads = model.num_attention_heads * model.head_dim

@@ -65,7 +65,7 @@ def train(config: Config, again: str) -> None:
     model_config, tokenizer = read_config(directory), load_tokenizer(directory)
     ends = end_tokens(directory, tokenizer)
     examples = read_examples(config, tokenizer, ends, rows, "training")
-    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else None
+    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
     kinds = dtypes(config)
     record = describe(config, directory, mesh, kinds)

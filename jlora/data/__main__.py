@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(directory)
     ends = end_tokens(directory, tokenizer)
     examples = intake.read_examples(config, tokenizer, ends, rows, "training", say)
-    held_out = intake.read_examples(config, tokenizer, ends, held_out_rows, "held out", say) if held_out_rows else None
+    held_out = intake.read_examples(config, tokenizer, ends, held_out_rows, "held out", say) if held_out_rows else []
     steps, batches, _ = intake.plan(config, read_config(directory), examples, held_out, devices=1)
     for line in inspect.histogram(examples.sizes[:, 0]):
         say(line)
