@@ -18,7 +18,7 @@ from jlora.errors import UserError
 from jlora.from_gguf import convert
 from jlora.whole import new_directory
 
-# What is fetched of a hub model: weights without pickle, configs, tokenizer.
+# What is fetched of a hub model: weights (first of all) without pickle, configs, tokenizer.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 LAYOUT = 1  # of a converted directory; a change of from_gguf.py that alters its files raises it
 
@@ -41,8 +41,8 @@ WHEELS = {
 }
 
 
-def resolve(base_model: str, revision: str = "") -> Path:
-    """The local directory of a base model, downloaded once where it is not one yet.
+def resolve(base_model: str, revision: str = "", *, weights: bool = True) -> Path:
+    """The local directory of a base model, downloaded once where it is not one yet; from a hub also without `weights`.
 
     Raises:
       UserError: nothing of that name can be had; says what was tried.
@@ -56,7 +56,7 @@ def resolve(base_model: str, revision: str = "") -> Path:
         raise UserError(f"base_model {base_model}: a file; expected a model directory")
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"base_model {base_model}: no such directory")
-    return _from_hub(base_model, revision)
+    return _from_hub(base_model, revision, HUB_FILES if weights else HUB_FILES[1:])
 
 
 def is_hub_id(base_model: str) -> bool:
@@ -69,12 +69,12 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"
 
 
-def _from_hub(name: str, revision: str) -> Path:
+def _from_hub(name: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except HFValidationError:
         raise UserError(f"base_model {name!r}: neither a directory nor a hub id (OWNER/NAME)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         print(line, flush=True)
 
     rows, held_out_rows = intake.read_rows(config, say)
-    directory = sources.resolve(config.base_model, config.revision)
+    directory = sources.resolve(config.base_model, config.revision, weights=False)
     tokenizer = load_tokenizer(directory)
     ends = end_tokens(directory, tokenizer)
     examples = intake.read_examples(config, tokenizer, ends, rows, "training", say)

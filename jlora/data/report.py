@@ -138,13 +138,14 @@ class Survey:
 
     def _odd_beginnings(self) -> str:
         """Answers that do not begin as nearly all do."""
-        for length in range(BEGINNING, 1, -1):
-            beginning, count = Counter(answer[:length] for answer in self._beginnings).most_common(1)[0]
-            if COMMON * self.count <= count and len(beginning) == length and self.count >= 10:
+        beginning, count = "", self.count
+        while len(beginning) < BEGINNING:
+            rest = (answer[len(beginning) :] for answer in self._beginnings if answer.startswith(beginning))
+            ((character, often),) = Counter(part[:1] for part in rest).most_common(1) or [("", 0)]
+            if not character or often < COMMON * self.count:
                 break
-        else:
-            return ""
-        if count == self.count:
+            beginning, count = beginning + character, often
+        if len(beginning) < 2 or count == self.count or self.count < 10:
             return ""
         shown = re.split(r"[\d@]", beginning)[0].strip()  # no number is told, whosoever's it is
         odd = [row for row, answer in enumerate(self._beginnings) if not answer.startswith(beginning)]
