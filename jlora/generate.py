@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora import sources
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.formats import Conversation, Message
-from jlora.errors import UserError, run_program
+from jlora.errors import run_program
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import Cache, Llama, LoraConfig, empty_cache
-from jlora.peft_format import read_adapter
+from jlora.peft_format import TEMPLATE, read_adapter, refuse_other_base
 from jlora.sharding import make_mesh
 
 ROUND = 64  # prompts and caches are rounded up to multiples of this, so that few programs are compiled
@@ -46,7 +46,8 @@ class Generator:
         base: Any,
         compute_dtype: DTypeLike,
     ) -> None:
-        self.tokenizer, self._base, self._stops = tokenizer, base, end_tokens(directory, tokenizer)
+        self.tokenizer, self.graphdef, self.base = tokenizer, graphdef, base
+        self._stops = end_tokens(directory, tokenizer)
         self._config, self._dtype = read_config(directory), compute_dtype
 
         def run(
@@ -78,7 +79,7 @@ class Generator:
         positions = np.maximum(np.arange(length) - pad, 0)[None].astype(np.int32)
         key = jax.random.key(seed)
         for step in range(max_new_tokens):
-            logits, cache = self._run(adapter, self._base, ids, segments, positions, cache)
+            logits, cache = self._run(adapter, self.base, ids, segments, positions, cache)
             token = int(self._pick(logits[0], jax.random.fold_in(key, step), temperature, top_p))
             if token in self._stops:
                 return
@@ -133,18 +134,17 @@ def show_answers(generator: Generator, adapter: Adapter, rows: list[Conversation
 def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator, Adapter]:
     """A generator for a base, and the adapter of a PEFT directory (none: an empty one)."""
     weights: Adapter = {}
+    template = str(adapter / TEMPLATE) if adapter and (adapter / TEMPLATE).is_file() else ""
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     if adapter:
         weights, spec, _ = read_adapter(adapter)
     directory = sources.resolve(base, revision)
     dtype = hf.default_dtype()
     graphdef, shapes, base_shapes = hf.abstract(read_config(directory), spec, param_dtype=dtype, compute_dtype=dtype)
-    expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
-    if expected != got:
-        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
-        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
+    if adapter:
+        refuse_other_base(weights, shapes, adapter, base)
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
-    return Generator(directory, load_tokenizer(directory), graphdef, frozen, dtype), weights
+    return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, dtype), weights
 
 
 def main(argv: list[str]) -> None:
@@ -164,8 +164,11 @@ def main(argv: list[str]) -> None:
         parser.error("--prompt is empty")
     if not (arguments.base or arguments.adapter):
         parser.error("give --base, --adapter, or both")
-    base = arguments.base or read_adapter(arguments.adapter)[2]["base_model_name_or_path"]
-    generator, adapter = load(base, arguments.adapter, arguments.revision)
+    base, revision = arguments.base, arguments.revision
+    if not base:
+        named = read_adapter(arguments.adapter)[2]
+        base, revision = named["base_model_name_or_path"], revision or named.get("revision") or ""
+    generator, adapter = load(base, arguments.adapter, revision)
     system = (Message("system", arguments.system),) if arguments.system else ()
     messages = (*system, Message("user", arguments.prompt))
     for piece in generator.pieces(

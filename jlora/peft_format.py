@@ -21,7 +21,7 @@ from jlora.model.llama import LoraConfig
 from jlora.whole import new_directory
 
 PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, TEMPLATE = "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"
 # Fields of adapter_config.json that change the numbers, with the one value that jlora computes.
 REQUIRED = {
     "peft_type": "LORA",
@@ -81,8 +81,13 @@ def peft_config(spec: LoraConfig, base: str, revision: str | None) -> dict[str, 
     }
 
 
-def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: Path, step: int = 0) -> None:
+def write_adapter(
+    adapter: Adapter, config: dict[str, Any], card: str, target: Path, step: int = 0, template: str = ""
+) -> None:
     """Writes the PEFT directory, whole or not at all.
+
+    Args:
+      template: the chat template it was trained on, where that is not the base's own.
 
     Raises:
       UserError: `target` exists, or cannot be written.
@@ -94,6 +99,8 @@ def write_adapter(adapter: Adapter, config: dict[str, Any], card: str, target: P
             (made / WEIGHTS).write_bytes(save(tensors(adapter), metadata={"format": "pt", "jlora_step": str(step)}))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
+            if template:
+                (made / TEMPLATE).write_text(template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the adapter could not be written to {target}: {error}") from None
 
@@ -143,6 +150,14 @@ def read_adapter(directory: Path) -> tuple[Adapter, LoraConfig, dict[str, Any]]:
     if found:
         raise UserError(f"adapter {directory}: {len(found)} tensor(s) would be dropped, the first {min(found)}")
     return adapter, spec, config
+
+
+def refuse_other_base(weights: Adapter, shapes: Adapter, adapter: Path, base: str) -> None:
+    """Raises UserError where the shapes of an adapter are not those that a base needs."""
+    expected, got = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (shapes, weights))
+    if expected != got:
+        one, other = (jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))[0] for tree in (got, expected))
+        raise UserError(f"adapter {adapter} belongs to another base: its first tensors are {one}, {base} needs {other}")
 
 
 def written_step(directory: Path) -> int | None:

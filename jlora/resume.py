@@ -147,18 +147,21 @@ def _find(path: Path) -> tuple[Path, int]:
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """What differs between two runs' records in ways that touch training, by key, in words."""
     changes = {}
-    now = new["config"]
-    before = {**dataclasses.asdict(Config()), **old["config"]}  # a setting that is newer than the run had its default
+    before, now = old["config"], new["config"]
     data_keys = {"train_data_dir", "eval_data_dir", "base_model", "revision"}  # compared by content below
     for key in sorted(now.keys() - NOT_TRAINING - data_keys):
         a, b = (tuple(v) if isinstance(v, list) else v for v in (before[key], now[key]))
         if a != b:
             changes[key] = f"{key} was {a!r} and is {b!r}"
-    for part, words in {"train": "the training data", "held_out": "the held-out data"}.items():
-        if old["data"][part] != new["data"][part]:
+    parts = {"train": "the training data", "held_out": "the held-out data", "template": "the chat template"}
+    for part, words in parts.items():
+        if part in old["data"] and old["data"][part] != new["data"][part]:  # a run of old has no template's hash
             changes[part] = f"{words} changed"
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
-        changes["base"] = f"the base was {old['config']['base_model']} and is {now['base_model']}, with other weights"
+        pin = f" (its commit was {old['base']['commit']}: set revision to it)" if old["base"]["commit"] else ""
+        changes["base"] = (
+            f"the base was {old['config']['base_model']}{pin} and is {now['base_model']}, with other weights"
+        )
     return changes
 
 

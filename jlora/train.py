@@ -6,6 +6,7 @@ This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import math
 import platform
@@ -62,13 +63,13 @@ def train(config: Config, again: str) -> None:
     rows, held_out_rows = read_rows(config)
     mesh = make_mesh(find_devices(config))
     directory = sources.resolve(config.base_model, config.revision)
-    model_config, tokenizer = read_config(directory), load_tokenizer(directory)
+    model_config, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
     examples = read_examples(config, tokenizer, ends, rows, "training")
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
     kinds = dtypes(config)
-    record = describe(config, directory, mesh, kinds)
+    record = describe(config, directory, tokenizer, mesh, kinds)
     start = resume.decide(config, record)
     print(start.message)
     graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec_of(record["config"]), **kinds)
@@ -194,7 +195,9 @@ def fresh_state(
     return jax.device_put(state, shardings(state, mesh, "state"))
 
 
-def describe(config: Config, base: Path, mesh: jax.sharding.Mesh, kinds: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, kinds: dict[str, Any]
+) -> dict[str, Any]:
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
     questions = config.eval_data_dir or config.train_data_dir
@@ -203,11 +206,13 @@ def describe(config: Config, base: Path, mesh: jax.sharding.Mesh, kinds: dict[st
         "data": {
             "train": formats.hash_files(config.train_data_dir, "train_data_dir"),
             "held_out": formats.hash_files(config.eval_data_dir, "eval_data_dir") if config.eval_data_dir else "",
+            "template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "questions": str(Path(questions).expanduser().resolve()),
         },
         "base": {
             "directory": str(base.resolve()),
             "hub_id": config.base_model if sources.is_hub_id(config.base_model) else "",
+            "commit": sources.commit(base),
             "fingerprint": resume.fingerprint(base),
         },
         "versions": {

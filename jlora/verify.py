@@ -43,7 +43,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
       SystemExit: they disagree, or PEFT warns (exit code 1, with the figures).
     """
     directory = Path(record["base"]["directory"])
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
     rows = read_conversations(record["data"]["questions"], "the run's questions")[:PROMPTS]
     prompts = [encode_prompt(tokenizer, row.messages[:-1] or row.messages) for row in rows]
     theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer))

@@ -56,7 +56,7 @@ def generate(file: Path, count: int, words: int) -> None:
 def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
     """Sends seconds, rows, tokens and peak resident memory in bytes."""
     directory = sources.resolve(BASE)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, "")
     start = time.perf_counter()
     examples = prepare(tokenizer, end_tokens(directory, tokenizer), Rows(file), cache)
     seconds = time.perf_counter() - start
@@ -66,7 +66,7 @@ def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
 
 def measure_bare(file: Path, answer: Connection) -> None:
     """Sends the seconds that the tokenizer alone takes for the same texts."""
-    tokenizer = load_tokenizer(sources.resolve(BASE))
+    tokenizer = load_tokenizer(sources.resolve(BASE), "")
     seconds, source = 0.0, iter(Rows(file))
     while some := [row.messages for _, row in zip(range(TOGETHER), source, strict=False)]:
         texts = render(tokenizer, some, prompt=False)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import jax
@@ -34,6 +35,27 @@ def smollm() -> Path:
 def tiny(tmp_path_factory, smollm) -> Path:
     """A random 3-layer Llama with GQA, head_dim 64 and SmolLM2's tokenizer, tied."""
     return make_model(tmp_path_factory.mktemp("tiny"), smollm, tie_word_embeddings=True)
+
+
+# Packages that carry the tokenizers of real models: Llama 3, Qwen, Mistral.
+WHEELS = ["llama-models==0.3.0", "dashscope==2.0.2", "mistral-common==1.13.1"]
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory) -> Path:
+    """The wheels above, unpacked."""
+    root = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", root, *WHEELS]
+    subprocess.run(command, check=True, capture_output=True)
+    for wheel in root.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def mistral_v1(packages) -> Path:
+    """The sentencepiece model of Mistral-7B-v0.1."""
+    return packages / "mistral_common/data/tokenizer.model.v1"
 
 
 def make_model(directory: Path, smollm: Path, **changes) -> Path:

@@ -41,7 +41,7 @@ def file(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm):
-    return load_tokenizer(smollm)
+    return load_tokenizer(smollm, "")
 
 
 @pytest.mark.parametrize(

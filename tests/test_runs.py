@@ -380,7 +380,10 @@ def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes
             lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
             "only pickled weights (pytorch_model.bin)",
         ),
-        (lambda d: (d / "model.safetensors").unlink(), "expected *.safetensors files"),
+        (
+            lambda d: (d / "model.safetensors").unlink(),
+            "expected model.safetensors or model.safetensors.index.json, found neither",
+        ),
         (lambda d: (d / "model.safetensors").write_bytes(b"12345678abc"), "cannot be read as safetensors"),
         (lambda d: change(d, num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing"),
         (

@@ -29,7 +29,7 @@ class Setup:
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
         self.directory = train.sources.resolve(self.config.base_model)
         self.model_config = read_config(self.directory)
-        self.tokenizer = load_tokenizer(self.directory)
+        self.tokenizer = load_tokenizer(self.directory, "")
         ends = end_tokens(self.directory, self.tokenizer)
         rows, _ = train.read_rows(self.config)
         self.examples = train.read_examples(self.config, self.tokenizer, ends, rows, "training")

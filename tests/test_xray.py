@@ -22,7 +22,7 @@ EVIL = '<script>alert("x")</script> & \x1b[31mred\u202e 依据🙂'
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm):
-    return load_tokenizer(smollm)
+    return load_tokenizer(smollm, "")
 
 
 @pytest.fixture(scope="module")

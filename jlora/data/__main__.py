@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     rows, held_out_rows = intake.read_rows(config, say)
     directory = sources.resolve(config.base_model, config.revision, weights=False)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
     examples = intake.read_examples(config, tokenizer, ends, rows, "training", say)
     held_out = intake.read_examples(config, tokenizer, ends, held_out_rows, "held out", say) if held_out_rows else []

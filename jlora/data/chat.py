@@ -7,6 +7,7 @@ answer; the characters that were added, up to the end token, are trained; offset
 import json
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from jlora.data.formats import Conversation, Message
+from jlora.data.templates import TEMPLATES, find_template
 from jlora.errors import UserError
 
 TEXT = "text"  # the role of a conversation's only message when it is plain text
@@ -34,12 +36,21 @@ class Measured(Sequence[Example]):
     sizes: np.ndarray  # [N, 2] int32: tokens and targets of each example
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, chat_template: str) -> Any:
     """The base's fast tokenizer with its chat template.
 
+    Args:
+      chat_template: a name in templates.py or a file, to be used instead of the base's own; "" is its own.
+
     Raises:
-      UserError: it cannot be read, or has no chat template.
+      UserError: it cannot be read, or there is no chat template.
     """
+    alone = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
+    if alone and (missing := [name for name in ("sentencepiece", "google.protobuf") if not find_spec(name)]):
+        raise UserError(
+            f"base_model {directory}: its tokenizer is a sentencepiece model (tokenizer.model) alone, which "
+            f"{' and '.join(missing)} can read: pip install sentencepiece protobuf"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -47,10 +58,12 @@ def load_tokenizer(directory: Path) -> Any:
         raise UserError(f"base_model {directory}: its tokenizer cannot be read: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model {directory}: expected a fast tokenizer (tokenizer.json)")
+    if chat_template:
+        tokenizer.chat_template = find_template(chat_template)
     if not tokenizer.chat_template:
         raise UserError(
-            f"base_model {directory} has no chat template, so it is not a chat model; "
-            "use its chat variant, or put a chat_template.jinja beside its tokenizer.json"
+            f"base_model {directory} has no chat template. If it is a chat model, set chat_template to the form it was "
+            f"trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
         )
     return tokenizer
 

@@ -3,7 +3,7 @@
 Weights lie in jlora as they lie on disk, [out, in], stacked over layers; no row is ever permuted or transposed.
 """
 
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from jlora.errors import UserError
 from jlora.model.llama import Llama, LlamaConfig, LoraConfig
+from jlora.model.weights import DTYPES, Weights
 from jlora.sharding import shardings
 
 # Place in the model -> tensor name in the files; {i} is the layer. The adapter's tensors are named after these.
@@ -68,100 +68,110 @@ def abstract(
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
-def weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it.
+def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:
+    """The tensors of a model directory, which are those of the base's tree.
 
     Raises:
-      UserError: there are no safetensors files (pickled weights are named, with the way out), or one is broken.
+      UserError: all missing, surplus and misshapen tensors at once.
     """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in [*directory.glob("*.bin"), *directory.glob("*.pt*")])
-        if pickled:
-            raise UserError(
-                f"base_model {directory} has only pickled weights ({pickled[0]}), which can run code when opened. "
-                "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR)"
-                ".save_pretrained(NEW_DIR, safe_serialization=True)"
-            )
-        raise UserError(f"base_model {directory}: expected *.safetensors files, found none")
-    listed = _index(directory)
-    found: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                names = [name for name in tensors.keys() if listed.get(name, file.name) == file.name]  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read as safetensors: {error}") from None
-        if twice := found.keys() & set(names):
-            raise UserError(f"{min(twice)} stands in both {found[min(twice)].name} and {file.name}: remove one of them")
-        found.update(dict.fromkeys(names, file))
-    return found
-
-
-def _index(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index of a sharded model has it; empty where there is none."""
-    path = directory / "model.safetensors.index.json"
-    if not path.is_file():
-        return {}
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error!r}") from None
-    for name in sorted(set(listed.values())):
-        if Path(name).name != name or not (directory / name).is_file():
-            raise UserError(f"{path} names {name!r}, which is not a file beside it")
-    return listed
+    weights = Weights(directory)
+    if problems := _unfit(weights, shapes):
+        raise UserError(
+            f"base_model {directory}: {len(problems)} tensor(s) do not fit its config.json:{_listed(problems)}"
+        )
+    return weights
 
 
 def load_base(
     directory: Path, shapes: dict[str, Any], mesh: Mesh, progress: Callable[[int], object] = lambda size: None
 ) -> dict[str, Any]:
-    """Reads the frozen weights, each tensor straight to its place on the mesh.
+    """Reads the frozen weights, tensor by tensor, each straight to its place on the mesh.
 
     Args:
       directory: the model directory.
       shapes: the base's tree of shapes and dtypes; values are cast to these dtypes.
-      progress: called with the bytes placed after each stacked tensor.
+      progress: called with the bytes of each tensor read.
 
     Raises:
-      UserError: all missing, surplus and misshapen tensors at once.
+      UserError: tensors do not fit, or hold values that are not finite; all of them at once.
     """
-    files = weight_files(directory)
-    opened = {file: safe_open(file, framework="numpy") for file in set(files.values())}
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    placed = jax.tree.leaves(shardings(shapes, mesh, "base"))
-    paths = [tuple(key.key for key in path) for path, _ in leaves]
-    problems, expected = [], set()
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
-        for name in tensor_names(path, leaf.shape):
-            expected.add(name)
-            if name not in files:
-                problems.append(f"{name} is missing")
-            elif (got := tuple(opened[files[name]].get_slice(name).get_shape())) != shape:
-                problems.append(f"{name} has shape {got}, expected {shape}")
-    tied = "lm_head" not in shapes
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
-    problems += [f"{name} is not part of the model" for name in sorted(files.keys() - expected - ignored)]
-    if problems:
-        listed = "\n  ".join(problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20))
-        raise UserError(f"base_model {directory}: {len(problems)} tensor(s) do not fit its config.json:\n  {listed}")
+    weights, broken = open_base(directory, shapes), set()
 
-    def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        names = tensor_names(path, leaf.shape)
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        names = tensor_names(_keys(path), leaf.shape)
 
         def read(index: Any) -> np.ndarray:
-            if path[0] != "layers":
-                return opened[files[names[0]]].get_slice(names[0])[index].astype(leaf.dtype)
-            parts = [opened[files[name]].get_slice(name)[index[1:]] for name in names[index[0]]]
-            return np.stack([part.astype(leaf.dtype, copy=False) for part in parts])
+            part = _empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
+            stacked = _keys(path)[0] == "layers"
+            wanted = names[index[0]] if stacked else names
+            for name, target in zip(wanted, part if stacked else part[None], strict=True):
+                with np.errstate(over="ignore"):  # what does not fit the dtype is named below
+                    target[...] = weights.read(name)[index[1:] if stacked else index]
+                if not _finite(target):
+                    broken.add(name)
+                progress(target.nbytes)
+            return part
 
-        array = jax.make_array_from_callback(leaf.shape, sharding, read)
-        progress(array.nbytes)
-        return array
+        return jax.make_array_from_callback(leaf.shape, sharding, read)
 
-    arrays = [place(path, leaf, at) for path, (_, leaf), at in zip(paths, leaves, placed, strict=True)]
-    return jax.tree.unflatten(structure, arrays)
+    base = jax.tree_util.tree_map_with_path(place, shapes, shardings(shapes, mesh, "base"))
+    if broken:
+        raise UserError(
+            f"base_model {directory}: {len(broken)} tensor(s) hold values that are not finite numbers in "
+            f"{jax.tree.leaves(shapes)[0].dtype.name}:{_listed(sorted(broken))}"
+        )
+    return base
+
+
+def ignored(name: str, *, tied: bool) -> bool:
+    """Does transformers leave this tensor aside too? Old files store rotary tables, and the head of a tied model."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _unfit(weights: Weights, shapes: dict[str, Any]) -> list[str]:
+    """What of a directory's tensors is missing, surplus, misshapen or of a dtype that is not read."""
+    problems, expected, stored = [], set(), weights.names()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        shape = leaf.shape[1:] if _keys(path)[0] == "layers" else leaf.shape
+        for name in tensor_names(_keys(path), leaf.shape):
+            expected.add(name)
+            if name not in stored:
+                problems.append(f"{name} is missing")
+            elif (got := weights.shape(name)) != shape:
+                problems.append(f"{name} has shape {got}, expected {shape}")
+            elif weights.format(name) not in DTYPES:
+                problems.append(f"{name} is {weights.format(name)}, expected {', '.join(DTYPES)}")
+    surplus = (name for name in sorted(stored - expected) if not ignored(name, tied="lm_head" not in shapes))
+    return problems + [f"{name} is not part of the model" for name in surplus]
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Is there no NaN and no infinity? In two passes over the bits, without a temporary array.
+
+    Bits of IEEE floats grow with the magnitude, infinity and NaN at the top: as signed integers the positive ones are
+    the largest, as unsigned the negative ones.
+    """
+    kind = jnp.finfo(values.dtype)
+    infinity = np.array(np.inf, values.dtype).view(f"u{kind.bits // 8}").item()
+    signed, unsigned = values.view(f"i{kind.bits // 8}"), values.view(f"u{kind.bits // 8}")
+    return int(signed.max()) < infinity and int(unsigned.max()) < infinity + (1 << kind.bits - 1)
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins on a 64-byte boundary: on a CPU, JAX takes such a one over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(key.key for key in path)
+
+
+def _listed(problems: list[str]) -> str:
+    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n  ".join(["", *problems[:20], *more])
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:

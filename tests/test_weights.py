@@ -1,0 +1,174 @@
+"""Checkpoints on disk: sharded ones, half-precision ones, and broken ones with a message each."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from test_families import SIZES
+
+from jlora import sharding
+from jlora.errors import UserError
+from jlora.model import hf
+from jlora.model.families import read_config
+from jlora.model.llama import LoraConfig
+from jlora.model.weights import INDEX, Weights, write_weights
+
+NONE = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+
+
+def make(directory, dtype="float32", **changes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, "head_dim": 32, **changes})
+    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size="200KB")
+    return directory
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A float32 Llama in several shards with an index."""
+    directory = make(tmp_path / "model")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def load(directory, dtype=jnp.float32, progress=lambda size: None):
+    _, _, shapes = hf.abstract(read_config(directory), NONE, param_dtype=dtype, compute_dtype=dtype)
+    return hf.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:1]), progress)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_every_tensor_arrives_in_its_place_and_dtype(tmp_path, stored, wanted):
+    directory, seen = make(tmp_path / "model", stored), []
+    base = load(directory, jnp.dtype(wanted), seen.append)
+    files = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+    placed = flatten_dict(base)
+    for path, leaf in placed.items():
+        names = hf.tensor_names(path, leaf.shape)
+        for name, value in zip(names, leaf if path[0] == "layers" else [leaf], strict=True):
+            assert value.dtype == wanted and np.array_equal(value, files.pop(name).astype(wanted)), name
+    assert not files and sum(seen) == sum(leaf.nbytes for leaf in placed.values())
+
+
+def change(directory, name, edit):
+    """Rewrites the shard that holds a tensor; `edit` changes the shard's dict in place."""
+    file = directory / json.loads((directory / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def point(directory, name, file):
+    """Lets the index say that a tensor stands in another file."""
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][name] = file
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def poison(tensors, value):
+    tensors[Q1] = tensors[Q1].copy()
+    tensors[Q1][3, 5] = value
+
+
+def truncate(directory):
+    file = directory / json.loads((directory / INDEX).read_text())["weight_map"][Q1]
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def both(directory):
+    change(directory, Q1, lambda tensors: tensors.update({"lm_head.weight": np.zeros((2, 2), np.float32)}))
+
+
+def pickled(directory):
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"")
+
+
+BROKEN = {
+    "truncated": (truncate, r"model-0000\d-of-.*cannot be read as safetensors: .*copied whole\?"),
+    "missing shard": (
+        lambda d: next(d.glob("*-00002-*")).unlink(),
+        r"index.json names 'model-00002-.*not a file beside",
+    ),
+    "outside": (
+        lambda d: point(d, Q1, "../model/x.safetensors"),
+        r"names '../model/x.safetensors', which is not a file",
+    ),
+    "absolute": (
+        lambda d: point(d, Q1, "/etc/passwd"),
+        r"index.json names '/etc/passwd', which is not a file beside it",
+    ),
+    "wrong shard": (
+        lambda d: point(d, Q1, json.loads((d / INDEX).read_text())["weight_map"]["model.norm.weight"]),
+        rf"index.json says that {Q1} stands in model-.*, and it does not \(1 such",
+    ),
+    "broken index": (lambda d: (d / INDEX).write_text("{"), "index.json cannot be read"),
+    "empty index": (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), "index.json names no tensor"),
+    "listed index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "index.json cannot be read"),
+    "twice": (both, r"lm_head.weight stands in both model-"),
+    "shape": (
+        lambda d: change(d, Q1, lambda t: t.update({Q1: t[Q1].T.copy()})),
+        rf"1 tensor\(s\) do not fit its config.json:\n  {Q1} has shape \(96, 128\), expected \(128, 96\)",
+    ),
+    "dtype": (
+        lambda d: change(d, Q1, lambda t: t.update({Q1: t[Q1].astype(np.int8)})),
+        rf"{Q1} is I8, expected F32, F16, BF16",
+    ),
+    "nan": (
+        lambda d: change(d, Q1, lambda t: poison(t, np.nan)),
+        rf"1 tensor\(s\) hold values that are not finite numbers in float32:\n  {Q1}$",
+    ),
+    "infinite": (lambda d: change(d, Q1, lambda t: poison(t, -np.inf)), rf"not finite numbers in float32:\n  {Q1}$"),
+    "pickled": (pickled, r"only pickled weights \(pytorch_model.bin\), which can run code.*save_pretrained"),
+    "unnamed": (lambda d: (d / INDEX).unlink(), r"expected model.safetensors or .*index.json, found model-00001-"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_refused_by_name(sharded, name):
+    damage, message = BROKEN[name]
+    damage(sharded)
+    with pytest.raises(UserError, match=message):
+        load(sharded)
+
+
+def test_all_that_does_not_fit_is_said_at_once(sharded):
+    change(sharded, Q1, lambda tensors: tensors.update({"model.odd.weight": np.zeros(3, np.float32)}))
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4, "intermediate_size": 80}))
+    with pytest.raises(UserError) as error:
+        load(sharded)
+    said = str(error.value)
+    assert said.startswith(f"base_model {sharded}: 19 tensor(s) do not fit its config.json:\n")
+    for line in (
+        "model.layers.3.self_attn.q_proj.weight is missing",
+        "model.layers.0.mlp.gate_proj.weight has shape (160, 96), expected (80, 96)",
+        "model.odd.weight is not part of the model",
+    ):
+        assert f"\n  {line}" in said
+
+
+def test_a_value_too_large_for_the_wanted_dtype_is_found(tmp_path):
+    directory = make(tmp_path / "model")
+    change(directory, Q1, lambda tensors: poison(tensors, 1e5))
+    with pytest.raises(UserError, match=rf"not finite numbers in float16:\n  {Q1}$"):
+        load(directory, jnp.float16)
+
+
+def test_weights_are_written_in_shards_that_read_back(tmp_path):
+    tensors = {f"t{i}": np.full((10, 10), i, np.float32).T[: 10 - i] for i in range(5)}
+    write_weights(tmp_path, {name: value.nbytes for name, value in tensors.items()}, tensors.__getitem__, shard=800)
+    assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
+    read = Weights(tmp_path)
+    assert read.names() == tensors.keys()
+    for name, value in tensors.items():
+        assert read.shape(name) == value.shape and np.array_equal(read.read(name), value)
+        assert np.array_equal(read.read(name)[1:3, :2], value[1:3, :2])
