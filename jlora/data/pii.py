@@ -27,6 +27,7 @@ from jlora.data.formats import Conversation
 
 
 def _is_card(number: str) -> bool:
+    """Does its check digit hold (Luhn)?"""
     return stdnum.luhn.is_valid(re.sub(r"[ -]", "", number))
 
 
@@ -46,7 +47,6 @@ MONEY = re.compile(
     r"|\d[\d,.]*\s?[百千万亿]*(?:元|圆|美元|欧元|港元)"
     r"|\d[\d,.]*\s?(?:million |billion )?(?:yuan|dollars?|euros?|RMB|USD|EUR|GBP)\b"
 )
-
 LONG = r"(?<![\w.]){}(?![\w]|\.\d)"  # not a part of a longer number or word
 EU = "AT BE BG CY CZ DE DK EE EL ES FI FR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
 CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
@@ -58,11 +58,7 @@ CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
     ("ID", r"[A-Za-z]{6}\d{2}[A-Za-z]\d{2}[A-Za-z]\d{3}[A-Za-z]", stdnum.it.codicefiscale.is_valid),
     ("ID", r"[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2}", stdnum.fr.nir.is_valid),
     ("TAX", r"[0-9A-HJ-NPQRTUWXY]{2}\d{6}[0-9A-HJ-NPQRTUWXY]{10}", stdnum.cn.uscc.is_valid),
-    (
-        "TAX",
-        rf"(?:{EU.replace(' ', '|')})[0-9A-Z+*]{{8,12}}",
-        stdnum.eu.vat.is_valid,
-    ),
+    ("TAX", rf"(?:{EU.replace(' ', '|')})[0-9A-Z+*]{{8,12}}", stdnum.eu.vat.is_valid),
     ("ACCOUNT", r"[A-Z]{2}\d{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,3})?", stdnum.iban.is_valid),
     ("ACCOUNT", r"(?:[3-6]\d{3}(?:[ -]?\d{4}){3}(?:[ -]?\d{3})?|3[47]\d{2}[ -]?\d{6}[ -]?\d{5})", _is_card),
 ]
@@ -121,9 +117,10 @@ def mask(row: Conversation, regions: tuple[str, ...], amounts: bool = False) -> 
 def _all(text: str, regions: tuple[str, ...], amounts: bool) -> Iterator[Finding]:
     if "@" in text:
         yield from (Finding(*match.span(), "EMAIL") for match in EMAIL.finditer(text))
-    if ENOUGH.search(text):
+    if re.search(r"\d{2}", text):
         for kind, pattern, valid in PATTERNS:
             yield from (Finding(*match.span(), kind) for match in pattern.finditer(text) if valid(match[0]))
+    if ENOUGH.search(text):
         for region in regions or (None,):
             for match in phonenumbers.PhoneNumberMatcher(text, region, leniency=phonenumbers.Leniency.VALID):
                 if _is_dialled(text, match):

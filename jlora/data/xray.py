@@ -39,15 +39,14 @@ def segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
 
 def as_text(tokenizer: Any, example: Example, *, colour: bool) -> str:
     """One example for a terminal (`colour`) or a file; what would steer a terminal is shown as its code."""
-    mark, unmark = (GREEN, PLAIN) if colour else (OPEN, CLOSE)
-    parts = [
-        "\n".join(f"{mark}{line}{unmark}" if line else line for line in visible(text).split("\n"))
-        if colour and trained
-        else f"{mark}{visible(text)}{unmark}"
-        if trained
-        else visible(text)
-        for text, trained in segments(tokenizer, example)
-    ]
+    parts = []
+    for said, trained in segments(tokenizer, example):
+        text = visible(said)
+        if trained and colour:  # line by line, or a terminal colours what is right of them too
+            text = "\n".join(f"{GREEN}{line}{PLAIN}" if line else "" for line in text.split("\n"))
+        elif trained:
+            text = f"{OPEN}{text}{CLOSE}"
+        parts.append(text)
     return "".join(parts)
 
 
