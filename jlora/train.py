@@ -25,8 +25,8 @@ from jlora import lora, optim, resume, sources
 from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.config import Config, load_config
 from jlora.data import formats
-from jlora.data.chat import end_tokens, is_text, load_tokenizer
-from jlora.data.formats import Conversation
+from jlora.data.chat import end_tokens, load_tokenizer
+from jlora.data.conversation import Conversation, Reading
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, spec_of
 from jlora.generate import Generator, show_answers
@@ -138,7 +138,7 @@ def finish(
         )
     if progress.worse_since:
         print(overfitting(progress))
-    asked = [row for row in held_out if not is_text(row.messages)]
+    asked = [row for row in held_out if not row.plain]
     for line in show_answers(generator, adapter, asked[: config.sample_questions]):
         print(line)
     target = run / "adapter"
@@ -201,13 +201,15 @@ def describe(
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
     questions = config.eval_data_dir or config.train_data_dir
+    reading = Reading.of(dataclasses.asdict(config))
+    held_out = config.eval_data_dir
     return {
         "config": dataclasses.asdict(config),
         "data": {
-            "train": formats.hash_files(config.train_data_dir, "train_data_dir"),
-            "held_out": formats.hash_files(config.eval_data_dir, "eval_data_dir") if config.eval_data_dir else "",
+            "train": formats.hash_files(config.train_data_dir, "train_data_dir", reading),
+            "held_out": formats.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
             "template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-            "questions": str(Path(questions).expanduser().resolve()),
+            "questions": formats.place(questions),
         },
         "base": {
             "directory": str(base.resolve()),

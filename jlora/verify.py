@@ -13,6 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
+from jlora.data.conversation import Reading
 from jlora.data.formats import read_conversations
 from jlora.errors import UserError
 from jlora.generate import Generator
@@ -44,8 +45,9 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     """
     directory = Path(record["base"]["directory"])
     tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
-    rows = read_conversations(record["data"]["questions"], "the run's questions")[:PROMPTS]
-    prompts = [encode_prompt(tokenizer, row.messages[:-1] or row.messages) for row in rows]
+    reading = Reading.of(record["config"])
+    rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
+    prompts = [encode_prompt(tokenizer, row.asked) for row in rows]
     theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer))
     with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
         ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts)

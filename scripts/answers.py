@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from jlora.checkpoint import read_record
+from jlora.data.conversation import Reading
 from jlora.data.formats import read_conversations
 from jlora.errors import run_program
 from jlora.generate import load
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     record = read_record(arguments.run, "--run")
     base = record["base"]["directory"]
-    rows = read_conversations(record["data"]["questions"], "the run's questions")
+    rows = read_conversations(record["data"]["questions"], "the run's questions", Reading.of(record["config"]))
     counts = {}
     for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
         generator, weights = load(base, adapter)

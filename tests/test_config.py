@@ -54,6 +54,16 @@ def test_python_config_and_overrides(python_config):
         assert load_config(file, [f"--config.resume_from_checkpoint={said}"]).resume_from_checkpoint == meant
 
 
+def test_columns_and_prefixes_from_every_kind_of_config(python_config, yaml_config):
+    want = {"prompt": "q", "response": "2"}
+    assert load_config(python_config(f"c.columns = {want}"), []).columns == want
+    assert load_config(yaml_config("columns: {prompt: q, response: 2}\n"), []).columns == want
+    assert load_config(python_config(), ["--config.columns={prompt: q, response: 2}"]).columns == want
+    prefixes = {"user": "Client|Q.", "assistant": "Counsel"}
+    assert load_config(python_config(f"c.role_prefixes = {prefixes}"), []).role_prefixes == prefixes
+    assert load_config(python_config(), []).columns == {}
+
+
 def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
     config = load_config(
         yaml_config("learning_rate: 1e-4\nfp16: true\ntarget_modules: q_proj, v_proj\nresume_from_checkpoint: true\n"),
@@ -106,7 +116,16 @@ def test_mistakes_in_a_python_config(python_config, line, message):
         ("lora_rank: eight", "lora_rank='eight': expected int"),
         ("fp16: 1", "fp16=1: expected bool"),
         ("lora_rank: [", "is not YAML"),
-        ("metadata_path: meta.csv", "metadata_path is not read"),
+        ("columns: q", "columns='q': expected"),
+        ("columns: {question: q}", "columns has 'question': 'q': expected text under prompt, context, response"),
+        ("columns: {prompt: ''}", "columns has 'prompt': ''"),
+        ("columns: {prompt: q}", "columns={'prompt': 'q'}: expected prompt and response, or messages, or text"),
+        ("columns: {prompt: q, response: a, messages: m}", "expected prompt and response, or messages, or text"),
+        ("role_prefixes: {user: Client}", "expected the prefixes of user and of assistant"),
+        ("role_prefixes: {client: user}", "role_prefixes has 'client'.*expected text under system, user, assistant"),
+        ("encoding: klingon", "encoding='klingon': Python knows no such encoding"),
+        ("encoding: hex", "encoding='hex': Python knows no such encoding of text"),
+        ("bad_rows: skip", "bad_rows='skip': expected one of error, drop"),
         ("base_model: true", "base_model=True: expected str"),
         ("lora_rnk: 8\nepochs: many", r"(?s)did you mean lora_rank.*epochs='many': expected float"),
     ],

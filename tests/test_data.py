@@ -1,7 +1,5 @@
 """Files to conversations, conversations to tokens and masks, examples to rows without padding."""
 
-import json
-
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -10,7 +8,6 @@ from jlora.data import batches, formats, prepared
 from jlora.data.chat import Example, encode_prompt, end_tokens, load_tokenizer
 from jlora.data.chat import encode as encode_until
 from jlora.data.formats import Conversation, Message
-from jlora.data.report import Survey
 from jlora.errors import UserError
 
 END = frozenset({2})  # <|im_end|>
@@ -22,167 +19,9 @@ def encode(tokenizer, conversation):
     return encode_until(tokenizer, END, conversation)
 
 
-def lines_of(rows):
-    """What the report says of rows."""
-    survey = Survey((), "allow", False)
-    assert list(survey.watch(rows)) == rows
-    return survey.lines()
-
-
-@pytest.fixture
-def file(tmp_path):
-    def write(content, name="rows.txt"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
-
-
 @pytest.fixture(scope="module")
 def tokenizer(smollm):
     return load_tokenizer(smollm, "")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "User: What is due?\nLawyer: Under Article 47, pay.\n",
-        "user： What is due?\nlawyer：Under Article 47, pay.",
-        "Q: What is due?\r\nA: Under Article 47, pay.\r\n",
-        "\ufeffQuestion: What is due?\n\n\nAnswer: Under Article 47, pay.\n\n\n",
-        "用户：What is due?\n律师：Under Article 47, pay.",
-        "Worker: What is due?\nCounsel: Under Article 47, pay.",  # unknown names: the first asks, the next answers
-    ],
-)
-def test_text_prefixes(file, text):
-    (row,) = formats.read_file(file(text))
-    assert row.messages == PAIR
-
-
-def test_text_answers_of_many_lines_and_pairs_without_blank_lines(file):
-    text = "User: one?\nmore of it\nLawyer: first\n\nNote: second, with a colon\n"
-    text += "User: two?\nLawyer: b\n\nUser: three?\nLawyer: c"
-    rows = formats.read_file(file(text))
-    assert [[m.content for m in row.messages] for row in rows] == [
-        ["one?\nmore of it", "first\n\nNote: second, with a colon"],
-        ["two?", "b"],
-        ["three?", "c"],
-    ]
-    assert [row.where.rsplit(":", 1)[1] for row in rows] == ["1", "6", "9"]
-
-
-def test_text_with_a_system_line(file):
-    (row,) = formats.read_file(file("System: Be brief.\nUser: a?\nLawyer: b"))
-    assert [m.role for m in row.messages] == ["system", "user", "assistant"]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "What is due?", "output": "Under Article 47, pay."},
-        {"instruction": "What is", "input": "due?", "output": " Under Article 47, pay. "},
-        {"messages": [{"role": m.role, "content": m.content} for m in PAIR]},
-    ],
-)
-def test_json_lines(file, row):
-    (got,) = formats.read_file(file(json.dumps(row) + "\n\n", "rows.jsonl"))
-    assert got.messages[-1] == PAIR[-1]
-    assert got.messages[0].content.replace("\n", " ") == "What is due?"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("rows.txt", "", "the file is empty"),
-        ("rows.txt", " \n\n", "the file is empty"),
-        (
-            "rows.txt",
-            "User: a?\nLawyer: b\n\nUser: c?\n\nUser: d?\nLawyer: e",
-            r"rows.txt:4: this question has no answer: 'c\?'",
-        ),
-        ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?", "rows.txt:4: this question has no answer"),
-        ("rows.txt", "User: a?\nLawyer:\n", "rows.txt:2: the answer is empty"),
-        ("rows.txt", "User:\nLawyer: b\n", "rows.txt:1: the question is empty"),
-        ("rows.txt", "hello\nUser: a?\nLawyer: b\n", "rows.txt:1: expected a line that begins with a role.*'hello'"),
-        ("rows.txt", "Title: FAQ\nEmployee: a?\nCounsel: b", r"which two prefixes are the roles\? .*title \(1\)"),
-        ("rows.txt", "Title: FAQ\nUser: a?\nLawyer: b\nUser: c?\nLawyer: d", "which two prefixes are the roles"),
-        ("rows.txt", "Topic: x\nEmployee: a?\nCounsel: b\n" * 3, "which two prefixes are the roles"),
-        ("rows.txt", "Employee: a?\nNote: here.\nExpert: b", "which two prefixes are the roles"),
-        (
-            "rows.txt",
-            "User: a?\nLawyer: b\n\n用户：c？\n律师：d\n\n用户：e？\n律师：f",
-            "which two prefixes are the roles",
-        ),
-        ("rows.txt", "https://x.y/z\nUser: a?\nLawyer: b", "rows.txt:1: expected a line that begins with a role"),
-        ("rows.txt", "User: a?\nLawyer: b\nLawyer: c\n", "rows.txt:1: expected one question and one answer"),
-        ("rows.txt", "no roles at all", "rows.txt:1: expected a line that begins with a role"),
-        ("rows.txt", "User: a?\nLawyer: \xe9".encode("latin-1"), "rows.txt:2: not UTF-8"),
-        ("rows.jsonl", '{"instruction": "a", "output": "b"}\n{broken', "rows.jsonl:2: not JSON"),
-        ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object, got list"),
-        (
-            "rows.jsonl",
-            '{"instruction": "a"}',
-            "rows.jsonl:1: expected instruction and output, or messages; got instruction",
-        ),
-        ("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "the assistant last; got user"),
-        ("rows.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "needs a role"),
-        ("rows.jsonl", '{"instruction": "a", "output": "b", "system": "c"}', "'system' is not read"),
-        ("rows.jsonl", '{"question": "a", "answer": "b"}', "'answer' is not read; .*got answer, question"),
-        ("rows.jsonl", '{"instruction": "a", "output": "b", "messages": []}', "both messages and instruction"),
-        ("rows.jsonl", '{"instruction": ["a"], "output": "b"}', r"instruction is \['a'\]; expected text"),
-        ("rows.jsonl", '{"instruction": "a", "output": null}', "output is None; expected text"),
-        ("rows.jsonl", '{"instruction": "a", "output": " "}', "the assistant's message is empty"),
-        ("rows.jsonl", '{"messages": []}', "the assistant last"),
-        ("rows.jsonl", '{"messages": "hi"}', "needs a role"),
-        ("rows.csv", "a,b", "expected a .txt or .jsonl file"),
-    ],
-)
-def test_bad_rows_are_named(file, name, content, message):
-    with pytest.raises(UserError, match=message):
-        formats.read_file(file(content, name))
-
-
-def test_bad_places_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"train_data_dir=.*none: no such file or directory"):
-        formats.read_conversations(str(tmp_path / "none"), "train_data_dir")
-    with pytest.raises(UserError, match=r"no .txt or .jsonl file"):
-        formats.read_conversations(str(tmp_path), "train_data_dir")
-
-
-def test_hidden_files_and_notes_are_passed_over_and_others_refused(tmp_path):
-    for name in ("b.TXT", "sub/a.txt", ".ipynb_checkpoints/b.txt", ".DS_Store", "Thumbs.db", "README.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("User: a?\nLawyer: b")
-    assert len(formats.read_conversations(str(tmp_path), "train_data_dir")) == 2
-    (tmp_path / "table.csv").write_text("a,b")
-    with pytest.raises(UserError, match=r"table.csv: expected a .txt or .jsonl file"):
-        formats.read_conversations(str(tmp_path), "train_data_dir")
-
-
-def test_text_that_looks_like_roles_stays_text_and_is_said(file):
-    pair = (
-        "Employee: Which?\nNote: two\nlines\nCounsel: One of:\nA: fixed term\nB: open term\nA: again\nsee https://x.y\n"
-    )
-    rows = formats.read_file(file(pair + "Employee: And?\nCounsel: No.\n"))
-    assert [row.messages[0].content for row in rows] == ["Which?\nNote: two\nlines", "And?"]
-    assert rows[0].messages[1].content.startswith("One of:\nA: fixed term\nB: open")
-    assert lines_of(rows)[-1] == "lines that begin like a role but are read as text: a (2)"
-    numbered = formats.read_file(file("问1：a？\n答1：b\n\n问2：c？\n答2：d"))
-    assert [row.messages[1].content for row in numbered] == ["b", "d"]
-
-
-def test_an_assistants_first_line_is_an_answer_without_a_question(file):
-    with pytest.raises(UserError, match=r"rows.txt:1: this answer has no question before it"):
-        formats.read_file(file("Lawyer: b\nUser: a?\nLawyer: c"))
-
-
-def test_hash_follows_the_bytes(file):
-    path = file("User: a?\nLawyer: b")
-    before = formats.hash_files(str(path), "train_data_dir")
-    assert before == formats.hash_files(str(path), "train_data_dir")
-    file("User: a?\nLawyer: c")
-    assert before != formats.hash_files(str(path), "train_data_dir")
 
 
 LLAMA2 = (

@@ -186,6 +186,13 @@ def test_the_report_finds_each_thing_and_only_where_it_is():
     ]
 
 
+def test_plain_text_has_no_answers_to_compare():
+    rows = [
+        plain(f"{i} and so on, the contract goes on for quite a while and says many a thing.", i) for i in range(20)
+    ]
+    assert [line for line in survey([*rows, plain("Yes.", 99)]) if "answer" in line] == []
+
+
 def test_many_alike_rows_are_found_each_against_the_first():
     long = "the employer must pay the employee for every day of leave that was not taken before the contract ended "
     rows = [row(f"{long}{i}?", long * 3, i) for i in range(3000)]

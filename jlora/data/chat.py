@@ -84,15 +84,10 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
     """Token ids up to where the assistant begins to speak: what the served model is given. Plain text is itself."""
-    if is_text(messages):
+    if messages[0].role == TEXT:
         return tokenizer(_opening(tokenizer) + messages[0].content, add_special_tokens=False)["input_ids"]
     (text,) = render(tokenizer, [messages], prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def is_text(messages: Sequence[Message]) -> bool:
-    """Is it plain text, which goes through no chat template?"""
-    return [message.role for message in messages] == [TEXT]
 
 
 def encode(tokenizer: Any, ends: frozenset[int], conversation: Conversation, train_on: str = "assistant") -> Example:
@@ -130,7 +125,7 @@ def encode_batch(
         for span in spans:
             first, closing = _trained(tokenizer, ends, text, span, ids, encoded[i], conversation.where)
             trained[first : closing + 1] = True
-        whole = train_on == "all" or is_text(conversation.messages)
+        whole = train_on == "all" or conversation.plain
         if whole:
             trained[:] = True
         example = Example(np.array(ids, np.int32), trained, conversation.where)
@@ -163,7 +158,7 @@ def _render_all(
     tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
 ) -> list[tuple[str, list[_Span]]]:
     """Each conversation's text, and where its trained answers stand in it."""
-    chats = [c for c in conversations if not is_text(c.messages)]
+    chats = [c for c in conversations if not c.plain]
     whole = iter(render(tokenizer, [c.messages for c in chats], prompt=False))
     answers = [(c, i) for c in chats for i in _answers(c.messages, train_on)]
     before = iter(render(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
@@ -171,7 +166,7 @@ def _render_all(
     after = iter(render(tokenizer, earlier, prompt=False))
     rendered: list[tuple[str, list[_Span]]] = []
     for c in conversations:
-        if is_text(c.messages):
+        if c.plain:
             rendered.append((_opening(tokenizer) + c.messages[0].content + _closing(tokenizer, ends), []))
             continue
         text = next(whole)

@@ -1,237 +1,256 @@
 """Files -> conversations. Nothing about tokens.
 
-Read today: text with role prefixes (`.txt`) and JSON lines (`.jsonl`) of `instruction`/`input`/`output` or `messages`.
+What a file is follows from what is in it: Parquet, JSON, a table, text with roles, text without. The rooms beside this
+one read each; here they are found, told apart and put together.
 """
 
+import dataclasses
 import hashlib
-import json
+import os
 import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jlora.data import stored
+from jlora.data.conversation import PARTS, BadRows, Conversation, Message, Notes, Reading, is_whole, listing
+from jlora.data.encoding import GB18030, detect, first_lines
+from jlora.data.json_rows import read_json
+from jlora.data.records import Records
+from jlora.data.tables import cells_of, find_delimiter, looks_like_table, read_table
+from jlora.data.text import Row, begins_with_role, prefix_of, read_text
 from jlora.errors import UserError
 
-ROLES = ("system", "user", "assistant")
-USER_NAMES = {"用户", "问", "问题", "客户", "患者", "user", "question", "q", "human", "client", "patient"}
-ASSISTANT_NAMES = {
-    *("律师", "答", "回答", "助手", "医生", "顾问"),
-    *("lawyer", "answer", "a", "assistant", "doctor", "advisor", "adviser", "bot"),
-}
-SYSTEM_NAMES = {"系统", "system"}
-PREFIX = re.compile(r"^\s*([^\W\d_][\w -]{0,19}?)\s*[:：](?!//)\s*(.*)$", re.DOTALL)
-NEW_LINE = re.compile(r"\r\n|\r|\n")
+__all__ = ["Conversation", "Message", "Reading", "hash_files", "iter_conversations", "prefix_of", "read_conversations"]
+
 SKIPPED = {"Thumbs.db", "desktop.ini"}
-# Keys of a JSON row that speak, and are not read yet: dropping them would change what is trained on.
-UNREAD_KEYS = {
-    *("system", "history", "context", "conversations", "conversation", "dialog", "dialogue"),
-    *("prompt", "completion", "question", "answer", "query", "response", "chosen", "rejected"),
-}
+ABOUT = {"", "readme", "license", "licence"}  # "": what is hidden
+JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # how JSON begins, and hardly any text
+ROLE_PARTS = {
+    "user": "prompt",
+    "assistant": "response",
+    "system": "system",
+}  # in metadata: one is the other's column or prefix
+FILE_NAMES = {"file", "file_name", "filename", "path", "文件"}
+AS_FOUND = Reading()
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn: who says it ("system", "user" or "assistant") and what."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One example: its turns, the last of them the assistant's, and where it stands (`file:line`)."""
-
-    messages: tuple[Message, ...]
-    where: str
+def read_conversations(
+    path: str, key: str, reading: Reading = AS_FOUND, say: Callable[[str], object] = print
+) -> list[Conversation]:
+    """All conversations of a file, a directory or a TFDS data set; see `iter_conversations`."""
+    return list(iter_conversations(path, key, reading, say))
 
 
-def read_conversations(path: str, key: str) -> list[Conversation]:
-    """All conversations of a file, or of a directory's files in the order of their names.
+def iter_conversations(
+    path: str, key: str, reading: Reading = AS_FOUND, say: Callable[[str], object] = print
+) -> Iterator[Conversation]:
+    """The conversations of a file, of a directory's files by name, or of a TFDS data set, as a stream.
 
     Args:
-      path: the file or directory.
+      path: the file, the directory, or `tfds:NAME/SPLIT`.
       key: the config key that named it, for messages.
+      reading: what the config says about how rows are written.
+      say: takes the lines about what was told by content or not used, after the last row.
 
     Raises:
-      UserError: nothing there, an unknown kind of file, or a row that cannot be used, by file and line.
+      UserError: nothing there, a file that cannot be read, or, after the last row, the rows that cannot be used, by
+        file and line; unless `bad_rows` is "drop", which counts them.
     """
-    conversations = [row for file in data_files(path, key) for row in read_file(file)]
-    if not conversations:
-        raise UserError(f"{key}={path}: no question-answer pairs in it")
-    return conversations
+    notes, bad, used = Notes(), BadRows(), 0
+    first: Conversation | None = None
+    for row in _rows(path, key, reading, notes):
+        if isinstance(row, UserError):
+            bad.add(str(row))
+            continue
+        first = first or row
+        if row.plain != first.plain:
+            raise UserError(
+                f"{row.where} is {_kind(row)}, and {first.where} is {_kind(first)}: keep one kind in {key}={path}, or "
+                "set task_type=plain-text for text alone"
+            )
+        used += 1
+        yield row
+    if bad.count and reading.bad_rows == "drop":
+        say(
+            "\n  ".join(
+                [f"{key}: {bad.count} of {used + bad.count} rows cannot be used and are dropped:", *bad.lines()]
+            )
+        )
+    elif bad.count == 1:
+        raise UserError(bad.lines()[0])
+    elif bad.count:
+        heading = (
+            f"{key}={path}: {bad.count} of {used + bad.count} rows cannot be used (mend them, or set bad_rows=drop):"
+        )
+        raise UserError("\n  ".join([heading, *bad.lines()]))
+    if not used:
+        raise UserError(f"{key}={path}: no rows in it that can be used")
+    for line in notes.lines():
+        say(f"{key}: {line}")
 
 
 def data_files(path: str, key: str) -> list[Path]:
-    """The files that hold the rows; what is hidden, and `.md` notes, are passed over."""
+    """The files that hold the rows; what is hidden, README and LICENSE are passed over.
+
+    Raises:
+      UserError: nothing there, or something that is no file: a link that leads nowhere or in a circle, a pipe.
+    """
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{key}={path}: no such file or directory")
-    if root.is_file():
-        return [root]
-    parts = [path for path in root.rglob("*") if path.is_file() and path.name not in SKIPPED]
-    shown = [path for path in parts if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    files = sorted(path for path in shown if path.suffix.lower() != ".md")
+    files = sorted(_walk(root, ())) if root.is_dir() else [root]
+    for file in files:
+        try:
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise UserError(f"{file} is not a file (a pipe or a device?): remove it")
+        except OSError as error:
+            raise UserError(f"{file} leads nowhere ({error.strerror}): remove the link, or mend it") from None
     if not files:
-        raise UserError(f"{key}={path}: no .txt or .jsonl file in this directory")
+        raise UserError(f"{key}={path}: no file in this directory")
     return files
 
 
-def hash_files(path: str, key: str) -> str:
-    """sha256 over the files' names and bytes: the same hash, the same data."""
+def hash_files(path: str, key: str, reading: Reading = AS_FOUND) -> str:
+    """sha256 over the files' names and bytes, the `metadata_path` among them: the same hash, the same data."""
     digest = hashlib.sha256()
-    for file in data_files(path, key):
-        content = file.read_bytes()
-        digest.update(f"{file.name}\n{len(content)}\n".encode())
-        digest.update(content)
+    if stored.is_tfds(path):
+        directory, split = stored.find_tfds(path, key)
+        digest.update(f"{split}\n".encode())
+        path = str(directory)
+    files = data_files(path, key)
+    if reading.metadata_path:
+        files.append(Path(reading.metadata_path).expanduser())
+    for file in files:
+        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
-def read_file(file: Path) -> list[Conversation]:
-    """The conversations of one file."""
-    readers = {".txt": _from_text, ".jsonl": _from_json_lines}
-    if file.suffix.lower() not in readers:
-        raise UserError(f"{file}: expected a .txt or .jsonl file")
+def place(path: str) -> str:
+    """The path in full, as a run's record keeps it."""
+    return path if path.startswith(stored.TFDS) else str(Path(path).expanduser().resolve())
+
+
+def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """All that is in a directory and those below, links followed."""
+    real = directory.resolve()
+    if real in above:
+        raise UserError(f"{directory} is a link to a directory above it: remove it")
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}:{line}: not UTF-8 (is it GB18030 or UTF-16?): save the file as UTF-8") from None
+        names = sorted(os.listdir(directory))
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    if not text.strip():
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
+    for name in names:
+        if name in SKIPPED or name.split(".")[0].lower() in ABOUT:
+            continue
+        if (directory / name).is_dir():
+            yield from _walk(directory / name, (*above, real))
+        else:
+            yield directory / name
+
+
+def _rows(path: str, key: str, reading: Reading, notes: Notes) -> Iterator[Row]:
+    if stored.is_tfds(path):
+        yield from _of_records(stored.read_tfds(path, key), reading, notes)
+        return
+    own = _metadata(reading)
+    metadata = Path(reading.metadata_path).expanduser().resolve() if reading.metadata_path else None
+    for file in data_files(path, key):
+        if file.resolve() == metadata:
+            continue
+        try:
+            yield from _read_file(file, own.get(file.resolve(), reading), notes)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def _read_file(file: Path, reading: Reading, notes: Notes) -> Iterator[Row]:
+    """The rows of one file, of whatever kind it is."""
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic == b"PAR1":
+        yield from _of_records(stored.read_parquet(file), reading, notes)
+        return
+    if re.search(r"\.(array_record|tfrecord)", file.name):
+        raise UserError(f"{file}: TFDS stores rows in it: name the directory that holds dataset_info.json")
+    encoding = detect(file, reading.encoding)
+    if encoding == GB18030 and not reading.encoding:
+        notes.add("not UTF-8, read as GB18030", file.name)
+    head = first_lines(file, encoding)
+    if not head:
         raise UserError(f"{file}: the file is empty")
-    return readers[file.suffix.lower()](file, text)
+    kind = _told(file.suffix.lower(), head, reading)
+    if kind == "json":
+        yield from _of_records(read_json(file, encoding, reading, notes), reading, notes)
+    elif kind == "table":
+        yield from _of_records(read_table(file, encoding, reading, notes), reading, notes)
+    else:
+        yield from read_text(file, encoding, reading, notes)
 
 
-def _from_text(file: Path, text: str) -> list[Conversation]:
-    """`User: ...` / `Lawyer: ...`; an answer goes on until the next prefix, blank lines included."""
-    lines = NEW_LINE.split(text)
-    roles = _find_roles(file, lines)
-    conversations: list[Conversation] = []
-    turns: list[tuple[str, int, list[str]]] = []  # role, line number, text
-
-    def finish() -> None:
-        if turns:
-            conversations.append(_pair(file, turns))
-            turns.clear()
-
-    for number, line in enumerate(lines, start=1):
-        role = roles.get(prefix_of(line))
-        if role:
-            if role == "system" or (role == "user" and turns and turns[-1][0] != "system"):
-                finish()
-            match = PREFIX.match(line)
-            assert match is not None
-            turns.append((role, number, [match[2]]))
-        elif turns:
-            turns[-1][2].append(line)
-    finish()
-    return conversations
+def _told(ending: str, head: list[str], reading: Reading) -> str:
+    """JSON, a table or text? What the first lines say goes before the ending, but for broken JSON."""
+    table = ending in (".csv", ".tsv")
+    if ending in (".json", ".jsonl", ".ndjson"):
+        return "json"
+    if reading.plain:
+        return "table" if table else "text"
+    if JSON.match(head[0]):
+        return "json"
+    if begins_with_role(head[0], reading):
+        return "text"
+    return "table" if table or looks_like_table(head) else "text"
 
 
-def prefix_of(line: str) -> str:
-    """The name before a line's first colon, without case and number (`问1：` is 问); "" where there is none."""
-    match = PREFIX.match(line)
-    return match[1].lower().rstrip("0123456789 ") if match else ""
+def _of_records(rows: Iterator[tuple[str, Any]], reading: Reading, notes: Notes) -> Iterator[Row]:
+    """Rows with named columns as conversations; an error stays one."""
+    records = Records(reading, notes)
+    for where, row in rows:
+        try:
+            made: Row = row if isinstance(row, UserError) else records.conversation(row, where)
+        except UserError as error:
+            made = error
+        yield made
 
 
-def _find_roles(file: Path, lines: list[str]) -> dict[str, str]:
-    """Which prefix is whose. The first line's asks; the one that every question is followed by answers.
+def _metadata(reading: Reading) -> dict[Path, Reading]:
+    """What `metadata_path` says: a CSV with a column `file`, and of each file the columns or prefixes of its parts.
 
     Raises:
-      UserError: that cannot be told for sure.
+      UserError: it is not such a CSV, or names a file that is not there.
     """
-    first = next(number for number, line in enumerate(lines, start=1) if line.strip())
-    names = [(name, number) for number, line in enumerate(lines, start=1) if (name := prefix_of(line))]
-    roles = {name: "system" for name, _ in names if name in SYSTEM_NAMES}
-    speakers = [(name, number) for name, number in names if name not in roles]
-    if not names or names[0][1] != first:
-        raise UserError(
-            f"{file}:{first}: expected a line that begins with a role, as in `User: ...`; got {lines[first - 1][:60]!r}"
-        )
-    asks = speakers[0][0] if speakers else ""
-    if asks in ASSISTANT_NAMES:
-        raise UserError(f"{file}:{first}: this answer has no question before it: {lines[first - 1][:60]!r}")
-    followers: list[list[str]] = []  # after each question, the other prefixes up to the next
-    for name, _ in speakers:
-        if name == asks:
-            followers.append([])
-        elif name not in followers[-1]:
-            followers[-1].append(name)
-    counts = Counter(name for after in followers for name in after)
-    often = [name for name, count in counts.items() if count == max(counts.values())]
-    likely = [name for name in often if name in ASSISTANT_NAMES and len(name) > 1] or often
-    others = [(name, number) for name, number in speakers if name in USER_NAMES - {asks} and len(name) > 1]
-    if len(likely) != 1 or len(others) > 1:
-        found = ", ".join(f"{name} ({count})" for name, count in Counter(name for name, _ in speakers).most_common(6))
-        raise UserError(
-            f"{file}: which two prefixes are the roles? Lines begin with {found or 'none'}; expected one that asks, in "
-            "the first line, and one that answers. Rename or remove the others, or use .jsonl"
-        )
-    return {**roles, asks: "user", likely[0]: "assistant"}
+    if not reading.metadata_path:
+        return {}
+    path = Path(reading.metadata_path).expanduser()
+    if not path.is_file():
+        raise UserError(f"metadata_path={path}: no such file")
+    encoding = detect(path, reading.encoding)
+    rows = cells_of(path, encoding, find_delimiter(path, encoding))
+    names = [ROLE_PARTS.get(name, name) for name in (cell.strip().lower() for cell in next(rows, (0, []))[1])]
+    unknown = [name for name in names if name not in FILE_NAMES and name not in PARTS]
+    if len(FILE_NAMES & set(names)) != 1 or unknown or len(names) < 2:
+        raise UserError(f"{path}:1: expected columns file, prompt and response (or {', '.join(PARTS)}); got {names}")
+    roots = [path.parent, *(Path(p).expanduser() for p in (reading.train_data_dir, reading.eval_data_dir) if p)]
+    own = {}
+    for number, cells in rows:
+        if len(cells) != len(names):
+            raise UserError(f"{path}:{number}: expected {len(names)} cells, got {len(cells)}")
+        said = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
+        name = next(said.pop(name) for name in FILE_NAMES if name in said)
+        files = [f for root in roots for f in (root / name, root.parent / name) if f.is_file()]
+        if not files:
+            raise UserError(f"{path}:{number}: there is no file {name!r} in {listing(map(str, roots))}")
+        columns = {part: column for part, column in said.items() if column}
+        if not is_whole(columns):
+            raise UserError(f"{path}:{number}: expected prompt and response, or messages, or text; got {columns}")
+        prefixes = {role: columns[part] for role, part in ROLE_PARTS.items() if part in columns}
+        own[files[0].resolve()] = dataclasses.replace(reading, columns=columns, role_prefixes=prefixes)
+    return own
 
 
-def _pair(file: Path, turns: list[tuple[str, int, list[str]]]) -> Conversation:
-    first = turns[0][1]
-    messages = tuple(Message(role, "\n".join(said).strip()) for role, _, said in turns)
-    spoken = [message.role for message in messages if message.role != "system"]
-    if spoken == ["user"]:
-        raise UserError(f"{file}:{first}: this question has no answer: {messages[-1].content[:60]!r}")
-    if spoken != ["user", "assistant"]:
-        raise UserError(f"{file}:{first}: expected one question and one answer, got {', '.join(spoken)}")
-    for message, (role, line, _) in zip(messages, turns, strict=True):
-        if not message.content:
-            raise UserError(f"{file}:{line}: the {'answer' if role == 'assistant' else 'question'} is empty")
-    return Conversation(messages, f"{file}:{first}")
-
-
-def _from_json_lines(file: Path, text: str) -> list[Conversation]:
-    return list(_json_rows(file, text))
-
-
-def _json_rows(file: Path, text: str) -> Iterator[Conversation]:
-    for number, line in enumerate(NEW_LINE.split(text), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
-        yield Conversation(_messages(row, where), where)
-
-
-def _messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
-    keys = ", ".join(sorted(row))
-    if unread := sorted(UNREAD_KEYS & row.keys()):
-        raise UserError(f"{where}: {unread[0]!r} is not read; expected instruction and output, or messages; got {keys}")
-    if "messages" in row and "instruction" in row:
-        raise UserError(f"{where}: has both messages and instruction: keep one of them")
-    turns = row["messages"] if "messages" in row else _instruction(row, where, keys)
-    messages = []
-    for turn in turns if isinstance(turns, list) else [turns]:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise UserError(f"{where}: a message needs a role ({', '.join(ROLES)}) and a text content; got {turn!r}")
-        if not turn["content"].strip():
-            raise UserError(f"{where}: the {turn['role']}'s message is empty")
-        messages.append(Message(turn["role"], turn["content"].strip()))
-    roles = [message.role for message in messages]
-    start = roles[:1] == ["system"]
-    if roles[start:] != ["user", "assistant"] * (len(roles[start:]) // 2) or len(roles) == start:
-        raise UserError(f"{where}: expected user and assistant in turn, the assistant last; got {', '.join(roles)}")
-    return tuple(messages)
-
-
-def _instruction(row: dict[str, Any], where: str, keys: str) -> list[dict[str, str]]:
-    """instruction, input (may be left out) and output as a question and an answer."""
-    if not {"instruction", "output"} <= row.keys():
-        raise UserError(f"{where}: expected instruction and output, or messages; got {keys}")
-    for key in ("instruction", "input", "output"):
-        if not isinstance(row.get(key, ""), str):
-            raise UserError(f"{where}: {key} is {row[key]!r}; expected text")
-    question = "\n".join(part for key in ("instruction", "input") if (part := row.get(key, "").strip()))
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+def _kind(row: Conversation) -> str:
+    return "plain text" if row.plain else "a conversation"

@@ -38,6 +38,7 @@ class Survey:
     def __init__(self, pii_regions: tuple[str, ...], pii_rule: str, amounts: bool) -> None:
         self._regions, self._rule, self._amounts = pii_regions, pii_rule, amounts
         self.count = 0
+        self._plain = False  # plain text has no answers
         self._where: list[str] = []
         self._rows, self._questions, self._lengths = array("Q"), array("Q"), array("L")
         self._beginnings: list[str] = []
@@ -58,6 +59,7 @@ class Survey:
         said = [message for message in row.messages if message.role != "system"]
         text = "\n".join(message.content for message in said)
         self.count += 1
+        self._plain = self._plain or row.plain
         self._where.append(Path(row.where).name)
         self._rows.append(_hash("\0".join(f"{m.role}\0{m.content}" for m in said)))
         self._questions.append(_hash("\0".join(" ".join(m.content.split()).casefold() for m in said[:-1])))
@@ -132,6 +134,8 @@ class Survey:
 
     def _short(self) -> list[int]:
         """Answers of a tenth of the usual length."""
+        if self._plain:
+            return []
         lengths = np.array(self._lengths)
         few = np.flatnonzero(lengths < np.median(lengths) / 10) if len(lengths) else np.array([], int)
         return [row for row in few.tolist() if row not in set(self._empty)]
@@ -145,7 +149,7 @@ class Survey:
             if not character or often < COMMON * self.count:
                 break
             beginning, count = beginning + character, often
-        if len(beginning) < 2 or count == self.count or self.count < 10:
+        if self._plain or len(beginning) < 2 or count == self.count or self.count < 10:
             return ""
         shown = re.split(r"[\d@]", beginning)[0].strip()  # no number is told, whosoever's it is
         odd = [row for row, answer in enumerate(self._beginnings) if not answer.startswith(beginning)]
