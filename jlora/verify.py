@@ -47,7 +47,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
     reading = Reading.of(record["config"])
     rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
-    prompts = [encode_prompt(tokenizer, row.asked) for row in rows]
+    prompts = [encode_prompt(tokenizer, row.messages[:-1] or row.messages) for row in rows]
     theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer))
     with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
         ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts)

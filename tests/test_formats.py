@@ -1,14 +1,19 @@
 """Files to conversations: every layout and encoding, what is said about them, and every mistake by file and line."""
 
+import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ROOT
 
+from jlora.config import Config
 from jlora.data import formats
 from jlora.data.conversation import Message, Reading
 from jlora.data.report import Survey
@@ -143,6 +148,11 @@ LAYOUTS = {
         json.dumps([{"system": SYSTEM, "conversations": turns("from", "value", ("", "human", "gpt"))}], indent=2),
         [[SYSTEM, *ONE, *TWO]],
     ),
+    "TRL": (
+        "a.jsonl",
+        jsonl(*({"prompt": m["messages"][:2], "completion": m["messages"][2:]} for m in openai(ONE, TWO))),
+        WITH_SYSTEM,
+    ),
     "LIMA": ("a.jsonl", jsonl({"conversations": [*ONE, *TWO], "source": "x"}), MULTI),
     "Capybara": ("a.jsonl", jsonl({"conversation": [{"input": q, "output": a} for q, a in (ONE, TWO)]}), MULTI),
     "OpenOrca": (
@@ -182,6 +192,40 @@ def test_a_long_json_list_on_one_line_is_read_piece_by_piece(file):
     assert contents(read(file(json.dumps({"data": rows}), "a.json"))[0]) == [[row["q"], row["a"]] for row in rows]
 
 
+PEAKS = """
+import sys, tracemalloc
+from jlora.data.formats import iter_conversations
+for path in sys.argv[1:]:
+    for count in (lambda rows: sum(1 for _ in rows), lambda rows: len(list(rows))):
+        tracemalloc.start()
+        rows = count(iter_conversations(path, "train_data_dir"))
+        print(rows, tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+"""
+
+
+def test_files_are_streams(file):
+    pairs = [(f"{i}?", f"{i} " + "b" * 20_000) for i in range(1000)]
+    rows = [{"q": q, "a": a} for q, a in pairs]
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=50)
+    files = {
+        "a.jsonl": jsonl(*rows),
+        "a.json": json.dumps({"data": rows}),
+        "a.csv": quoted(",", ("q", "a"), *pairs),
+        "a.txt": "".join(f"Q: {q}\nA: {a}\n\n" for q, a in pairs),
+        "a.parquet": table.getvalue().to_pybytes(),
+    }
+    paths = [file(content, name) for name, content in files.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, *paths], cwd=ROOT, capture_output=True, text=True, check=True
+    )  # a process of its own: checking types, as the tests do, takes memory
+    peaks = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [count for count, _ in peaks] == [1000] * 10
+    for name, (_, one_by_one), (_, all_at_once) in zip(files, peaks[::2], peaks[1::2], strict=True):
+        assert one_by_one < 8e6 < 20e6 < all_at_once, name  # the files have 20 MB
+
+
 def test_columns_that_are_not_used_are_said_once(file):
     _, said = read(file("id,question,answer,source\n1,a?,b,\n2,c?,d,x\n", "a.csv"))
     assert said == ["train_data_dir: columns not used: id (2), source"]
@@ -207,6 +251,14 @@ def test_columns_named_by_the_config(file):
     two = json.dumps({"train": [{"q": "a?", "a": "b"}], "test": [{"q": "c?", "a": "d"}]})
     rows, said = read(file(two, "a.json"), columns={"rows": "test"})
     assert contents(rows) == [["c?", "d"]] and said == ["train_data_dir: keys not used: train"]
+
+
+def test_what_is_said_about_reading_is_part_of_the_config():
+    settings = dataclasses.asdict(Config())
+    assert Reading.of(settings) == Reading() and set(dataclasses.asdict(Reading())) <= settings.keys()
+    assert Reading.of({**settings, "columns": {"text": "x"}, "bad_rows": "drop"}) == Reading(
+        {"text": "x"}, bad_rows="drop"
+    )
 
 
 def test_prefixes_named_by_the_config(file):
@@ -271,7 +323,7 @@ def test_parquet(tmp_path, compression):
 def prepared(tmp_path):
     """A data set as TFDS prepares it, of two splits, in a data_dir of its own."""
 
-    class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Pairs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -302,7 +354,10 @@ def test_tfds_by_directory_and_by_name(prepared, tmp_path, monkeypatch):
         read(f"tfds:{prepared}/dev")
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     assert contents(read("tfds:pairs/test")[0]) == [[*TWO]]
-    with pytest.raises(UserError, match="train_data_dir=tfds:no_such_pairs/train: TFDS has no such data set here"):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
+    assert contents(read("tfds:pairs/test")[0]) == [[*TWO]]  # prepared now
+    assert list((tmp_path / "elsewhere").rglob("*.array_record*"))
+    with pytest.raises(UserError, match="train_data_dir=tfds:no_such_pairs/train: TFDS cannot give it"):
         read("tfds:no_such_pairs/train")
     with pytest.raises(UserError, match=r"array_record.*: TFDS stores rows in it: name the directory"):
         read(next(tmp_path.rglob("*.array_record*")))

@@ -25,6 +25,7 @@ READINGS = st.builds(
     task_type=st.sampled_from(["text-generation", "plain-text"]),
     bad_rows=st.sampled_from(["error", "drop"]),
 )
+CHUNKS = st.integers(1, 40) | st.just(json_rows.CHUNK)
 WORDS = [
     "User: ",
     "律师：",
@@ -89,7 +90,7 @@ def test_any_scraps(folder, text, ending, reading, encoding):
 
 
 @FUZZ
-@given(st.lists(VALUES, max_size=4), ENDINGS, READINGS, st.booleans(), st.integers(1, 40))
+@given(st.lists(VALUES, max_size=4), ENDINGS, READINGS, st.booleans(), CHUNKS)
 def test_any_json(folder, values, ending, reading, lines, chunk):
     text = "\n".join(json.dumps(value) for value in values) if lines else json.dumps(values)
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +163,7 @@ def test_parquet_with_bytes_changed(folder, data):
 @given(
     st.sampled_from(sorted(WRITERS)),
     st.lists(st.tuples(st.just("") | st.text(max_size=9), st.text(max_size=9)), min_size=1, max_size=6),
-    st.integers(1, 40),
+    CHUNKS,
 )
 def test_rows_in_are_rows_used_and_rows_reported(folder, ending, pairs, chunk):
     content = WRITERS[ending](pairs)

@@ -45,11 +45,6 @@ class Conversation:
         """Is this text without roles?"""
         return self.messages[0].role == "text"
 
-    @property
-    def asked(self) -> tuple[Message, ...]:
-        """What makes two rows the same question: all before the last answer; of plain text, the text."""
-        return self.messages if self.plain else self.messages[:-1]
-
 
 @dataclass(frozen=True)
 class Reading:

@@ -56,18 +56,18 @@ def detect(file: Path, named: str = "") -> str:
     raise UserError(f"{file}:{wrong}: not {expected}: save the file as UTF-8, or set encoding to what it is")
 
 
-def lines(file: Path, encoding: str) -> Iterator[tuple[int, str]]:
+def lines(file: Path, encoding: str, longest: int = MAX_ROW) -> Iterator[tuple[int, str]]:
     """Numbered lines, from 1, each with its newline, whatever the system that wrote them.
 
     Raises:
-      UserError: a line is longer than `MAX_ROW`.
+      UserError: a line has more than `longest` characters.
     """
     with file.open(encoding=encoding) as stream:
         number = 0
-        while line := stream.readline(MAX_ROW + 1):
+        while line := stream.readline(longest + 1):
             number += 1
-            if len(line) > MAX_ROW:
-                raise UserError(f"{file}:{number}: a line of more than {MAX_ROW:,} characters: is the file broken?")
+            if len(line) > longest:
+                raise UserError(f"{file}:{number}: a line of more than {longest:,} characters: is the file broken?")
             yield number, line
 
 

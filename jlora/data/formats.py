@@ -27,11 +27,8 @@ __all__ = ["Conversation", "Message", "Reading", "hash_files", "iter_conversatio
 SKIPPED = {"Thumbs.db", "desktop.ini"}
 ABOUT = {"", "readme", "license", "licence"}  # "": what is hidden
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # how JSON begins, and hardly any text
-ROLE_PARTS = {
-    "user": "prompt",
-    "assistant": "response",
-    "system": "system",
-}  # in metadata: one is the other's column or prefix
+# In metadata a part's cell is its column, or of text the prefix of the role that says it.
+ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
 FILE_NAMES = {"file", "file_name", "filename", "path", "文件"}
 AS_FOUND = Reading()
 
@@ -72,19 +69,13 @@ def iter_conversations(
             )
         used += 1
         yield row
+    share = f"{bad.count} of {used + bad.count} rows cannot be used"
     if bad.count and reading.bad_rows == "drop":
-        say(
-            "\n  ".join(
-                [f"{key}: {bad.count} of {used + bad.count} rows cannot be used and are dropped:", *bad.lines()]
-            )
-        )
+        say("\n  ".join([f"{key}: {share} and are dropped:", *bad.lines()]))
     elif bad.count == 1:
         raise UserError(bad.lines()[0])
     elif bad.count:
-        heading = (
-            f"{key}={path}: {bad.count} of {used + bad.count} rows cannot be used (mend them, or set bad_rows=drop):"
-        )
-        raise UserError("\n  ".join([heading, *bad.lines()]))
+        raise UserError("\n  ".join([f"{key}={path}: {share} (mend them, or set bad_rows=drop):", *bad.lines()]))
     if not used:
         raise UserError(f"{key}={path}: no rows in it that can be used")
     for line in notes.lines():

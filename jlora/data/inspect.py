@@ -59,4 +59,4 @@ def histogram(lengths: np.ndarray) -> list[str]:
 
 def _question(row: Conversation) -> tuple[Message, ...]:
     """What stands before the last answer, a system message left out; plain text as a whole."""
-    return tuple(message for message in row.asked if message.role != "system")
+    return tuple(message for message in row.messages[:-1] or row.messages if message.role != "system")

@@ -39,12 +39,12 @@ def _is_lines(file: Path, encoding: str) -> bool:
     """Are there several lines, the first an object of its own, or meant to be: the next begins one too?"""
     seen: list[str] = []
     try:
-        for _, line in lines(file, encoding):
+        for _, line in lines(file, encoding, CHUNK):
             if line.strip():
                 seen.append(line)
             if len(seen) == 2:
                 break
-    except UserError:  # a huge line: the document's own reader says where
+    except UserError:  # a long line: read as a document, which goes piece by piece
         return False
     begins = [line.lstrip().startswith("{") for line in seen]
     return len(seen) == 2 and begins[0] and (begins[1] or _is_object(seen[0]))

@@ -93,8 +93,10 @@ class Records:
             yield "text", text("text")
             return
         yield "system", text("system")
-        if "messages" in parts:
-            yield from self._messages(row[parts["messages"]], parts["messages"], where)
+        turns = [parts[part] for part in ("messages", "prompt", "response") if part in parts]
+        if "messages" in parts or all(isinstance(row.get(column), list) for column in turns):
+            for column in turns:  # a prompt and its response may be lists of turns too
+                yield from self._messages(row[column], column, where)
             return
         if "history" in parts and row.get(parts["history"]):
             yield from self._history(row[parts["history"]], parts["history"], where)

@@ -25,7 +25,7 @@ def read_parquet(file: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
+            for batch in table.iter_batches(batch_size=128):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", row
@@ -79,7 +79,7 @@ def _builder(path: str, key: str) -> tuple[Any, str]:
             builder.download_and_prepare()
     except Exception as error:  # TFDS runs the data set's own code: whatever it raises, there are no rows
         reason = (str(error).strip().split("\n") or [""])[0]
-        raise UserError(f"{key}={path}: TFDS has no such data set here: {reason}") from None
+        raise UserError(f"{key}={path}: TFDS cannot give it: {reason}") from None
     splits = sorted(builder.info.splits)
     if split not in splits and (split or len(splits) != 1):
         raise UserError(f"{key}={path}: expected {TFDS}{name}/SPLIT with a split of {', '.join(splits)}")

@@ -35,7 +35,7 @@ def read_table(file: Path, encoding: str, reading: Reading, notes: Notes) -> Ite
     if header is None:
         header = [str(number) for number in range(1, len(first) + 1)]
         rows = itertools.chain([(first_line, first)], rows)
-        if not reading.columns:
+        if not reading.columns.keys() - {"rows"}:
             header = ["prompt", "response"]
             notes.add("no header: the first column is taken to ask, the second to answer", file.name)
     for number, cells in rows:
@@ -43,13 +43,8 @@ def read_table(file: Path, encoding: str, reading: Reading, notes: Notes) -> Ite
         if len(cells) == len(header):
             yield where, dict(zip(header, cells, strict=True))
         else:
-            yield (
-                where,
-                UserError(
-                    f"{where}: expected {len(header)} cells, got {len(cells)}: put quotes around a cell that holds "
-                    f"{delimiter!r}"
-                ),
-            )
+            count = f"expected {len(header)} cells, got {len(cells)}"
+            yield where, UserError(f"{where}: {count}: put quotes around a cell that holds {delimiter!r}")
 
 
 def find_delimiter(file: Path, encoding: str) -> str:
@@ -72,10 +67,10 @@ def find_delimiter(file: Path, encoding: str) -> str:
 
 
 def looks_like_table(head: list[str]) -> bool:
-    """Do these lines, of a file without the ending of a table, have its form? A header that names both sides, or one
-    tab in every line."""
-    if not head:
-        return False
+    """Have these lines, of a file without the ending of a table, the form of one?
+
+    That is a header that names who asks and who answers, or one tab in every line.
+    """
     for delimiter in DELIMITERS:
         cells = {_plain(cell) for cell in head[0].split(delimiter)}
         if cells & NAMES["prompt"] and cells & NAMES["response"]:
