@@ -1,25 +1,16 @@
-"""Every setting once: its default, unit and reason; reading it from `.py` or `.yaml`; finding all mistakes at once.
-
-A `.py` config defines `get_config()`, which starts from `default_config()` and sets fields; a `.yaml` config is a flat
-mapping of the same keys. Both take `--config.KEY=VALUE` overrides on the command line.
-"""
+"""Every setting once: its default, unit and reason; and finding all mistakes at once."""
 
 import dataclasses
 import difflib
 import math
 import re
-import runpy
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
 from ml_collections import ConfigDict
 
 from jlora.data.conversation import PARTS, ROLES, is_whole
 from jlora.data.encoding import is_encoding
-from jlora.errors import UserError
 from jlora.sites import TABLES
 from jlora.sources import is_hub_id
 
@@ -49,7 +40,13 @@ class Config:
     metadata_path: str = ""  # a CSV that says the same file by file: file, prompt, response, ... (column or prefix)
     encoding: str = ""  # a Python codec; "": UTF-8, UTF-16 or GB18030, told from the bytes
     bad_rows: str = "error"  # "drop": go on without the rows that cannot be used, and say which
-    max_seq_length: int = 512  # tokens; a longer example is an error that names it
+    max_seq_length: int = 512  # tokens
+    overlong: str = "error"  # longer examples: "error" names them; "truncate", "drop" and "split" count them
+    train_on: str = "assistant"  # "assistant": every answer; "last": the last of a conversation; "all": questions too
+    system_prompt: str = ""  # before each conversation that has no system message; "" leaves that to the chat template
+    pii: str = "warn"  # personal data: "warn" says where, "mask" puts placeholders, "error" stops, "allow" is silent
+    pii_regions: tuple[str, ...] = ("CN", "US")  # countries whose phone numbers are known without their country code
+    pii_amounts: bool = False  # are amounts of money personal data too?
 
     # The adapter: delta W = (lora_alpha / lora_rank) B A.
     lora_rank: int = 16
@@ -110,6 +107,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),
     "bad_rows": ("error", "drop"),
     "lr_scheduler_type": ("cosine", "linear", "constant"),
+    "overlong": ("error", "truncate", "drop", "split"),
+    "train_on": ("assistant", "last", "all"),
+    "pii": ("warn", "mask", "error", "allow"),
     "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
     "param_dtype": ("auto", "float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
@@ -134,29 +134,6 @@ LORA_ONLY = (
 def default_config() -> ConfigDict:
     """The defaults as a locked ConfigDict: what a `.py` config starts from."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
-
-
-def load_config(path: str, overrides: list[str]) -> Config:
-    """Reads a config file, applies `--config.KEY=VALUE` overrides, validates.
-
-    Raises:
-      UserError: the file cannot be read, a key is unknown (the nearest is proposed), or a value is wrong;
-        all wrong values are listed at once.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
-    config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
-    _override(config, overrides)
-    values = config.to_dict()
-    values = {k: tuple(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
-    kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
-    problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
-    if not problems:
-        result = Config(**values)
-        problems = validate(result)
-    if problems:
-        raise UserError("\n  ".join([f"{path} needs {len(problems)} change(s):", *problems]))
-    return result
 
 
 def validate(config: Config) -> list[str]:
@@ -196,6 +173,13 @@ def validate(config: Config) -> list[str]:
     if config.eval_data_dir and config.eval_share:
         problems.append("eval_data_dir and eval_share are both set: keep one of them")
     problems += _adapter_problems(config)
+    problems += [
+        f"pii_regions has {name!r}: expected a country's two letters (ISO 3166), as CN"
+        for name in config.pii_regions
+        if not re.fullmatch("[A-Z]{2}", name)
+    ]
+    if config.overlong == "split" and config.max_seq_length < 2:
+        problems.append("max_seq_length=1: expected 2 or more where overlong='split'")
     if config.revision and not is_hub_id(config.base_model):
         problems.append(f"revision={config.revision!r} is for a hub id, and base_model={config.base_model!r} is none")
     if config.fp16 and config.compute_dtype == "float32":
@@ -255,96 +239,3 @@ def propose(name: str, known: tuple[str, ...] | list[str]) -> str:
     """The nearest of `known`, or all of them."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return nearest[0] if nearest else f"one of {', '.join(known)}"
-
-
-def _field_names() -> list[str]:
-    return [field.name for field in dataclasses.fields(Config)]
-
-
-def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
-    """Sets one key from text or YAML, with the type its default has."""
-    if key not in config:
-        raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
-    kind = type(config[key])
-    if key == "init_lora_weights" and value is True:
-        value = "true"
-    if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
-        value = "auto" if str(value).lower() == "true" else ""
-    try:
-        config[key] = _as(kind, value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: {key}={value!r}: expected {kind.__name__}") from None
-
-
-def _as(kind: type, value: Any) -> Any:
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        return float(value)  # YAML reads 1e-4, which has no dot, as text
-    if kind is int and isinstance(value, str):
-        return int(value)
-    if kind is str and value is None:
-        return ""
-    if kind is ConfigDict and isinstance(value, dict):
-        return {str(name): inner if inner is None else str(inner) for name, inner in value.items()}
-    if kind is tuple and isinstance(value, dict):
-        return tuple(f"{pattern}={number}" for pattern, number in value.items())
-    if kind is tuple and isinstance(value, int):
-        return (str(value),)
-    if kind is tuple:
-        parts = re.findall(r"[^\s,()\[\]'\"]+", value) if isinstance(value, str) else value
-        return tuple(str(part) for part in parts)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError
-    return value
-
-
-def _from_yaml(path: str) -> ConfigDict:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
-    config, problems = default_config(), []
-    for key, value in values.items():
-        try:
-            _set(config, str(key), value, path)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n  ".join(problems))
-    return config
-
-
-def _from_python(path: str) -> ConfigDict:
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise UserError(f"{path}: expected a function get_config()")
-        config = get_config()
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's own file raises is theirs to mend
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = f":{frames[-1].lineno}" if frames else ""
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(f"{path}{line}: {text.strip()}") from None
-    if not isinstance(config, ConfigDict) or set(config) != set(_field_names()):
-        raise UserError(f"{path}: get_config() must start from jlora.config.default_config()")
-    return config
-
-
-def _override(config: ConfigDict, overrides: list[str]) -> None:
-    """Applies `--config.KEY=VALUE`, or `--config.KEY VALUE`; values are read as in a `.yaml` config."""
-    arguments = iter(overrides)
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            raise UserError(f"{argument}: expected --config.KEY=VALUE")
-        key, equals, text = argument.removeprefix("--config.").partition("=")
-        text = text if equals else next(arguments, "")
-        if not (equals or text):
-            raise UserError(f"{argument}: no value given; expected {argument}=VALUE")
-        try:
-            value = text if key in config and isinstance(config[key], str) else yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{argument}: {text!r} is not a value") from None
-        _set(config, key, value, argument)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora import lora, sources
 from jlora.adapter_config import read_config_file, read_spec
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
-from jlora.data.formats import Conversation, Message
+from jlora.data.conversation import Conversation, Message
 from jlora.errors import run_program
 from jlora.lora import Adapter
 from jlora.model import hf

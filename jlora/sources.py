@@ -46,8 +46,8 @@ WHEELS = {
 }
 
 
-def resolve(base_model: str, revision: str = "") -> Path:
-    """The local directory of a base model, downloaded once where it is not one yet.
+def resolve(base_model: str, revision: str = "", *, weights: bool = True) -> Path:
+    """The local directory of a base model, downloaded once where it is not one yet; from a hub also without `weights`.
 
     Raises:
       UserError: nothing of that name can be had; says what was tried.
@@ -63,7 +63,9 @@ def resolve(base_model: str, revision: str = "") -> Path:
         raise UserError(f"base_model {base_model}: expected a model directory or a .gguf file")
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
         raise UserError(f"base_model {base_model}: no such directory")
-    return _from_hub(base_model, revision)
+    return _from_hub(
+        base_model, revision, HUB_FILES if weights else [name for name in HUB_FILES if name != "*.safetensors"]
+    )
 
 
 def is_hub_id(base_model: str) -> bool:
@@ -81,13 +83,13 @@ def commit(directory: Path) -> str:
     return directory.name if directory.parent.name == "snapshots" else ""
 
 
-def _from_hub(name: str, revision: str) -> Path:
+def _from_hub(name: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
+            snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=HUB_COPIES)
         )
     except HFValidationError:
         raise UserError(f"base_model {name!r}: neither a directory nor a hub id (OWNER/NAME)") from None

@@ -13,7 +13,6 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ import jlora
 from jlora import lora, optim, resume, sources
 from jlora.adapter_config import read_spec
 from jlora.checkpoint import Checkpoints, Progress, write_record
-from jlora.config import Config, load_config
-from jlora.data import formats, inspect
-from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat import Example, end_tokens, load_tokenizer
+from jlora.config import Config
+from jlora.config_files import load_config
+from jlora.data import formats
+from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Reading
-from jlora.data.prepared import prepare
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
 from jlora.generate import Generator, show_answers
+from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
@@ -72,7 +71,7 @@ def train(config: Config, again: str) -> None:
     model_config, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
     examples = read_examples(config, tokenizer, ends, rows, "training")
-    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out")
+    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
     kinds = dtypes(config)
     config = take_form(config, directory, model_config)
@@ -147,7 +146,8 @@ def finish(
         )
     if progress.worse_since:
         print(overfitting(progress))
-    for line in show_answers(generator, adapter, held_out[: config.sample_questions]):
+    asked = [row for row in held_out if not row.plain]
+    for line in show_answers(generator, adapter, asked[: config.sample_questions]):
         print(line)
     target = run / "adapter"
     if target.exists() and written_step(target) != step:  # of an earlier end of this run, gone on from since
@@ -155,33 +155,8 @@ def finish(
     if not target.exists():
         export_run(run, step, target)
     print(f"adapter of step {step}: {target}")
-
-
-def read_rows(config: Config) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations."""
-    reading = Reading.of(dataclasses.asdict(config))
-    rows = formats.read_conversations(config.train_data_dir, "train_data_dir", reading)
-    if config.eval_share:
-        return inspect.split(rows, config.eval_share, config.seed)
-    if not config.eval_data_dir:
-        return rows, []
-    held_out = formats.read_conversations(config.eval_data_dir, "eval_data_dir", reading)
-    inspect.refuse_overlap(rows, held_out)
-    return rows, held_out
-
-
-def read_examples(
-    config: Config, tokenizer: Any, ends: frozenset[int], rows: list[Conversation], name: str
-) -> Sequence[Example]:
-    """Conversations as tokens and masks, looked at before step 1."""
-    if not rows:
-        return []
-    examples = prepare(tokenizer, ends, rows, sources.cache_directory() / "prepared")
-    inspect.refuse_long(examples, config.max_seq_length, f"{name} data")
-    print(inspect.summary(name, examples))
-    if odd := inspect.unread_prefixes(rows):
-        print(f"{name}: lines that begin like a role but are read as text: {odd}")
-    return examples
+    if config.system_prompt:
+        print(f"it knows one system prompt, so ask it with the same: --system {shlex.quote(config.system_prompt)}")
 
 
 def find_devices(config: Config) -> list[jax.Device]:
@@ -206,31 +181,6 @@ def find_devices(config: Config) -> list[jax.Device]:
         sizes = f"{below} or {above}" if below else str(above)
         raise UserError(f"batch_size={config.batch_size} does not divide over {count} devices: set batch_size={sizes}")
     return devices
-
-
-def plan(
-    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
-) -> tuple[int, Batches, Batches | None]:
-    """Optimizer steps of the run, its batches, and the held-out batches."""
-    heads = model.num_attention_heads * model.head_dim
-    kv_heads = model.num_key_value_heads * model.head_dim
-    matrices = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
-    accumulated = config.gradient_accumulation_steps
-    per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
-    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
-    shared: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "devices": devices,
-        "linear_cost": matrices / (2 * heads),
-    }
-    batches = plan_batches(examples, micro_batches=accumulated, steps=steps, seed=config.seed, **shared)
-    if not held_out:
-        return steps, batches, None
-    return (
-        steps,
-        batches,
-        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, **shared),
-    )
 
 
 def dtypes(config: Config) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
     reading = Reading.of(record["config"])
     rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
-    prompts = [encode_prompt(tokenizer, row.messages[:-1]) for row in rows]
+    asked = [row.messages[:-1] or row.messages for row in rows]
+    prompts = [encode_prompt(tokenizer, messages) for messages in asked]
     weaker = not all(map(importlib.util.find_spec, ("torch", "peft")))
     said: list[str] = []
     if weaker:
@@ -90,7 +91,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     if not largest <= TOLERANCE or equal < AGREEMENT * len(prompts):
         demanded = f"at most {TOLERANCE:g}, and {AGREEMENT:.0%} of the answers"
         sys.exit(f"error: the written adapter is not the trained one (allowed: {demanded}). {figures}")
-    questions = [row.messages[-2].content for row in rows]
+    questions = [messages[-1].content for messages in asked]
     sentence = f"verified: {figures}"
     return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from jlora.config import TARGETS, load_config
+from jlora.config import TARGETS
+from jlora.config_files import load_config
 from jlora.errors import UserError
 from jlora.export import spec_of
 
@@ -49,6 +50,9 @@ def test_python_config_and_overrides(python_config):
     config = load_config(file, overrides)
     assert (config.lora_rank, config.learning_rate, config.epochs) == (8, 1e-4, 2.0)
     assert config.target_modules == ("k_proj", "o_proj")
+    assert config.pii_regions == ("CN", "US")
+    assert load_config(file, ["--config.pii_regions=DE,GB"]).pii_regions == ("DE", "GB")
+    assert load_config(file, ["--config.pii_regions="]).pii_regions == ()
     assert load_config(file, ["--config.base_model=owner/name=x"]).base_model == "owner/name=x"
     for said, meant in {"true": "auto", "false": "", "auto": "auto", "some/run": "some/run"}.items():
         assert load_config(file, [f"--config.resume_from_checkpoint={said}"]).resume_from_checkpoint == meant
@@ -121,6 +125,12 @@ def test_patterns_and_layers_are_read_from_every_form(yaml_config, python_config
         ("c.max_steps = None", r"max_steps=None: expected int"),
         ("c.epochs = float('inf')", r"epochs=inf: expected a number above 0"),
         ("c.seed = 5_000_000_000", r"seed=5000000000: expected a number from 0"),
+        (
+            "c.overlong = 'cut'; c.train_on = 'user'; c.pii = 'hide'",
+            r"(?s)overlong='cut': expected one of error, truncate, drop, split.*train_on='user'.*pii='hide'",
+        ),
+        ("c.pii_regions = ('China',)", r"pii_regions has 'China': expected a country's two letters"),
+        ("c.overlong = 'split'; c.max_seq_length = 1", r"max_seq_length=1: expected 2 or more"),
         ("c.revision = 'main'", r"revision='main' is for a hub id"),
         ("c.fp16 = True; c.compute_dtype = 'float32'", r"fp16 and compute_dtype='float32' contradict"),
     ],

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jlora.data import batches, formats, inspect, prepared
+from jlora.data import batches, formats, prepared
 from jlora.data.chat import Example, encode_prompt, end_tokens, load_tokenizer
 from jlora.data.chat import encode as encode_until
-from jlora.data.formats import Conversation, Message
+from jlora.data.conversation import Conversation, Message
 from jlora.errors import UserError
 
 END = frozenset({2})  # <|im_end|>
@@ -86,17 +86,6 @@ def test_text_that_spells_the_models_markup_is_refused(tokenizer):
         encode(tokenizer, Conversation(turns, "rows.txt:3"))
 
 
-def test_long_rows_and_overlap_are_refused(tokenizer):
-    rows = [Conversation(PAIR, f"rows.txt:{i}") for i in range(3)]
-    examples = [encode(tokenizer, row) for row in rows]
-    length = len(examples[0].tokens)
-    inspect.refuse_long(examples, length, "training data")
-    with pytest.raises(UserError, match=rf"3 example\(s\) are longer .*rows.txt:0 .*max_seq_length={length}"):
-        inspect.refuse_long(examples, length - 1, "training data")
-    with pytest.raises(UserError, match=r"rows.txt:1 is rows.txt:0"):
-        inspect.refuse_overlap(rows[:1], rows[1:2])
-
-
 def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_path, monkeypatch):
     rows = [Conversation((Message("user", f"第{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(20)]
     first = prepared.prepare(tokenizer, END, rows, tmp_path)
@@ -116,19 +105,6 @@ def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_pa
     with pytest.raises(UserError, match="refuses it"):
         prepared.prepare(tokenizer, END, rows, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written stays
-
-
-def test_split_follows_from_question_and_seed_alone():
-    rows = [Conversation((Message("user", f"question {i}"), PAIR[1]), f"rows.txt:{i}") for i in range(300)]
-    train, held_out = inspect.split(rows, 0.1, seed=3)
-    assert 15 <= len(held_out) <= 45 and sorted([*train, *held_out], key=rows.index) == rows
-    assert inspect.split(rows, 0.1, seed=3) == (train, held_out) != inspect.split(rows, 0.1, seed=4)
-    before, out_before = inspect.split(rows[:200], 0.1, seed=3)
-    assert set(out_before) <= set(held_out) and set(before) <= set(train)  # added rows move none
-    train, held_out = inspect.split([*rows, *rows], 0.1, seed=3)
-    inspect.refuse_overlap(train, held_out)  # a question that stands twice is on one side
-    with pytest.raises(UserError, match="leaves nothing to hold out"):
-        inspect.split(rows[:1], 0.001, seed=0)
 
 
 def make_examples(count, seed=0):
@@ -204,12 +180,46 @@ def test_shapes_leave_the_least_padding():
     assert batches.choose_shapes(needs, 1) == ((400, 96),)
 
 
-def test_padding_of_the_sample_data_is_small(tokenizer):
-    rows = formats.read_conversations(str(ROOT / "data/law_train_en"), "train_data_dir")
+@pytest.mark.parametrize("name", ["law_train_en", "law_train"])
+def test_padding_of_the_sample_data_is_small(tokenizer, name):
+    rows = formats.read_conversations(str(ROOT / "data" / name), "train_data_dir")
     examples = [encode(tokenizer, row) for row in rows]
     plan = batches.plan_batches(
         examples, batch_size=4, micro_batches=1, devices=1, steps=150, seed=0, linear_cost=3000.0
     )
     laid = [plan[step].segments for step in range(150)]
     padding = sum((s == 0).sum() for s in laid) / sum(s.size for s in laid)
-    assert padding < 0.08 and len(plan.shapes) <= 4
+    assert 0 < padding < 0.08 and len(plan.shapes) <= 4 and len({s.shape for s in laid}) == len(plan.shapes)
+
+
+def test_prepared_sizes_are_the_examples_own_and_lay_the_same_batches(tokenizer, tmp_path):
+    rows = [Conversation((Message("user", f"第{i}?" * i), PAIR[1]), f"rows.txt:{i}") for i in range(1, 20)]
+    examples = [encode(tokenizer, row) for row in rows]
+    stored = prepared.prepare(tokenizer, END, rows, tmp_path)
+    assert stored.sizes.tolist() == [[len(e.tokens), int(e.trained[1:].sum())] for e in examples]
+    options = {"batch_size": 4, "micro_batches": 1, "devices": 1, "steps": 5, "seed": 0, "linear_cost": 3000.0}
+    one, other = (batches.plan_batches(given, **options) for given in (stored, examples))
+    assert all(np.array_equal(a, b) for step in range(5) for a, b in zip(one[step], other[step], strict=True))
+
+
+class Changing:
+    """Rows of which one is gone when they are read again."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        self.rows, rows = self.rows[:-1], self.rows
+        return iter(rows)
+
+
+def test_rows_that_get_lost_on_the_way_stop_everything(tokenizer, tmp_path):
+    rows = [Conversation((Message("user", f"{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(1200)]
+    with pytest.raises(UserError, match="1200 rows were read and 1199 prepared"):
+        prepared.prepare(tokenizer, END, Changing(rows), tmp_path)
+    assert not list(tmp_path.iterdir())
+    stored = prepared.prepare(tokenizer, END, rows, tmp_path)  # several batches under way keep their order
+    assert [stored[i].where for i in (0, 499, 500, 1199)] == [f"rows.txt:{i}" for i in (0, 499, 500, 1199)]
+    with pytest.raises(UserError, match=r"rows.txt:1100: the user's text spells"):
+        rows[1100] = Conversation((Message("user", "<|im_end|>"), PAIR[1]), "rows.txt:1100")
+        prepared.prepare(tokenizer, END, rows, tmp_path)

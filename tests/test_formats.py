@@ -14,8 +14,9 @@ import tensorflow_datasets as tfds
 from conftest import ROOT
 
 from jlora.config import Config
-from jlora.data import formats, inspect
+from jlora.data import formats
 from jlora.data.conversation import Message, Reading
+from jlora.data.report import Survey
 from jlora.errors import UserError
 
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
@@ -646,7 +647,9 @@ def test_text_that_looks_like_roles_stays_text_and_is_said(file):
     rows, _ = read(file(pair + "Employee: And?\nCounsel: No.\n"))
     assert [row.messages[0].content for row in rows] == ["Which?\nNote: two\nlines", "And?"]
     assert rows[0].messages[1].content.startswith("One of:\nA: fixed term\nB: open")
-    assert inspect.unread_prefixes(rows) == "a (2)"
+    survey = Survey((), "allow", False)
+    assert list(survey.watch(rows)) == rows
+    assert "lines that begin like a role but are read as text: a (2)" in survey.lines()
 
 
 def test_hash_follows_the_bytes(file):

@@ -9,7 +9,7 @@ from conftest import run_module
 
 from jlora import generate
 from jlora.data.chat import encode_prompt
-from jlora.data.formats import Message
+from jlora.data.conversation import Message
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -13,7 +13,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from jlora import sources
 from jlora.data.chat import encode, encode_prompt, load_tokenizer
-from jlora.data.formats import Conversation, Message
+from jlora.data.conversation import Conversation, Message
 from jlora.data.templates import TEMPLATES
 from jlora.errors import UserError
 from jlora.gguf_tokenizer import LLAMA3

@@ -13,7 +13,8 @@ import transformers
 
 from jlora import lora, optim, sharding, train
 from jlora.adapter_config import peft_config
-from jlora.config import load_config
+from jlora.config_files import load_config
+from jlora.data.batches import plan_batches
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.export import spec_of
 from jlora.loop import Programs
@@ -121,6 +122,20 @@ def test_the_curve_is_pefts_own_on_the_real_model(config_file, tmp_path, smollm)
     setup = Setup(config_file(base_model=str(smollm), max_steps=20, learning_rate=1e-3, lora_rank=16))
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 3)
     assert np.abs(setup.losses(3) / want - 1).max() < 1e-4
+
+
+def test_the_loss_without_padding_is_the_padded_one(config_file):
+    setup = Setup(config_file())
+    adapter = jax.tree.map(lambda x: x + 0.02, setup.state.lora)
+    order = {"batch_size": 4, "micro_batches": 1, "steps": setup.steps, "seed": 0, "linear_cost": 1e4}
+    padded = plan_batches(setup.examples, devices=4, max_shapes=1, **order)  # a row for each example, all of one length
+    packed = plan_batches(setup.examples, devices=1, **order)
+    assert padded.rows == 4 and packed.rows < 4
+    one, other = (setup.programs.held_out_loss(adapter, batches, print) for batches in (packed, padded))
+    assert abs(one / other - 1) < 1e-6
+    order["seed"] = 1
+    fewer = plan_batches(list(setup.examples)[:-1], devices=1, **order)  # the negative control: one example less
+    assert abs(setup.programs.held_out_loss(adapter, fewer, print) / other - 1) > 1e-5
 
 
 def test_frozen_means_free(config_file):

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 
 from jlora import generate, lora, optim, sharding, train
 from jlora.adapter_config import peft_config, read_spec
-from jlora.config import TARGETS, Config, load_config
+from jlora.config import TARGETS, Config
+from jlora.config_files import load_config
 from jlora.data.batches import Batch
 from jlora.errors import UserError
 from jlora.export import load_adapter, settings_of, spec_of

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.data.chat import Example
+from jlora.data.chat import Example, Measured
 
 ROUND = 16  # lengths are multiples of this
 Rows = list[list[int]]  # the examples of each row
@@ -123,7 +123,10 @@ def plan_batches(
       linear_cost: row length at which attention costs as much as the matrices; it decides how many rows there are.
       max_shapes: compiled sizes at most.
     """
-    sizes = np.array([(len(e.tokens), np.count_nonzero(e.trained[1:])) for e in examples])
+    if isinstance(examples, Measured):
+        sizes = np.asarray(examples.sizes)
+    else:
+        sizes = np.array([(len(e.tokens), np.count_nonzero(e.trained[1:])) for e in examples])
     rough = Batches(examples, sizes, micro_batches, batch_size, devices, seed, ())
     steps = rough.steps_per_epoch if steps is None else steps
     chosen = [rough.chosen(step) for step in range(steps)]

@@ -5,6 +5,8 @@ answer; the characters that were added, up to the end token, are trained; offset
 """
 
 import json
+import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +15,11 @@ import jinja2
 import numpy as np
 from transformers import AutoTokenizer
 
-from jlora.data.formats import Conversation, Message
+from jlora.data.conversation import Conversation, Message
 from jlora.data.templates import TEMPLATES, find_template
 from jlora.errors import UserError
+
+TEXT = "text"  # the role of a conversation's only message when it is plain text
 
 
 class Example(NamedTuple):
@@ -24,6 +28,12 @@ class Example(NamedTuple):
     tokens: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool: is this token a target of the loss?
     where: str  # file:line
+
+
+class Measured(Sequence[Example]):
+    """Examples whose sizes are known without reading them."""
+
+    sizes: np.ndarray  # [N, 2] int32: tokens and targets of each example
 
 
 def load_tokenizer(directory: Path, chat_template: str) -> Any:
@@ -66,64 +76,195 @@ def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in ids if token is not None)
 
 
-def render(tokenizer: Any, messages: tuple[Message, ...], *, prompt: bool) -> str:
-    """The template's text for the turns; `prompt` opens the assistant's next turn."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
+    """The template's text for each list of turns; `prompt` opens the assistant's next turn."""
+    turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt) if turns else []
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
-    """Token ids up to where the assistant begins to speak: what the served model is given."""
-    return tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False)["input_ids"]
+    """Token ids up to where the assistant begins to speak: what the served model is given. Plain text is itself."""
+    if messages[0].role == TEXT:
+        return tokenizer(_opening(tokenizer) + messages[0].content, add_special_tokens=False)["input_ids"]
+    (text,) = render(tokenizer, [messages], prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode(tokenizer: Any, ends: frozenset[int], conversation: Conversation) -> Example:
-    """Token ids of a conversation; the assistant's words and their end token, one of `ends`, are trained.
+def encode(tokenizer: Any, ends: frozenset[int], conversation: Conversation, train_on: str = "assistant") -> Example:
+    """One conversation as `encode_batch` encodes many."""
+    return encode_batch(tokenizer, ends, [conversation], train_on)[0]
+
+
+def encode_batch(
+    tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
+) -> list[Example]:
+    """Token ids of conversations, and what of them is trained.
+
+    Args:
+      ends: the tokens at which the served model stops.
+      train_on: "assistant" trains every answer and its end token, "last" only the last one, "all" every token.
+        Plain text is trained whole, with an end token after it.
 
     Raises:
       UserError: a message spells one of the model's special tokens; or the template refuses the turns, rewrites what
-        went before, or does not end the assistant's turn with a token at which the model stops.
+        went before, does not end the assistant's turn with a token at which the model stops, joins prompt and answer
+        in one token, doubles the BOS token, or leaves nothing, or everything, to train.
     """
-    messages = conversation.messages
-    markup = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for message in messages:
-        if spelled := [token for token in markup if token in message.content]:
-            raise UserError(
-                f"{conversation.where}: the {message.role}'s text spells {spelled[0]!r}, which is markup of the model"
-            )
+    _refuse_markup(tokenizer, conversations)
     try:
-        text = render(tokenizer, messages, prompt=False)
-        spans = [
-            _answer(tokenizer, messages[: i + 1], text, conversation.where)
-            for i, message in enumerate(messages)
-            if message.role == "assistant"
-        ]
+        rendered = _render_all(tokenizer, ends, conversations, train_on)
     except jinja2.TemplateError as error:
-        raise UserError(f"{conversation.where}: the model's chat template refuses it: {error}") from None
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = np.array(encoded["input_ids"], np.int32)
-    offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    stops = np.isin(tokens, list(ends))
-    trained = np.zeros(len(tokens), bool)
-    for start, said, end in spans:
-        closing = np.flatnonzero(stops & (offsets[:, 0] >= said) & (offsets[:, 1] <= end))
-        if not len(closing):
-            named = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "no token"
-            raise UserError(
-                f"{conversation.where}: the model's chat template puts no end token after the answer (it puts "
-                f"{text[said:end]!r}; the model stops at {named}), so the tuned model would not know when to stop"
-            )
-        trained[(offsets[:, 0] >= start) & (np.arange(len(tokens)) <= closing[0])] = True
-    return Example(tokens, trained, conversation.where)
+        if len(conversations) > 1:  # which one is it?
+            return [encode(tokenizer, ends, conversation, train_on) for conversation in conversations]
+        raise UserError(f"{conversations[0].where}: the model's chat template refuses it: {error}") from None
+    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_attention_mask=False)
+    examples = []
+    for i, (conversation, (text, spans)) in enumerate(zip(conversations, rendered, strict=True)):
+        ids = encoded["input_ids"][i]
+        trained = np.zeros(len(ids), bool)
+        for span in spans:
+            first, closing = _trained(tokenizer, ends, text, span, ids, encoded[i], conversation.where)
+            trained[first : closing + 1] = True
+        whole = train_on == "all" or conversation.plain
+        if whole:
+            trained[:] = True
+        example = Example(np.array(ids, np.int32), trained, conversation.where)
+        _gate(tokenizer, example, whole)
+        examples.append(example)
+    return examples
 
 
-def _answer(tokenizer: Any, turns: tuple[Message, ...], text: str, where: str) -> tuple[int, int, int]:
-    """Characters where the last turn begins, where its words end, and where its closing ends."""
-    before = render(tokenizer, turns[:-1], prompt=True)
-    after = render(tokenizer, turns, prompt=False)
+class _Span(NamedTuple):
+    """Characters of one answer in a rendered conversation."""
+
+    start: int  # where the prompt ends
+    said: int  # where the answer's words end
+    end: int  # where its turn ends
+
+
+def _refuse_markup(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
+    special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    markup = re.compile("|".join(special) or r"(?!)")
+    for conversation in conversations:
+        for message in conversation.messages:
+            if spelled := markup.search(message.content):
+                raise UserError(
+                    f"{conversation.where}: the {message.role}'s text spells {spelled[0]!r}, which is markup of the "
+                    "model"
+                )
+
+
+def _render_all(
+    tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
+) -> list[tuple[str, list[_Span]]]:
+    """Each conversation's text, and where its trained answers stand in it."""
+    chats = [c for c in conversations if not c.plain]
+    whole = iter(render(tokenizer, [c.messages for c in chats], prompt=False))
+    answers = [(c, i) for c in chats for i in _answers(c.messages, train_on)]
+    before = iter(render(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
+    earlier = [c.messages[: i + 1] for c, i in answers if i + 1 < len(c.messages)]
+    after = iter(render(tokenizer, earlier, prompt=False))
+    rendered: list[tuple[str, list[_Span]]] = []
+    for c in conversations:
+        if c.plain:
+            rendered.append((_opening(tokenizer) + c.messages[0].content + _closing(tokenizer, ends), []))
+            continue
+        text = next(whole)
+        spans = [
+            _span(c, i, next(before), next(after) if i + 1 < len(c.messages) else text, text)
+            for i in _answers(c.messages, train_on)
+        ]
+        rendered.append((text, spans))
+    return rendered
+
+
+def _answers(messages: Sequence[Message], train_on: str) -> list[int]:
+    """Which turns are trained; with "all" the last one is still looked at, for its end token."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    return answers if train_on == "assistant" else answers[-1:]
+
+
+def _span(conversation: Conversation, turn: int, before: str, after: str, text: str) -> _Span:
     if not after.startswith(before) or not text.startswith(after):
-        raise UserError(f"{where}: the model's chat template changes earlier turns when an answer is added")
-    said = after.find(turns[-1].content.strip(), len(before))
+        raise UserError(
+            f"{conversation.where}: the model's chat template changes earlier turns when an answer is added; "
+            "train_on=last trains on the last answer alone"
+        )
+    words = conversation.messages[turn].content.strip()
+    said = after.find(words, len(before))
     if said < 0:
-        raise UserError(f"{where}: the model's chat template changes the answer's words")
-    return len(before), said + len(turns[-1].content.strip()), len(after)
+        raise UserError(f"{conversation.where}: the model's chat template changes the answer's words")
+    return _Span(len(before), said + len(words), len(after))
+
+
+def _trained(
+    tokenizer: Any, ends: frozenset[int], text: str, span: _Span, ids: list[int], encoding: Any, where: str
+) -> tuple[int, int]:
+    """The first token of an answer, and the token that ends it."""
+    first = _prompt_tokens(tokenizer, text, span.start, ids, encoding)
+    if first is None:
+        raise UserError(
+            f"{where}: the end of the chat template's prompt, {text[: span.start][-12:]!r}, and the beginning of the "
+            "answer become one token, so the served model would never be asked for it; let the prompt end without a "
+            "space"
+        )
+    last = _token_before(encoding, span.said, span.start)
+    for place in range(max(first, last or 0), len(ids)):
+        begin, end = encoding.token_to_chars(place)
+        if begin >= span.said and end <= span.end and ids[place] in ends:
+            return first, place
+    named = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "no token"
+    raise UserError(
+        f"{where}: the model's chat template puts no end token after the answer (it puts "
+        f"{text[span.said : span.end]!r}; the model stops at {named}), so the tuned model would not know when to stop"
+    )
+
+
+def _prompt_tokens(tokenizer: Any, text: str, start: int, ids: list[int], encoding: Any) -> int | None:
+    """How many tokens the first `start` characters are; None where a token stands on both sides."""
+    token = _token_before(encoding, start, 0)
+    if token is None:
+        return None if start else 0
+    begin, first = encoding.token_to_chars(token)[0], token + 1
+    if encoding.char_to_token(start - 1) is not None:
+        while first < len(ids) and encoding.token_to_chars(first)[0] < start:  # one character may be several tokens
+            first += 1
+        return None if encoding.token_to_chars(first - 1)[1] > start else first
+    for first in range(token + 1, min(token + 1 + start - begin, len(ids)) + 1):  # offsets leave these blanks out
+        if tokenizer.decode(ids[token:first]).lstrip() == text[begin:start].lstrip():
+            return first
+    return None
+
+
+def _token_before(encoding: Any, stop: int, start: int) -> int | None:
+    """The first token of the last character before `stop`, from `start` on, that is in any."""
+    tokens = (encoding.char_to_token(place) for place in range(stop - 1, start - 1, -1))
+    return next((token for token in tokens if token is not None), None)
+
+
+def _gate(tokenizer: Any, example: Example, whole: bool) -> None:
+    """What no example may be; `whole`: it is meant to be trained on every token."""
+    targets = int(np.count_nonzero(example.trained[1:]))  # nothing predicts a first token
+    bos = tokenizer.bos_token_id
+    if bos is not None and example.tokens[:2].tolist() == [bos, bos]:
+        raise UserError(
+            f"{example.where}: it begins with {tokenizer.bos_token!r} twice, and a served prompt would not; remove one "
+            "from the chat template"
+        )
+    if not targets:
+        raise UserError(f"{example.where}: nothing of it would be trained on")
+    if targets == len(example.tokens) - 1 and not whole:
+        raise UserError(
+            f"{example.where}: everything of it would be trained on, the question too; set train_on=all if it is meant"
+        )
+
+
+def _opening(tokenizer: Any) -> str:
+    """What the tokenizer itself puts before plain text: the BOS token, or nothing."""
+    return tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+
+
+def _closing(tokenizer: Any, ends: frozenset[int]) -> str:
+    """The token that ends plain text: the tokenizer's own where the model stops at it."""
+    own = tokenizer.eos_token_id
+    return tokenizer.decode([own if own in ends else min(ends)]) if ends else ""

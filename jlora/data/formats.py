@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data import stored
-from jlora.data.conversation import PARTS, BadRows, Conversation, Message, Notes, Reading, is_whole, listing
+from jlora.data.conversation import PARTS, BadRows, Conversation, Notes, Reading, is_whole, listing
 from jlora.data.encoding import GB18030, detect, first_lines
 from jlora.data.json_rows import read_json
 from jlora.data.records import Records
 from jlora.data.tables import cells_of, find_delimiter, looks_like_table, read_table
-from jlora.data.text import Row, begins_with_role, prefix_of, read_text
+from jlora.data.text import Row, begins_with_role, read_text
 from jlora.errors import UserError
-
-__all__ = ["Conversation", "Message", "Reading", "hash_files", "iter_conversations", "prefix_of", "read_conversations"]
 
 SKIPPED = {"Thumbs.db", "desktop.ini"}
 ABOUT = {"", "readme", "license", "licence"}  # "": what is hidden

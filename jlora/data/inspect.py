@@ -1,70 +1,62 @@
-"""What will be trained on: the gate before step 1, and its summary."""
+"""What will be trained on, in words, and what may not stand on both sides."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from jlora.data.chat import Example
-from jlora.data.formats import Conversation, prefix_of
+import numpy as np
+
+from jlora.data.chat import Measured
+from jlora.data.conversation import Conversation, Message
 from jlora.errors import UserError
 
-
-def refuse_long(examples: Sequence[Example], max_seq_length: int, key: str) -> None:
-    """Raises UserError where examples are longer than `max_seq_length` tokens, with the length that would hold them."""
-    long = [(len(example.tokens), example.where) for example in examples if len(example.tokens) > max_seq_length]
-    if long:
-        named = ", ".join(f"{where} ({length})" for length, where in long[:5])
-        more = f" and {len(long) - 5} more" if len(long) > 5 else ""
-        raise UserError(
-            f"{key}: {len(long)} example(s) are longer than max_seq_length={max_seq_length} tokens: {named}{more}. "
-            f"Set max_seq_length={max(long)[0]}, or shorten them"
-        )
+BARS, WIDTH = 8, 40  # of the length histogram
 
 
-def refuse_overlap(train: list[Conversation], held_out: list[Conversation]) -> None:
+def refuse_overlap(train: Iterable[Conversation], held_out: list[Conversation]) -> None:
     """Raises UserError where a held-out question is also trained on, whatever its answer."""
-    seen = {row.messages[:-1]: row.where for row in train}
-    both = [(row.where, seen[row.messages[:-1]]) for row in held_out if row.messages[:-1] in seen]
+    there = {_question(row): row.where for row in held_out}
+    both = [(there[_question(row)], row.where) for row in train if _question(row) in there]
     if both:
         raise UserError(
             f"{len(both)} held-out question(s) are also trained on, so the held-out loss would mean nothing: "
-            + ", ".join(f"{here} is {there}" for here, there in both[:5])
+            + ", ".join(f"{here} is {row}" for here, row in both[:5])
         )
 
 
-def split(rows: list[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Splits off about `share` of the rows as held-out; both parts keep the order of the files.
+def is_held_out(row: Conversation, share: float, seed: int) -> bool:
+    """Is the row among the about `share` of all that are split off?
 
-    A row's side follows from its question and the seed alone: rows that are added later move none, and the same
-    question never stands on both sides.
+    It follows from its question and the seed alone: rows that are added later move none, and the same question never
+    stands on both sides.
     """
-
-    def draw(row: Conversation) -> float:
-        text = f"{seed}\n" + "\n".join(message.content for message in row.messages[:-1])
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-    held_out = [row for row in rows if draw(row) < share]
-    train = [row for row in rows if draw(row) >= share]
-    if not held_out or not train:
-        side = "train on" if held_out else "hold out"
-        raise UserError(f"eval_share={share} of {len(rows)} pairs leaves nothing to {side}")
-    return train, held_out
+    text = f"{seed}\n" + "\n".join(message.content for message in _question(row))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64 < share
 
 
-def unread_prefixes(rows: list[Conversation]) -> str:
-    """Line beginnings such as `Note:` that stand in the rows' text at least twice, with their counts."""
-    lines = (line for row in rows for message in row.messages for line in message.content.split("\n"))
-    counts = Counter(name for line in lines if (name := prefix_of(line)))
-    return ", ".join(f"{name} ({count})" for name, count in counts.most_common(8) if count > 1)
-
-
-def summary(name: str, examples: Sequence[Example]) -> str:
+def summary(name: str, examples: Measured) -> str:
     """One line: examples, tokens, share trained, longest."""
-    total = sum(len(example.tokens) for example in examples)
-    trained = sum(int(example.trained.sum()) for example in examples)
-    longest = max(examples, key=lambda example: len(example.tokens))
+    total, trained = (int(column.sum(dtype=np.int64)) for column in examples.sizes.T)
+    longest = examples[int(np.argmax(examples.sizes[:, 0]))]
     return (
-        f"{name}: {len(examples)} examples, {total:,} tokens, {trained / total:.0%} of them trained on; "
+        f"{name}: {len(examples):,} examples, {total:,} tokens, {trained / total:.0%} of them trained on; "
         f"the longest has {len(longest.tokens)} ({Path(longest.where).name})"
     )
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """A bar for each range of lengths, in tokens."""
+    step = -(-int(lengths.max()) // (16 * BARS)) * 16
+    counts = np.bincount((lengths - 1) // step)
+    last = f"{len(counts) * step}"
+    return [
+        f"{i * step + 1:>{len(last)}} to {(i + 1) * step:>{len(last)}} tokens  "
+        f"{'#' * -(-WIDTH * count // counts.max()):<{WIDTH}} {count:,}"
+        for i, count in enumerate(counts.tolist())
+        if counts[: i + 1].any()
+    ]
+
+
+def _question(row: Conversation) -> tuple[Message, ...]:
+    """What stands before the last answer, a system message left out; plain text as a whole."""
+    return tuple(message for message in row.messages[:-1] or row.messages if message.role != "system")

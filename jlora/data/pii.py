@@ -1,0 +1,143 @@
+"""Personal data in a text: found by kind, masked by placeholders; what was found is never told.
+
+Phone numbers are judged by `phonenumbers`, numbers with check digits by `python-stdnum`. Article numbers, dates and
+amounts stand in every legal text, so a bare number counts only where its check digits hold, or where it is a phone
+number that can be dialled.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import phonenumbers
+import stdnum.br.cpf
+import stdnum.cn.ric
+import stdnum.cn.uscc
+import stdnum.es.dni
+import stdnum.es.nie
+import stdnum.eu.vat
+import stdnum.fr.nir
+import stdnum.iban
+import stdnum.it.codicefiscale
+import stdnum.luhn
+import stdnum.us.ssn
+
+from jlora.data.conversation import Conversation
+
+
+def _is_card(number: str) -> bool:
+    """Does its check digit hold (Luhn)?"""
+    return stdnum.luhn.is_valid(re.sub(r"[ -]", "", number))
+
+
+WORDS = {  # in the order in which they claim a place
+    "EMAIL": "e-mail address",
+    "ID": "identity number",
+    "TAX": "tax number",
+    "ACCOUNT": "bank account or card",
+    "PHONE": "phone number",
+    "MONEY": "amount of money",
+}
+EMAIL = re.compile(
+    r"(?<![\w.+-])[\w.+-]+@[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}", re.ASCII
+)
+MONEY = re.compile(
+    r"(?:[$€£¥￥]|\b(?:USD|EUR|GBP|RMB|CNY|HKD)\s?)\s?\d[\d,.]*\d?(?:\s?(?:million|billion|万|亿))?"
+    r"|\d[\d,.]*\s?[百千万亿]*(?:元|圆|美元|欧元|港元)"
+    r"|\d[\d,.]*\s?(?:million |billion )?(?:yuan|dollars?|euros?|RMB|USD|EUR|GBP)\b"
+)
+LONG = r"(?<![\w.]){}(?![\w]|\.\d)"  # not a part of a longer number or word
+EU = "AT BE BG CY CZ DE DK EE EL ES FI FR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
+CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
+    ("ID", r"\d{17}[\dXx]", stdnum.cn.ric.is_valid),
+    ("ID", r"\d{3}-\d{2}-\d{4}", stdnum.us.ssn.is_valid),
+    ("ID", r"\d{3}\.\d{3}\.\d{3}-\d{2}", stdnum.br.cpf.is_valid),
+    ("ID", r"\d{8}-?[A-Za-z]", stdnum.es.dni.is_valid),
+    ("ID", r"[XYZxyz]-?\d{7}-?[A-Za-z]", stdnum.es.nie.is_valid),
+    ("ID", r"[A-Za-z]{6}\d{2}[A-Za-z]\d{2}[A-Za-z]\d{3}[A-Za-z]", stdnum.it.codicefiscale.is_valid),
+    ("ID", r"[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2}", stdnum.fr.nir.is_valid),
+    ("TAX", r"[0-9A-HJ-NPQRTUWXY]{2}\d{6}[0-9A-HJ-NPQRTUWXY]{10}", stdnum.cn.uscc.is_valid),
+    ("TAX", rf"(?:{EU.replace(' ', '|')})[0-9A-Z+*]{{8,12}}", stdnum.eu.vat.is_valid),
+    ("ACCOUNT", r"[A-Z]{2}\d{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,3})?", stdnum.iban.is_valid),
+    ("ACCOUNT", r"(?:[3-6]\d{3}(?:[ -]?\d{4}){3}(?:[ -]?\d{3})?|3[47]\d{2}[ -]?\d{6}[ -]?\d{5})", _is_card),
+]
+PATTERNS = [(kind, re.compile(LONG.format(pattern), re.ASCII), valid) for kind, pattern, valid in CHECKED]
+ENOUGH = re.compile(r"\d(?:[\s().+/-]{0,3}\d){6}")  # without so many digits there is no phone number
+# What makes a number something else: an article, a case, an amount, a date.
+NOT_DIALLED = re.compile(r"(?:第|号|[$€£¥￥§#№]|\b(?:article|section|art|no|nr)\b\.?)\s*$", re.IGNORECASE)
+NOT_A_PHONE = re.compile(r"\s*(?:[条款项号元圆万亿%％年月]|yuan|dollars|euros)", re.IGNORECASE)
+DATE = re.compile(r"(?:19|20)\d{2}[-./ ]?(?:0[1-9]|1[0-2])[-./ ]?(?:0[1-9]|[12]\d|3[01])(?!\d)")
+
+
+class Finding(NamedTuple):
+    """A place in a text."""
+
+    start: int
+    stop: int
+    kind: str  # a key of WORDS
+
+
+def find(text: str, regions: tuple[str, ...], amounts: bool = False) -> list[Finding]:
+    """Personal data in the order of the text, no two overlapping.
+
+    Args:
+      regions: countries (ISO 3166, two letters) whose phone numbers are known without their country code.
+      amounts: are amounts of money meant too?
+    """
+    taken: list[Finding] = []
+    for finding in _all(text, regions, amounts):
+        if all(finding.stop <= other.start or finding.start >= other.stop for other in taken):
+            taken.append(finding)
+    return sorted(taken)
+
+
+def mask(row: Conversation, regions: tuple[str, ...], amounts: bool = False) -> Conversation:
+    """The row with placeholders such as [PHONE_1]; the same value is the same placeholder throughout the row."""
+    numbers: dict[tuple[str, str], int] = {}
+    counts: dict[str, int] = {}
+
+    def placeholder(kind: str, value: str) -> str:
+        key = kind, re.sub(r"[\W_]", "", value).casefold()
+        if key not in numbers:
+            counts[kind] = counts.get(kind, 0) + 1
+            numbers[key] = counts[kind]
+        return f"[{kind}_{numbers[key]}]"
+
+    messages = []
+    for message in row.messages:
+        parts, end = [], 0
+        for start, stop, kind in find(message.content, regions, amounts):
+            parts += [message.content[end:start], placeholder(kind, message.content[start:stop])]
+            end = stop
+        messages.append(replace(message, content="".join([*parts, message.content[end:]])))
+    return replace(row, messages=tuple(messages))
+
+
+def _all(text: str, regions: tuple[str, ...], amounts: bool) -> Iterator[Finding]:
+    if "@" in text:
+        yield from (Finding(*match.span(), "EMAIL") for match in EMAIL.finditer(text))
+    if re.search(r"\d{2}", text):
+        for kind, pattern, valid in PATTERNS:
+            yield from (Finding(*match.span(), kind) for match in pattern.finditer(text) if valid(match[0]))
+    if ENOUGH.search(text):
+        for region in regions or (None,):
+            for match in phonenumbers.PhoneNumberMatcher(text, region, leniency=phonenumbers.Leniency.VALID):
+                if _is_dialled(text, match):
+                    yield Finding(match.start, match.end, "PHONE")
+    if amounts:
+        yield from (Finding(*match.span(), "MONEY") for match in MONEY.finditer(text))
+
+
+def _is_dialled(text: str, match: phonenumbers.PhoneNumberMatch) -> bool:
+    """Is this number, which some phone has, meant as one? Bare digits are only where nothing else looks like them."""
+    found = text[match.start : match.end]
+    if found.startswith("+"):
+        return True
+    bare = found.isdigit() and not found.startswith("0")
+    return not (
+        (bare and phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE)
+        or NOT_DIALLED.search(text[max(0, match.start - 12) : match.start])
+        or NOT_A_PHONE.match(text[match.end : match.end + 8])
+        or DATE.match(found)
+    )

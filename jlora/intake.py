@@ -1,0 +1,119 @@
+"""From a config to what is trained on: rows, examples, batches, and what is said of them on the way.
+
+Training and the X-ray (`python -m jlora.data`) both come through here, so that the one shows what the other does.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jlora import sources
+from jlora.config import Config
+from jlora.data import formats, inspect, pii
+from jlora.data.batches import Batches, plan_batches
+from jlora.data.chat import Example, Measured
+from jlora.data.conversation import Conversation, Message, Reading
+from jlora.data.overlong import fit
+from jlora.data.prepared import prepare
+from jlora.data.report import Survey
+from jlora.errors import UserError
+from jlora.model.llama import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Conversations of a file or directory, read anew each time they are gone through: never all in memory.
+
+    Args:
+      key: the config key that names the place.
+      held_out: with `eval_share`, which side of the split this is.
+      say: takes what the reader has to say of the files.
+    """
+
+    config: Config
+    key: str
+    held_out: bool = False
+    say: Callable[[str], object] = lambda line: None
+
+    def __iter__(self) -> Iterator[Conversation]:
+        config = self.config
+        reading = Reading.of(asdict(config))
+        for row in formats.iter_conversations(getattr(config, self.key), self.key, reading, self.say):
+            if config.pii == "mask":
+                row = pii.mask(row, config.pii_regions, config.pii_amounts)
+            if config.eval_share and inspect.is_held_out(row, config.eval_share, config.seed) != self.held_out:
+                continue
+            if config.system_prompt and row.messages[0].role != "system" and not row.plain:
+                row = replace(row, messages=(Message("system", config.system_prompt), *row.messages))
+            yield row
+
+
+def read_rows(config: Config, say: Callable[[str], None] = print) -> tuple[Rows, list[Conversation]]:
+    """Training rows and held-out conversations; says what is odd about them.
+
+    Raises:
+      UserError: a row that cannot be used; a held-out question that is trained on; nothing on one side of the split;
+        personal data, with pii="error".
+    """
+    rows = Rows(config, "train_data_dir")
+    held_out: list[Conversation] = []
+    surveys = {"training": Survey(config.pii_regions, config.pii, config.pii_amounts)}
+    if config.eval_share or config.eval_data_dir:
+        other = (
+            Rows(config, "train_data_dir", held_out=True)
+            if config.eval_share
+            else Rows(config, "eval_data_dir", say=say)
+        )
+        surveys["held out"] = Survey(config.pii_regions, config.pii, config.pii_amounts)
+        held_out = list(surveys["held out"].watch(other))
+    inspect.refuse_overlap(surveys["training"].watch(replace(rows, say=say)), held_out)
+    for name, survey in surveys.items():
+        if not survey.count:
+            side = "train on" if name == "training" else "hold out"
+            raise UserError(f"eval_share={config.eval_share} of these pairs leaves nothing to {side}")
+        for line in survey.lines():
+            say(f"{name}: {line}")
+    return rows, held_out
+
+
+def read_examples(
+    config: Config,
+    tokenizer: Any,
+    ends: frozenset[int],
+    rows: Rows | list[Conversation],
+    name: str,
+    say: Callable[[str], None] = print,
+) -> Measured:
+    """Conversations as tokens and masks, none longer than `max_seq_length`; says how many there are."""
+    prepared = prepare(tokenizer, ends, rows, sources.cache_directory() / "prepared", config.train_on)
+    examples, said = fit(prepared, config.max_seq_length, config.overlong, name)
+    for line in (inspect.summary(name, examples), said):
+        if line:
+            say(line)
+    return examples
+
+
+def plan(
+    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
+) -> tuple[int, Batches, Batches | None]:
+    """Optimizer steps of the run, its batches, and the held-out batches."""
+    heads = model.num_attention_heads * model.head_dim
+    kv_heads = model.num_key_value_heads * model.head_dim
+    matrices = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
+    accumulated = config.gradient_accumulation_steps
+    per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
+    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
+    shared: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "devices": devices,
+        "linear_cost": matrices / (2 * heads),
+    }
+    batches = plan_batches(examples, micro_batches=accumulated, steps=steps, seed=config.seed, **shared)
+    if not held_out:
+        return steps, batches, None
+    return (
+        steps,
+        batches,
+        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, **shared),
+    )

@@ -1,0 +1,240 @@
+"""What is trained on, against hand-made truth and transformers' own masks: five templates, four kinds of tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from jlora.data.chat import encode, encode_batch, encode_prompt
+from jlora.data.conversation import Conversation, Message
+from jlora.errors import UserError
+
+SPECIAL = (
+    "<s> </s> <unk> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+)
+# Each template as its family has it, and beside it by hand: what precedes an answer, and the answer as it is trained.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + "
+    "'\\n<</SYS>>\\n\\n' %}{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + "
+    "' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+QWEN = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{% endif %}"
+    + CHATML
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {  # template, end token, and by hand: an answer's words -> what is trained
+    "llama-2": (LLAMA2, "</s>", " {} </s>"),
+    "llama-3": (LLAMA3, "<|eot_id|>", "{}<|eot_id|>"),
+    "chatml": (CHATML, "<|im_end|>", "{}<|im_end|>"),
+    "mistral": (MISTRAL, "</s>", "{}</s>"),
+    "qwen": (QWEN, "<|im_end|>", "{}<|im_end|>"),
+}
+WITH_GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ANSWERS = ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno 👩‍👩‍👧", "[x] 好", "pay"]
+
+
+def byte_level(*, trimmed: bool) -> Tokenizer:
+    """As GPT-2, Llama 3 and Qwen have it; with `trimmed`, offsets leave blanks out, as Llama 3's do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    train(tokenizer, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False))
+    if trimmed:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+def sentencepiece(*, legacy: bool) -> Tokenizer:
+    """As Llama 2 and Mistral have it: no splitting before the merges, bytes for what is not in the vocabulary."""
+    rough = Tokenizer(models.BPE())
+    rough.pre_tokenizer = pre_tokenizers.Metaspace()
+    train(rough, trainers.BpeTrainer(vocab_size=1500, show_progress=False))
+    state = json.loads(rough.to_str())["model"]
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    for token in state["vocab"]:
+        vocabulary.setdefault(token, len(vocabulary))
+    vocabulary["<unk>"] = len(vocabulary)
+    merges = [tuple(pair) for pair in state["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def train(tokenizer, trainer):
+    texts = [(ROOT / "data" / name / "train.txt").read_text() for name in ("law_train", "law_train_en")]
+    tokenizer.train_from_iterator([line for text in texts for line in text.split("\n")[:300]], trainer)
+
+
+KINDS = {
+    "byte-level": lambda: byte_level(trimmed=False),
+    "byte-level-trimmed": lambda: byte_level(trimmed=True),
+    "sentencepiece": lambda: sentencepiece(legacy=True),
+    "metaspace": lambda: sentencepiece(legacy=False),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    """A tokenizer of one kind; each test gives it a template."""
+    backend = KINDS[request.param]()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def with_template(tokenizer, name):
+    """The tokenizer under a family's template, the ids at which that family stops, and the truth about an answer."""
+    tokenizer.chat_template, end, trained = TEMPLATES[name]
+    return frozenset([tokenizer.convert_tokens_to_ids(end)]), trained
+
+
+def runs(tokenizer, example):
+    """The text of each stretch of trained tokens, and of each stretch that is not."""
+    cuts = np.flatnonzero(np.diff(example.trained)) + 1
+    stretches = [
+        (tokenizer.decode(run), bool(example.trained[at]))
+        for at, run in zip([0, *cuts], np.split(example.tokens, cuts), strict=True)
+    ]
+    return [text for text, trained in stretches if trained], [text for text, trained in stretches if not trained]
+
+
+def said(kind, text):
+    """Text as a tokenizer with a leading blank gives it back: such a blank stands for nothing after a special token."""
+    return text.strip(" ") if kind.decode(kind("a", add_special_tokens=False)["input_ids"]) == " a" else text
+
+
+def conversation(*contents, system=""):
+    roles = ["user", "assistant"] * len(contents)
+    turns = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
+    return Conversation((*([Message("system", system)] if system else []), *turns), "rows.txt:1")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("system", ["", "简短。Be brief."])
+def test_exactly_the_answers_and_their_ends_are_trained(kind, name, answer, system):
+    ends, truth = with_template(kind, name)
+    if system and name == "mistral":
+        with pytest.raises(UserError, match=r"rows.txt:1: .*refuses it: Only user and assistant roles"):
+            encode(kind, ends, conversation("q", "a", system=system))
+        return
+    row = conversation("pay", "first 一", "What is due? pay", answer, system=system)
+    whole = kind.apply_chat_template([{"role": m.role, "content": m.content} for m in row.messages], tokenize=False)
+    for train_on, expected in {"assistant": ["first 一", answer], "last": [answer]}.items():
+        example = encode(kind, ends, row, train_on)
+        assert example.tokens.tolist() == kind(whole, add_special_tokens=False)["input_ids"]
+        trained, rest = runs(kind, example)
+        assert [said(kind, text) for text in trained] == [said(kind, truth.format(words)) for words in expected]
+        assert not any(answer == text for text in rest)
+        prompt = encode_prompt(kind, row.messages[:-1])
+        assert example.tokens[: len(prompt)].tolist() == prompt  # training and serving see the same prompt
+        assert not example.trained[len(prompt) - 1] and example.trained[len(prompt)]
+    assert encode(kind, ends, row, "all").trained.all()
+
+
+def test_masks_are_those_of_the_generation_tag(kind):
+    kind.chat_template = WITH_GENERATION
+    ends = frozenset([kind.convert_tokens_to_ids("<|im_end|>")])
+    for answer in ANSWERS:
+        row = conversation("问 🙂", answer, "and?", answer + "!", system="Be brief.")
+        turns = [{"role": m.role, "content": m.content} for m in row.messages]
+        theirs = kind.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
+        ours = encode(kind, ends, row)
+        assert ours.tokens.tolist() == theirs["input_ids"]
+        assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
+        assert 0 < sum(theirs["assistant_masks"]) < len(ours.tokens)
+
+
+# What a reader gives: no blanks around it, no markup, no lone surrogates.
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).map(str.strip).filter(bool)
+words = words.filter(lambda text: not any(token in text for token in SPECIAL)) | st.sampled_from(ANSWERS)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=3))
+def test_whatever_is_said_is_trained_as_it_is(kind, name, turns):
+    ends, truth = with_template(kind, name)
+    row = conversation(*[part for turn in turns for part in turn])
+    try:
+        example = encode(kind, ends, row)
+    except UserError as error:  # then it is true: the served prompt is not how the row begins
+        assert "become one token" in str(error)
+        prompts = [encode_prompt(kind, row.messages[: 2 * i + 1]) for i in range(len(turns))]
+        full = kind(
+            kind.apply_chat_template([{"role": m.role, "content": m.content} for m in row.messages], tokenize=False),
+            add_special_tokens=False,
+        )
+        assert any(full["input_ids"][: len(prompt)] != prompt for prompt in prompts)
+        return
+    trained, _ = runs(kind, example)
+    assert [said(kind, text) for text in trained] == [said(kind, truth.format(answer)) for _, answer in turns]
+
+
+def test_a_batch_is_its_rows_one_by_one(kind):
+    ends, _ = with_template(kind, "chatml")
+    rows = [conversation("q", answer, "and?", answer) for answer in ANSWERS]
+    rows.insert(2, Conversation((Message("text", "Plain 文本 🙂."),), "rows.txt:9"))
+    for row, example in zip(rows, encode_batch(kind, ends, rows, "assistant"), strict=True):
+        alone = encode(kind, ends, row)
+        assert np.array_equal(example.tokens, alone.tokens) and np.array_equal(example.trained, alone.trained)
+        assert example.where == row.where
+
+
+def test_plain_text_is_trained_whole_and_ends(kind):
+    ends, _ = with_template(kind, "chatml")
+    row = Conversation((Message("text", "第一条 Plain text 🙂.\n\nMore."),), "book.txt:1")
+    example = encode(kind, ends, row)
+    assert example.trained.all()
+    assert said(kind, kind.decode(example.tokens)) == "第一条 Plain text 🙂.\n\nMore.<|im_end|>"
+    assert encode_prompt(kind, row.messages) == example.tokens[:-1].tolist()
+
+
+CLOSING = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CLOSING + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}", "assistant: ', and the beginning"),
+        ("{{ bos_token + bos_token }}" + CHATML, "begins with '<s>' twice"),
+        (
+            "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% endfor %}",
+            "train_on=all",
+        ),
+    ],
+)
+def test_templates_that_train_the_wrong_thing_are_refused(kind, template, message):
+    kind.chat_template = template
+    ends = frozenset([kind.convert_tokens_to_ids("<|im_end|>")])
+    with pytest.raises(UserError, match=rf"rows.txt:1: .*{message}"):
+        encode(kind, ends, conversation("What is due?", "Under Article 47, pay."))
