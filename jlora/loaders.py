@@ -46,14 +46,8 @@ def form_for(name: str, adapter: Adapter, spec: LoraConfig, max_rank: int) -> tu
     loader = LOADERS[name]
     if not loader.plain:
         return adapter, spec
-    refused = {
-        "IA3": spec.peft_type == "IA3",
-        "DoRA (use_dora)": spec.use_dora,
-        f"modules_to_save={','.join(spec.modules_to_save)}": bool(spec.modules_to_save),
-    }
-    for what, there in refused.items():
-        if there:
-            raise UserError(f"--for {name}: {loader.title} does not read {what}: {MERGE}")
+    for what in spec.beyond_portable:
+        raise UserError(f"--for {name}: {loader.title} does not read {what}: {MERGE}")
     if not spec.is_plain:
         adapter, spec = lora.portable(adapter, spec)
     largest = max_rank or loader.usual

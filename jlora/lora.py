@@ -48,6 +48,17 @@ def modules(adapter: Adapter, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         yield from modules(node, (*path, key))
 
 
+def tree(found: dict[tuple[str, ...], Leaves]) -> Adapter:
+    """The other way: modules by path as an adapter."""
+    made: Adapter = {}
+    for (*parents, name), leaves in found.items():
+        node = made
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaves
+    return made
+
+
 def start(spec: LoraConfig, shapes: Adapter, base: Any, key: PRNGKeyArray) -> Adapter:
     """The adapter that training begins with: it does nothing, whatever its kind, and A is drawn or, for PiSSA, found.
 
@@ -153,21 +164,17 @@ def difference(leaves: Leaves, rank: int | None = None) -> tuple[Any, Any]:
 
 def portable(adapter: Adapter, spec: LoraConfig) -> tuple[Adapter, LoraConfig]:
     """The same LoRA with one rank and scale 1: each scale folded into its B, ranks padded, absent layers zero."""
-    made: Adapter = {}
     pairs = {path: jax.vmap(lambda leaves: difference(leaves))(leaves) for path, leaves in modules(adapter)}
     rank = max(a.shape[1] for a, _ in pairs.values())
+    made: dict[tuple[str, ...], Leaves] = {}
     for path, (a, b) in pairs.items():
         site = spec.site(".".join(path[1:]), len(a))
-        *parents, name = path
-        node = made
-        for key in parents:
-            node = node.setdefault(key, {})
         missing = rank - a.shape[1]
-        node[name] = {
+        made[path] = {
             "lora_A": jnp.pad(a, [(0, 0), (0, missing), (0, 0)]),
             "lora_B": jnp.pad(b * jnp.array(site.scales, b.dtype)[:, None, None], [(0, 0), (0, 0), (0, missing)]),
         }
-    return made, LoraConfig(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
+    return tree(made), LoraConfig(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
 
 
 def dora_factor(weight: Float[Array, "o i"], leaves: Leaves, scale: float | Float[Array, ""]) -> Float[Array, " o"]:

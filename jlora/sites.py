@@ -48,6 +48,16 @@ class LoraConfig:
         special = self.use_rslora or self.use_dora or self.pissa or self.modules_to_save or self.peft_type != "LORA"
         return not (varied or special or any("." in target for target in self.target_modules))
 
+    @property
+    def beyond_portable(self) -> tuple[str, ...]:
+        """What of this the portable form cannot say (see `lora.portable`), by the users' names."""
+        there = {
+            "IA3": self.peft_type == "IA3",
+            "DoRA (use_dora)": self.use_dora,
+            f"modules_to_save={','.join(self.modules_to_save)}": bool(self.modules_to_save),
+        }
+        return tuple(what for what, is_there in there.items() if is_there)
+
     def site(self, module: str, layers: int) -> Site:
         """The ranks and scales of one projection, named as "self_attn.q_proj", in a model of so many layers."""
         ranks, scales = [], []

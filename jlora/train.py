@@ -31,7 +31,7 @@ from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Reading
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
-from jlora.generate import Generator, show_answers
+from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar

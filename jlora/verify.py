@@ -19,7 +19,7 @@ from jlora.adapter_config import read_spec
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.conversation import Reading
 from jlora.data.formats import read_conversations
-from jlora.generate import Generator
+from jlora.generator import Generator
 from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config

@@ -10,6 +10,7 @@ from conftest import run_module
 from jlora import generate
 from jlora.data.chat import encode_prompt
 from jlora.data.conversation import Message
+from jlora.generator import pick
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -53,7 +54,7 @@ def test_the_command_answers(smollm):
 
 def test_sampling_keeps_to_the_smallest_set_of_mass_top_p():
     logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
-    draw = jax.jit(jax.vmap(lambda key, t, p: generate.pick(logits, key, t, p), in_axes=(0, None, None)))
+    draw = jax.jit(jax.vmap(lambda key, t, p: pick(logits, key, t, p), in_axes=(0, None, None)))
     keys = jax.random.split(jax.random.key(0), 4000)
     assert set(np.asarray(draw(keys, 0.0, 1.0))) == {1}
     assert set(np.asarray(draw(keys, 1.0, 0.6))) == {1, 2}

@@ -11,12 +11,12 @@ from conftest import ROOT
 # A module may import only from rooms that stand before its own.
 ROOMS = [
     ["jlora", "jlora.errors", "jlora.whole"],
-    ["jlora.data.conversation", "jlora.data.templates", "jlora.sites"],
+    ["jlora.output_rules", "jlora.data.conversation", "jlora.data.templates", "jlora.sites"],
     ["jlora.data.encoding"],
     ["jlora.data.records", "jlora.data.text", "jlora.data.stored"],
     ["jlora.data.json_rows", "jlora.data.tables"],
     ["jlora.lora", "jlora.sharding", "jlora.model.attention", "jlora.model.rope", "jlora.model.weights"],
-    ["jlora.data.formats", "jlora.model.llama", "jlora.gguf_tokenizer"],
+    ["jlora.data.formats", "jlora.model.llama", "jlora.several", "jlora.gguf_tokenizer"],
     ["jlora.data.chat", "jlora.data.pii", "jlora.model.hf", "jlora.model.families"],
     ["jlora.from_gguf"],
     ["jlora.sources"],
@@ -26,9 +26,9 @@ ROOMS = [
     ["jlora.data.overlong", "jlora.data.report", "jlora.data.xray"],
     ["jlora.step", "jlora.intake"],
     ["jlora.checkpoint", "jlora.peft_format", "jlora.loaders", "jlora.to_gguf", "jlora.merged"],
-    ["jlora.metrics", "jlora.resume", "jlora.generate"],
-    ["jlora.verify", "jlora.loop"],
-    ["jlora.export"],
+    ["jlora.metrics", "jlora.resume", "jlora.generator", "jlora.combine"],
+    ["jlora.verify", "jlora.loop", "jlora.chat_program"],
+    ["jlora.export", "jlora.generate"],
     ["jlora.train", "jlora.data.__main__"],
 ]
 APART = {  # rooms that know nothing of each other
