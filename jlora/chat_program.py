@@ -1,18 +1,17 @@
 """A conversation in the terminal, in which adapters are switched, mixed, and compared with the base."""
 
+import importlib
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from jlora import several
 from jlora.data.conversation import Message
 from jlora.errors import UserError
 from jlora.generator import Generator
-from jlora.lora import Adapter
 from jlora.output_rules import Rules, filtered
-from jlora.sites import LoraConfig
+from jlora.several import Voices
 
 HELP = """\
 /adapter NAME            answer with this adapter from now on; /adapter alone lists them
@@ -21,37 +20,9 @@ HELP = """\
 /compare [QUESTION]      what the adapter and the base say, side by side; of the last question, or of another
 /new                     forget the conversation
 /help                    this
-Ctrl-D (end of input) leaves. All else is said to the model."""
+Ctrl-C stops an answer, Ctrl-D (end of input) leaves. All else is said to the model."""
 OFF = "base"  # what the column of the base is called
 GAP = " | "
-
-
-@dataclass(frozen=True)
-class Voices:
-    """The adapters at hand, all of one form."""
-
-    adapters: Mapping[str, Adapter]
-    spec: LoraConfig
-
-    def mixed(self, words: Sequence[str]) -> Adapter:
-        """The adapter that words name: `NAME`, or a sum as `NAME=0.7 OTHER=-0.3`.
-
-        A sum of n adapters has n times their rank, which is another program to compile, once for each n.
-
-        Raises:
-          UserError: a name or a weight is none, or the adapter cannot be weighted.
-        """
-        weights = [several.read_weight(word) for word in words]
-        for name, _ in weights:
-            if name not in self.adapters:
-                there = ", ".join(self.adapters) or "none, as no --adapter was given"
-                raise UserError(f"there is no adapter {name!r}; there are: {there}")
-        if len(weights) == 1 and weights[0][1] == 1:
-            return self.adapters[weights[0][0]]
-        for name, _ in weights:
-            several.check(name, self.spec)
-        forms = [(self.adapters[name], self.spec) for name, _ in weights]
-        return several.combine(forms, [weight for _, weight in weights])[0]
 
 
 class Chat:
@@ -79,6 +50,8 @@ class Chat:
 
     def run(self) -> None:
         """Answers what is typed, until the end of input."""
+        with suppress(ImportError):
+            importlib.import_module("readline")  # from then on, `input` lets a line be edited
         print(f"speaking: {self._name}; /help says what can be done")
         while True:
             try:
@@ -91,6 +64,8 @@ class Chat:
                     print(piece, end="", flush=True)
             except UserError as error:
                 print(f"error: {error}", end="")
+            except KeyboardInterrupt:
+                print("\nstopped: the conversation is as it was before", end="")
             print()
 
     def reply(self, line: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ import jax
 
 from jlora import lora, several, sources
 from jlora.adapter_config import read_config_file
-from jlora.chat_program import Chat, Voices
+from jlora.chat_program import Chat
 from jlora.combine import common_template, read_all
 from jlora.data.chat import load_tokenizer
 from jlora.data.conversation import Message
@@ -22,6 +22,7 @@ from jlora.lora import Adapter
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.output_rules import filtered, read_rules
+from jlora.several import Voices
 from jlora.sharding import make_mesh
 from jlora.sites import LoraConfig
 

@@ -93,17 +93,10 @@ class Generator:
           adapters: one a row, of one form (see `several.alike`); a row may have another's.
           seed: a row draws what it would draw alone with `seed` plus its number.
         """
-        count, longest = len(prompts), max(map(len, prompts))
-        length = -(-longest // ROUND) * ROUND
-        places = length + -(-max_new_tokens // ROUND) * ROUND
-        one = empty_cache(self._config, self._dtype, 1, places)
-        cache = jax.vmap(lambda _: one, out_axes=BY_ROW)(jnp.arange(count))
-        pads = np.array([length - len(prompt) for prompt in prompts])[:, None]
-        ids = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts], np.int32)
-        segments = (np.arange(length)[None] >= pads).astype(np.int32)
-        positions = np.maximum(np.arange(length)[None] - pads, 0).astype(np.int32)
+        count, weights = len(prompts), self._stack(tuple(adapters))
+        ids, segments, positions, cache = self._layout(prompts, max_new_tokens)
         keys = jax.vmap(jax.random.key)(seed + np.arange(count))
-        weights, running = self._stack(tuple(adapters)), np.ones(count, bool)
+        running = np.ones(count, bool)
         for step in range(max_new_tokens):
             logits, cache = self._run(weights, self.base, ids, segments, positions, cache)
             draws = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
@@ -114,6 +107,23 @@ class Generator:
             yield [int(token) if goes_on else None for token, goes_on in zip(tokens, running, strict=True)]
             ids, segments = tokens[:, None].astype(np.int32), np.ones((count, 1), np.int32)
             positions = positions[:, -1:] + 1
+
+    def first_logits(self, adapters: Sequence[Adapter], prompts: Sequence[list[int]]) -> Float[Array, "R V"]:
+        """Scores of the token after each prompt, each with its own adapter; float32."""
+        return self._run(self._stack(tuple(adapters)), self.base, *self._layout(prompts, ROUND))[0]
+
+    def _layout(
+        self, prompts: Sequence[list[int]], max_new_tokens: int
+    ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Cache]:
+        """Prompts as tokens, segments and positions, padded on the left to one length, and room to go on."""
+        length = -(-max(map(len, prompts)) // ROUND) * ROUND
+        one = empty_cache(self._config, self._dtype, 1, length + -(-max_new_tokens // ROUND) * ROUND)
+        cache = jax.vmap(lambda _: one, out_axes=BY_ROW)(jnp.arange(len(prompts)))
+        pads = np.array([length - len(prompt) for prompt in prompts])[:, None]
+        ids = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts], np.int32)
+        segments = (np.arange(length)[None] >= pads).astype(np.int32)
+        positions = np.maximum(np.arange(length)[None] - pads, 0).astype(np.int32)
+        return ids, segments, positions, cache
 
     def pieces(self, adapter: Adapter, messages: tuple[Message, ...], **options: Any) -> Iterator[str]:
         """The answer's text as it grows; options as for `tokens`. A piece never ends within a character."""

@@ -1,7 +1,8 @@
 """Several adapters of one base, as pure functions: in one form, so that one program runs them all; and their sum."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
@@ -88,3 +89,31 @@ def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], 
             nothing = {"lora_A": jnp.zeros((layers, rank, inputs)), "lora_B": jnp.zeros((layers, outputs, rank))}
             modules.setdefault(path, nothing)
     return found, tuple(path[-1] for path in every)
+
+
+@dataclass(frozen=True)
+class Voices:
+    """The adapters at hand, all of one form."""
+
+    adapters: Mapping[str, Adapter]
+    spec: LoraConfig
+
+    def mixed(self, words: Sequence[str]) -> Adapter:
+        """The adapter that words name: `NAME`, or a sum as `NAME=0.7 OTHER=-0.3`.
+
+        A sum of n adapters has n times their rank, which is another program to compile, once for each n.
+
+        Raises:
+          UserError: a name or a weight is none, or the adapter cannot be weighted.
+        """
+        weights = [read_weight(word) for word in words]
+        for name, _ in weights:
+            if name not in self.adapters:
+                there = ", ".join(self.adapters) or "none, as no --adapter was given"
+                raise UserError(f"there is no adapter {name!r}; there are: {there}")
+        if len(weights) == 1 and weights[0][1] == 1:
+            return self.adapters[weights[0][0]]
+        for name, _ in weights:
+            check(name, self.spec)
+        forms = [(self.adapters[name], self.spec) for name, _ in weights]
+        return combine(forms, [weight for _, weight in weights])[0]

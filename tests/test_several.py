@@ -1,0 +1,337 @@
+"""One base, many roles: adapters switched, mixed row by row and summed; the conversation; what must not be said."""
+
+import json
+import logging
+import re
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from conftest import command, make_model, process_options, run_module
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jlora import generate, lora, several
+from jlora.adapter_config import peft_config, read_spec
+from jlora.chat_program import Chat, side_by_side
+from jlora.data.conversation import Message
+from jlora.errors import UserError
+from jlora.model import hf
+from jlora.model.families import read_config
+from jlora.output_rules import filtered, read_rules
+from jlora.peft_format import TEMPLATE, read_adapter, write_adapter
+from jlora.sites import LoraConfig
+
+SPECS = {
+    "law": LoraConfig(4, 12.0, 0.0, ("q_proj", "v_proj")),
+    "style": LoraConfig(
+        6,
+        9.0,
+        0.0,
+        ("v_proj", "down_proj"),
+        use_rslora=True,
+        rank_pattern=(("layers.1.self_attn.v_proj", 2),),
+        alpha_pattern=(("down_proj", 5.0),),
+        layers_to_transform=(0, 1),
+    ),
+    "short": LoraConfig(2, 4.0, 0.0, ("gate_proj",), pissa=True),
+}
+DORA = LoraConfig(2, 4.0, 0.0, ("q_proj",), use_dora=True)
+ROWS = ["law", "style", "base", "short", "law"]
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [5, 6, 7], [11] * 70, [20, 21]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, smollm):
+    """A random model of three layers, with SmolLM2's tokenizer, quick to compile."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return make_model(tmp_path_factory.mktemp("small"), smollm, **sizes)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, small):
+    """PEFT directories of adapters that all change the answers, by name."""
+    root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
+    for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
+        _, shapes, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        frozen = hf.load_base(small, base, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+        adapter = lora.start(spec, shapes, frozen, jax.random.key(number))
+        for path, leaves in lora.modules(adapter):
+            ranks = np.array(spec.site(".".join(path[1:]), 3).ranks)
+            noise = np.random.RandomState(number).randn(*leaves["lora_B"].shape).astype(np.float32)
+            within = np.arange(noise.shape[2])[None, None] < ranks[:, None, None]
+            leaves["lora_B"] = leaves["lora_B"] + np.where(within, 0.3 * noise, 0.0)
+        write_adapter(adapter, spec, peft_config(spec, str(small), None, tied=True), "", root / name)
+    return {name: root / name for name in (*SPECS, "dora")}
+
+
+@pytest.fixture(scope="module")
+def together(small, places):
+    """A generator, and the adapters that can stand side by side."""
+    return generate.load_several(str(small), {name: places[name] for name in SPECS})
+
+
+def alone(small, place, prompt):
+    """The last logits of a prompt with one adapter in its own form, without a batch, padding or a cache."""
+    config = read_config(small)
+    spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
+    graphdef, shapes, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    frozen = hf.load_base(small, base, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+    model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
+    ids = jnp.array([prompt])
+    return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])
+
+
+def test_rows_with_their_own_adapters_equal_each_alone(small, places, together):
+    generator, voices = together
+    chosen = {**voices.adapters, "base": generator.neutral(voices.adapters["law"])}
+    got = np.asarray(generator.first_logits([chosen[name] for name in ROWS], PROMPTS))
+    want = np.stack([alone(small, places.get(name), prompt) for name, prompt in zip(ROWS, PROMPTS, strict=True)])
+    assert np.abs(got - want).max() < 1e-5
+    wrong = np.asarray(generator.first_logits([chosen[name] for name in ROWS[-1:] + ROWS[:-1]], PROMPTS))
+    assert np.abs(wrong - want)[1:].max(axis=1).min() > 0.05  # the first row is the same
+    many = list(generator.rows([chosen[name] for name in ROWS], PROMPTS, 8))
+    for row, (name, prompt) in enumerate(zip(ROWS, PROMPTS, strict=True)):
+        said = [step[row] for step in many if step[row] is not None]
+        assert said == list(generator.tokens(chosen[name], prompt, 8))
+    drawn = list(generator.rows([chosen["law"]] * 2, [PROMPTS[0]] * 2, 8, temperature=2.0, seed=3))
+    one, other = (list(generator.tokens(chosen["law"], PROMPTS[0], 8, temperature=2.0, seed=seed)) for seed in (3, 4))
+    assert [step[0] for step in drawn] == one != other == [step[1] for step in drawn]
+
+
+def test_a_row_that_has_ended_is_silent_and_the_others_go_on(small, together, monkeypatch):
+    generator, voices = together
+    law, style = voices.adapters["law"], voices.adapters["style"]
+    first, second = (list(generator.tokens(adapter, PROMPTS[0], 8)) for adapter in (law, style))
+    end = next(token for token in first[1:] if token not in second)
+    monkeypatch.setattr(generator, "_stops", frozenset({end}))
+    steps = list(generator.rows([law, style], [PROMPTS[0]] * 2, 8))
+    assert [step[1] for step in steps] == second
+    before = first.index(end)
+    assert [step[0] for step in steps] == first[:before] + [None] * (8 - before)
+
+
+def test_switching_compiles_nothing(small, places, together, caplog):
+    generator, voices = together
+    nothing = generator.neutral(voices.adapters["law"])
+    list(generator.tokens(voices.adapters["law"], PROMPTS[0], 4))
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+        answers = [list(generator.tokens(a, PROMPTS[0], 4)) for a in (*voices.adapters.values(), nothing)]
+        assert not [r.message for r in caplog.records if "ompil" in r.message]
+        assert len(set(map(tuple, answers))) == 4
+        jax.jit(lambda x: x * 3.25)(1.0)  # that a compilation would have been seen
+        assert [r.message for r in caplog.records if "ompil" in r.message]
+
+
+def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small, places, tmp_path):
+    done = run_module(
+        *("jlora.combine", "--adapters", f"{places['law']}=0.7", f"{places['style']}=-0.3", places["short"]),
+        *("--output", tmp_path / "sum"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"one adapter of rank 14: {tmp_path / 'sum'}\n"  # 4 + 6 + 2 x 2, as PiSSA's is a difference
+    model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, places["law"], "law")
+    for name, place in {"style": places["style"], "short": places["short"], "sum": tmp_path / "sum"}.items():
+        model.load_adapter(place, name)
+    compared = 0
+    for name, module in model.named_modules():
+        if not hasattr(module, "get_delta_weight") or "sum" not in module.lora_A:
+            continue
+        weights = {"law": 0.7, "style": -0.3, "short": 1.0}
+        want = sum(w * module.get_delta_weight(own) for own, w in weights.items() if own in module.lora_A)
+        got = module.get_delta_weight("sum")
+        assert torch.abs(got - want).max() < 1e-6 * max(1.0, float(torch.abs(got).max())), name
+        compared += bool(torch.any(got != 0))
+    assert compared == 3 * 3 + 2  # q, v and gate in three layers, down in two
+    model.set_adapter("sum")
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor([PROMPTS[1]])).logits[0, -1].numpy()
+    assert np.abs(theirs - alone(small, tmp_path / "sum", PROMPTS[1])).max() < 1e-4
+    generator, voices = generate.load_several(str(small), {name: places[name] for name in SPECS})
+    mixed = voices.mixed(["law=0.7", "style=-0.3", "short"])
+    assert np.abs(np.asarray(generator.first_logits([mixed], [PROMPTS[1]]))[0] - theirs).max() < 1e-4
+    nothing = voices.mixed(["law=1", "law=-1"])
+    bare = generator.first_logits([generator.neutral(mixed)], [PROMPTS[1]])
+    assert np.abs(np.asarray(generator.first_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
+    again = run_module("jlora.combine", "--adapters", places["law"], "--output", tmp_path / "sum")
+    assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
+
+
+def test_a_sum_of_one_is_that_adapter(small, places):
+    spec = read_spec(places["law"], 3)
+    _, shapes, _ = hf.abstract(read_config(small), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    adapter = read_adapter(places["law"], spec, shapes, tied=True)
+    made, form = several.combine([(adapter, spec)], [1.0])
+    assert (form.rank, form.alpha) == (4, 4.0)
+    for (_, mine), (_, theirs) in zip(lora.modules(made), lora.modules(adapter), strict=True):
+        assert np.array_equal(mine["lora_A"], theirs["lora_A"])
+        assert np.allclose(mine["lora_B"], 3.0 * theirs["lora_B"], atol=1e-7)
+
+
+def test_what_cannot_stand_together_is_refused(small, places, tmp_path):
+    with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
+        generate.load_several(str(small), {"law": places["law"], "dora": places["dora"]})
+    generator, voices = generate.load_several(str(small), {"dora": places["dora"]})  # alone it is itself
+    got = np.asarray(generator.first_logits([voices.mixed(["dora"])], [PROMPTS[1]]))[0]
+    assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
+    with pytest.raises(UserError, match="adapter dora has DoRA"):
+        voices.mixed(["dora=0.5"])
+    for words, message in [
+        (["lore"], "there is no adapter 'lore'; there are: dora"),
+        (["dora=much"], "dora=much: expected NAME, or NAME=WEIGHT with a number"),
+        (["dora=nan"], "dora=nan: expected NAME, or NAME=WEIGHT"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            voices.mixed(words)
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", places["law"], other], check=True)
+    (other / TEMPLATE).write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match="adapters law and other were trained on different chat templates"):
+        generate.load_several(str(small), {"law": places["law"], "other": other})
+    with pytest.raises(UserError, match="another adapter called law: name them, as NAME=DIR"):
+        generate.named([str(places["law"]), f"law={places['style']}"])
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
+    done = run_module("jlora.combine", "--adapters", places["law"], other, "--output", tmp_path / "x")
+    assert done.returncode == 2 and "the adapters name different bases" in done.stderr and "--base" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_conversation_in_the_terminal(small, places, tmp_path):
+    (tmp_path / "rules.yaml").write_text("- replace: '[a-z]'\n  with: '~'\n")
+    typed = ["Hi", "/compare", "/adapter style", "Hi", "/adapter", "/adapter law=0.5 style=-1", "/off", "/compare Yes?"]
+    typed += ["/adapter nobody", "/frob", "/new", "/compare", "/help", "", "你好"]
+    arguments = ["--adapter", f"law={places['law']}", "--adapter", f"style={places['style']}", "--max_new_tokens", 6]
+    done = subprocess.run(
+        command("jlora.generate", "--chat", *arguments, "--output_rules", tmp_path / "rules.yaml"),
+        **process_options(1),
+        input="\n".join(typed),
+        capture_output=True,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    start, hi, compare, style, again, listed, mixed, off, refused, nobody, frob, new, asked, help_text, *_ = (
+        part.strip() for part in done.stdout.split("\n> ")
+    )
+    assert start == "speaking: law; /help says what can be done"
+    assert hi and again and hi != again and not re.search("[a-z]", hi + again)
+    assert re.match(r"law +\| base\n-+ \| -+\n", compare) and not re.search("[a-z]", compare.split("\n", 1)[1])
+    assert compare.split("\n")[2].split(" | ")[0].strip().startswith(hi[:5].strip())
+    assert style == "speaking: style" and listed == "there are: law, style; speaking: style"
+    assert mixed == "speaking: law=0.5 style=-1" and off == "speaking: base"
+    assert "the base alone is speaking" in refused
+    assert nobody == "error: there is no adapter 'nobody'; there are: law, style"
+    assert frob == "error: there is no command /frob; /help lists them"
+    assert new == "the conversation is forgotten" and asked.startswith("error: nothing was asked yet")
+    assert "/adapter NAME" in help_text and "Ctrl-D" in help_text
+
+
+def test_a_conversation_is_kept_and_comparing_leaves_it_alone(together):
+    generator, voices = together
+    chat = Chat(generator, voices, (), (Message("system", "Be brief."),), {"max_new_tokens": 4}, "law")
+    asked = []
+    pieces = generator.pieces
+    generator.pieces = lambda adapter, messages, **options: (
+        asked.append(messages) or pieces(adapter, messages, **options)
+    )
+    try:
+        first = "".join(chat.reply("One?"))
+        "".join(chat.reply("/compare Two?"))
+        "".join(chat.reply("/adapter style"))
+        "".join(chat.reply("Three?"))
+    finally:
+        del generator.pieces
+    assert [m.role for m in asked[1]] == ["system", "user", "assistant", "user"]
+    assert [m.content for m in asked[1]] == ["Be brief.", "One?", first.strip(), "Three?"]
+
+
+def test_columns_are_as_wide_as_what_a_terminal_shows():
+    rows = list(
+        side_by_side(
+            ("law", "依据《劳动合同法》第十条，应当订立书面劳动合同。"), ("base", "Yes, it must be in writing."), 43
+        )
+    )
+    assert rows[0] == "law" + " " * 17 + " | base"
+    assert rows[2] == "依据《劳动合同法》第" + " | Yes, it must be in"
+    assert rows[3] == "十条，应当订立书面劳" + " | writing."
+    assert rows[4] == "动合同。" + " " * 12 + " |"
+    assert len(list(side_by_side(("a", "x" * 50), ("b", ""), 43))) == 2 + 3
+
+
+RULES = """\
+- replace: '\\b[0-9]{4,}\\b'
+  with: '[number]'
+- replace: 'Article (1|2)'
+  with: 'an article \\1'
+"""
+REFUSAL = "- refuse: '(?is)promise.*win'\n  say: I cannot say.\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["Article ", "1", "23", "4567", " ", "\n", "Pro", "mise ", "you w", "in", "胜"])))
+def test_however_an_answer_is_cut_the_same_is_said(tmp_path_factory, pieces):
+    file = tmp_path_factory.getbasetemp() / "rules.yaml"
+    whole = "".join(pieces)
+    for text in (RULES, REFUSAL + RULES):
+        file.write_text(text)
+        rules = read_rules(file)
+        shown = "".join(filtered(pieces, rules))
+        assert shown == "".join(filtered([whole], rules)) == "".join(filtered(whole, rules))
+        if "refuse" in text and re.search("(?is)promise.*win", whole):
+            assert shown == "I cannot say."
+        else:
+            want = re.sub(r"\b[0-9]{4,}\b", "[number]", whole)
+            assert shown == re.sub("Article (1|2)", lambda _: "an article \\1", want)
+
+
+def test_a_line_is_shown_when_it_is_whole_and_a_refused_answer_not_at_all(tmp_path):
+    (tmp_path / "rules.yaml").write_text(RULES)
+    seen = []
+
+    def pieces():
+        for piece in ["No 12", "345.\nYes", " 67", "8"]:
+            yield piece
+            seen.append((piece, "".join(shown)))
+
+    shown: list[str] = []
+    for piece in filtered(pieces(), read_rules(tmp_path / "rules.yaml")):
+        shown.append(piece)
+    assert seen == [
+        ("No 12", ""),
+        ("345.\nYes", "No [number].\n"),
+        (" 67", "No [number].\n"),
+        ("8", "No [number].\n"),
+    ]
+    assert "".join(shown) == "No [number].\nYes 678"
+    (tmp_path / "refusal.yaml").write_text(REFUSAL)
+    parts = list(filtered(iter(["I pro", "mise\n", "a w", "in."]), read_rules(tmp_path / "refusal.yaml")))
+    assert parts == ["I cannot say."]
+    assert list(filtered(["a", "b"], ())) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("replace: x", "expected a list of rules"),
+        ("", "expected a list of rules"),
+        ("- [", "cannot be read"),
+        ("- replace: x", "rule 1: expected `refuse` and `say`, or `replace` and `with`"),
+        ("- replace: x\n  say: y", "rule 1: expected `refuse` and `say`"),
+        ("- refuse: 5\n  say: y", "refuse and say: expected texts in quotes, got 5 and 'y'"),
+        ("- refuse: '('\n  say: y", "rule 1: missing \\), unterminated subpattern"),
+        ("- refuse: 'x*'\n  say: y", "'x\\*' matches where there is nothing"),
+        ("- nothing\n- refuse: '('\n  say: y", "needs 2 change"),
+    ],
+)
+def test_rules_that_are_none_are_named(tmp_path, text, message):
+    (tmp_path / "rules.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_rules(tmp_path / "rules.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_rules(tmp_path / "none.yaml")
