@@ -47,12 +47,13 @@ def common_template(directories: Mapping[str, Path]) -> str:
     """
     files = {name: str(place / TEMPLATE) for name, place in directories.items() if (place / TEMPLATE).is_file()}
     texts = {name: find_template(files[name]) if name in files else "" for name in directories}
-    if len(set(texts.values())) > 1:
-        first, other = next(iter(texts)), next(name for name in texts if texts[name] != texts[next(iter(texts))])
-        raise UserError(
-            f"adapters {first} and {other} were trained on different chat templates ({TEMPLATE} in their directories): "
-            "give them one by one, or train them on one template"
-        )
+    first, *others = [*texts] or [""]
+    for other in others:
+        if texts[other] != texts[first]:
+            raise UserError(
+                f"adapters {first} and {other} were trained on different chat templates ({TEMPLATE} in their "
+                "directories): give them one by one, or train them on one template"
+            )
     return next(iter(files.values()), "")
 
 
@@ -73,8 +74,8 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
         raise UserError(
             f"the adapters name different bases, {', '.join(sorted(p for p, _ in places))}: choose by --base"
         )
-    hub_id, revision = (base, "") if base else next(iter(places))
-    directory = sources.resolve(hub_id, revision)
+    place, revision = (base, "") if base else next(iter(places))
+    directory = sources.resolve(place, revision)
     template = common_template(directories)
     forms = list(read_all(directories, directory).values())
     for name, (_, spec) in zip(directories, forms, strict=True):
@@ -86,8 +87,9 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
         frozen = hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
         forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
     adapter, spec = several.combine(forms, list(weights.values()))
-    written = peft_config(spec, hub_id, revision or None, tied=config.tie_word_embeddings)
-    card = _card(weights, hub_id, spec)
+    called = place if sources.is_hub_id(place) else str(directory)
+    written = peft_config(spec, called, revision or None, tied=config.tie_word_embeddings)
+    card = _card(weights, called, spec)
     text = find_template(template) if template else ""
     write_adapter(adapter, spec, written, card, target, {BASE: base_hash(directory)}, None, text)
     return spec.rank
