@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jlora import sources
 from jlora.adapter_config import peft_config, read_config_file, read_spec
 from jlora.checkpoint import Checkpoints, read_record
-from jlora.config import ALL_LINEAR, TARGETS, read_pattern
+from jlora.config import ALL_LINEAR, TARGETS, Config, read_pattern
 from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
 from jlora.loaders import LOADERS, form_for
@@ -69,7 +69,7 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
 
 def spec_of(settings: dict[str, Any]) -> LoraConfig:
     """The adapter that the `config` of a run's config.json describes."""
-    s = settings
+    s = {**dataclasses.asdict(Config()), **settings}  # what is left out has its default
     targets = TARGETS if tuple(s["target_modules"]) == ALL_LINEAR else tuple(s["target_modules"])
     noise = s["neftune_noise_alpha"]
     if s["peft_type"] == "IA3":

@@ -238,7 +238,7 @@ def describe(
         "data": {
             "train": formats.hash_files(config.train_data_dir, "train_data_dir", reading),
             "held_out": formats.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
-            "template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
             "questions": formats.place(questions),
         },
         "base": {
