@@ -160,6 +160,17 @@ def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small,
     nothing = voices.mixed(["law=1", "law=-1"])
     bare = generator.first_logits([generator.neutral(mixed)], [PROMPTS[1]])
     assert np.abs(np.asarray(generator.first_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
+    one, other = (
+        run_module("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
+        for arguments in (
+            ["--adapter", tmp_path / "sum"],
+            [
+                *(word for name in SPECS for word in ("--adapter", f"{name}={places[name]}")),
+                *("--use", "law=0.7", "style=-0.3", "short"),
+            ],
+        )
+    )
+    assert one.returncode == 0 and one.stdout.strip() and one.stdout == other.stdout, one.stderr + other.stderr
     again = run_module("jlora.combine", "--adapters", places["law"], "--output", tmp_path / "sum")
     assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
 
@@ -249,6 +260,28 @@ def test_a_conversation_is_kept_and_comparing_leaves_it_alone(together):
         del generator.pieces
     assert [m.role for m in asked[1]] == ["system", "user", "assistant", "user"]
     assert [m.content for m in asked[1]] == ["Be brief.", "One?", first.strip(), "Three?"]
+
+
+def test_an_interrupted_answer_leaves_the_conversation_as_it_was(together, monkeypatch, capsys):
+    generator, voices = together
+    chat = Chat(generator, voices, (), (), {"max_new_tokens": 4}, "law")
+    typed, whole = ["One?", "Two?", "/compare"], generator.pieces
+
+    def pieces(adapter, messages, **options):
+        yield from whole(adapter, messages, **options)
+        if messages[-1].content == "Two?":
+            raise KeyboardInterrupt
+
+    def read(prompt):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    monkeypatch.setattr(generator, "pieces", pieces)
+    monkeypatch.setattr("builtins.input", read)
+    chat.run()
+    assert "\nstopped: the conversation is as it was before\n" in capsys.readouterr().out
+    assert [message.content for message in chat._said][::2] == ["One?"]
 
 
 def test_columns_are_as_wide_as_what_a_terminal_shows():
