@@ -311,6 +311,11 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
     other.write(plain, tmp_path / "portable")
     loaded = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "portable")
     assert np.abs(torch_logits(loaded, TOKENS[0]) - want).max() < 1e-4
+    # float32's own noise is above 1e-6 here (the same ranks in another order move a logit by 1.4e-6): in float64, then
+    ours.write(adapter, tmp_path / "original")
+    original = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "original")
+    exact, portable = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
+    assert exact.dtype == np.float64 and np.abs(portable - exact).max() < 1e-6
     nothing = ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
 
