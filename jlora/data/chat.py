@@ -45,6 +45,23 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
     Raises:
       UserError: it cannot be read, or there is no chat template.
     """
+    tokenizer = read_tokenizer(directory)
+    if chat_template:
+        tokenizer.chat_template = find_template(chat_template)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"base_model {directory} has no chat template. If it is a chat model, set chat_template to the form it was "
+            f"trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
+        )
+    return tokenizer
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The base's fast tokenizer, with whatever chat template it has.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     alone = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
     if alone and (missing := [name for name in ("sentencepiece", "google.protobuf") if not find_spec(name)]):
         raise UserError(
@@ -58,13 +75,6 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
         raise UserError(f"base_model {directory}: its tokenizer cannot be read: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model {directory}: expected a fast tokenizer (tokenizer.json)")
-    if chat_template:
-        tokenizer.chat_template = find_template(chat_template)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"base_model {directory} has no chat template. If it is a chat model, set chat_template to the form it was "
-            f"trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
-        )
     return tokenizer
 
 
