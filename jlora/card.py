@@ -14,6 +14,7 @@ HASHES = {
     provenance.DATA: "training data",
     provenance.HELD_OUT: "held-out data",
 }
+TEXT = ['inputs = tokenizer("Your text begins", return_tensors="pt")']  # for text without roles
 
 
 def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -> str:
@@ -28,6 +29,8 @@ def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -
     settings = json.loads(notes[provenance.CONFIG])
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
+    chats = provenance.TEMPLATE in notes and settings["task_type"] != "plain-text"
+    ask = _asked(settings["system_prompt"]) if chats else TEXT
     hashes = [f"| {what} | `{notes[key]}` |" for key, what in HASHES.items() if key in notes]
     lines = [
         "---",
@@ -41,7 +44,7 @@ def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -
         "From this directory:" + (" (it speaks the chat template that lies here, not the base's own)" * own_template),
         "",
         "```python",
-        *_snippet(config, settings["system_prompt"], own_template=own_template),
+        *_snippet(config, ask, own_template=own_template),
         "```",
         "",
         "| it was trained with | sha256 |",
@@ -65,25 +68,32 @@ def _losses(notes: dict[str, str]) -> str:
     return f"Held-out loss: {notes[provenance.BASE_LOSS]} of the base, {notes[provenance.LOSS]} with it (nats a token)."
 
 
-def _snippet(config: dict[str, Any], system_prompt: str, *, own_template: bool) -> list[str]:
-    """Python that answers a question with PEFT."""
+def _snippet(config: dict[str, Any], ask: list[str], *, own_template: bool) -> list[str]:
+    """Python that puts what `ask` makes into PEFT."""
     revision = f", revision={_quoted(config['revision'])}" if config["revision"] else ""
-    system = f'{{"role": "system", "content": {_quoted(system_prompt)}}}, ' if system_prompt else ""
-    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     template = ['tokenizer.chat_template = Path("chat_template.jinja").read_text(encoding="utf-8")']
     return [
         *(["from pathlib import Path", ""] if own_template else []),
-        *imports,
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"base = {_quoted(config['base_model_name_or_path'])}",
         f"tokenizer = AutoTokenizer.from_pretrained(base{revision})",
         *(template if own_template else []),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base{revision}), ".")',
+        *ask,
+        "answer = model.generate(**inputs, max_new_tokens=200, do_sample=False)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _asked(system_prompt: str) -> list[str]:
+    """Python that puts a question through the chat template, after the system prompt that was trained with."""
+    system = f'{{"role": "system", "content": {_quoted(system_prompt)}}}, ' if system_prompt else ""
+    return [
         f'chat = [{system}{{"role": "user", "content": "Your question?"}}]',
         'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',
         "inputs = tokenizer.apply_chat_template(chat, **options)",
-        "answer = model.generate(**inputs, max_new_tokens=200, do_sample=False)",
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jlora import provenance
 from jlora.adapter_config import read_config_file, read_spec
-from jlora.data.chat import read_tokenizer
+from jlora.data.chat import load_tokenizer
 from jlora.data.templates import find_template
 from jlora.errors import UserError
 from jlora.model import hf
@@ -33,8 +33,8 @@ def check(adapter: Path, base: Path) -> str:
     read_config_file(adapter)  # so that a directory that is no adapter is called that
     noted, own = provenance.metadata(adapter / WEIGHTS), adapter / TEMPLATE
     here, served = {provenance.BASE: provenance.base_hash(base)}, ""
-    if provenance.TEMPLATE in noted:
-        tokenizer = read_tokenizer(base)
+    if provenance.TOKENIZER in noted:
+        tokenizer = load_tokenizer(base, "")
         served = provenance.template_hash(tokenizer)
         if own.is_file():
             tokenizer.chat_template = find_template(str(own))

@@ -17,7 +17,7 @@ from jlora.adapter_config import peft_config, read_config_file, read_spec
 from jlora.card import card
 from jlora.check import check
 from jlora.checkpoint import Checkpoints, read_record
-from jlora.config import ALL_LINEAR, TARGETS, read_pattern
+from jlora.config import ALL_LINEAR, TARGETS, Config, read_pattern
 from jlora.data.chat import load_tokenizer
 from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
@@ -83,7 +83,7 @@ def trained_tokenizer(record: dict[str, Any]) -> Any:
 
 def spec_of(settings: dict[str, Any]) -> LoraConfig:
     """The adapter that the `config` of a run's config.json describes."""
-    s = settings
+    s = {**dataclasses.asdict(Config()), **settings}  # what is left out has its default
     targets = TARGETS if tuple(s["target_modules"]) == ALL_LINEAR else tuple(s["target_modules"])
     noise = s["neftune_noise_alpha"]
     if s["peft_type"] == "IA3":

@@ -3,8 +3,9 @@
 Training and the X-ray (`python -m jlora.data`) both come through here, so that the one shows what the other does.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,13 +13,15 @@ from jlora import sources
 from jlora.config import Config
 from jlora.data import formats, inspect, pii
 from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat import Example, Measured
+from jlora.data.chat import Example, Measured, encode_prompt
 from jlora.data.conversation import Conversation, Message, Reading
 from jlora.data.overlong import fit
 from jlora.data.prepared import prepare
 from jlora.data.report import Survey
 from jlora.errors import UserError
 from jlora.model.llama import LlamaConfig
+
+PROMPTS = 20  # rows whose prompt is held against the one that is served
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,22 @@ def read_examples(
     """Conversations as tokens and masks, none longer than `max_seq_length`; says how many there are."""
     prepared = prepare(tokenizer, ends, rows, sources.cache_directory() / "prepared", config.train_on)
     examples, said = fit(prepared, config.max_seq_length, config.overlong, name)
-    for line in (inspect.summary(name, examples), said):
+    for line in (inspect.summary(name, examples), said, _other_prompts(tokenizer, rows, prepared, name)):
         if line:
             say(line)
     return examples
+
+
+def _other_prompts(tokenizer: Any, rows: Iterable[Conversation], examples: Measured, name: str) -> str:
+    """A sentence where the first rows' prompts are other tokens in training than when they are served."""
+    for row, example in zip(itertools.islice(rows, PROMPTS), examples, strict=False):
+        prompt = encode_prompt(tokenizer, row.messages[:-1] or row.messages)
+        if example.tokens[: len(prompt)].tolist() != prompt:
+            return (
+                f"{name}: the tokens before an answer depend on the answer ({row.where} among others), so the served "
+                "model sees a prompt that it was not trained on: its chat template does not suit its tokenizer"
+            )
+    return ""
 
 
 def plan(

@@ -120,8 +120,8 @@ def check_unchanged(record: dict[str, Any], tokenizer: Any) -> None:
 
 
 def source_hash(tokenizer: Any) -> str:
-    """A hash of the chat template as it is written."""
-    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    """A hash of the chat template as it is written, if there is one."""
+    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
 def metadata(weights: Path) -> dict[str, str]:

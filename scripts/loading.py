@@ -4,6 +4,7 @@
 
 Each load is a process of its own, in turn; the files are in the page cache. Figures are medians of `--runs`.
 Memory is the peak of anonymous memory (RssAnon: mapped file pages do not count) over that of an idle process.
+On two cores: 0.78 of the speed of plain safetensors (which checks no value), peak 1.000 x what stays.
 """
 
 import argparse

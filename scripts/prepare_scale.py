@@ -23,8 +23,8 @@ from typing import Any
 
 from jlora import sources
 from jlora.data.chat import end_tokens, load_tokenizer, render
-from jlora.data.conversation import Conversation, Message
-from jlora.data.formats import read_conversations
+from jlora.data.conversation import Conversation
+from jlora.data.formats import iter_conversations, read_conversations
 from jlora.data.prepared import TOGETHER, prepare
 from jlora.errors import run_program
 
@@ -38,11 +38,7 @@ class Rows:
         self.file = file
 
     def __iter__(self) -> Iterator[Conversation]:
-        with self.file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                row = json.loads(line)
-                turns = (Message("user", row["instruction"]), Message("assistant", row["output"]))
-                yield Conversation(turns, f"{self.file}:{number}")
+        return iter_conversations(str(self.file), "the generated data", say=lambda line: None)
 
 
 def generate(file: Path, count: int, words: int) -> None:

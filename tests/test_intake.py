@@ -10,7 +10,7 @@ from conftest import ROOT
 from jlora import intake
 from jlora.config import Config
 from jlora.data import inspect, overlong, pii
-from jlora.data.chat import Example, Measured
+from jlora.data.chat import Example, Measured, end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Message
 from jlora.data.formats import read_conversations
 from jlora.data.report import Survey
@@ -282,3 +282,19 @@ def test_masked_rows_are_what_is_trained_on(config, capsys):
     rows, _ = intake.read_rows(config(text))
     assert "13800138000" in next(iter(rows)).messages[-1].content
     assert "13800138000" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("opening", "differs"), [("Answer:\n", False), ("Answer:\n\n", True)])
+def test_a_prompt_that_is_other_tokens_when_it_is_served_is_said(
+    config, tmp_path, smollm, monkeypatch, opening, differs
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # two line ends are one token, but not before a word
+    turn = "{{ m.content }}\n{% else %}" + opening + "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    asked = "{% if add_generation_prompt %}" + opening + "{% endif %}"
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{% if m.role == 'user' %}" + turn + asked)
+    tokenizer = load_tokenizer(smollm, str(tmp_path / "own.jinja"))
+    made = config("User: a?\nLawyer: Under Article 2, yes.\n")
+    said = []
+    rows, _ = intake.read_rows(made, said.append)
+    intake.read_examples(made, tokenizer, end_tokens(smollm, tokenizer), rows, "training", said.append)
+    assert any("the tokens before an answer depend on the answer (" in line for line in said) == differs

@@ -17,7 +17,7 @@ from jlora.checkpoint import read_record
 from jlora.config import NOT_TRAINING
 from jlora.config_files import load_config
 from jlora.data import formats
-from jlora.data.chat import read_tokenizer
+from jlora.data.chat import load_tokenizer
 from jlora.data.conversation import Message
 from jlora.data.templates import TEMPLATES
 from jlora.errors import UserError
@@ -53,7 +53,7 @@ def plain(run, base):
     other = shutil.copytree(run, base.parent / "plain")
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"chat_template": "", "system_prompt": ""}
-    record["data"]["template"] = provenance.source_hash(read_tokenizer(base))
+    record["data"]["template"] = provenance.source_hash(load_tokenizer(base, ""))
     (other / "config.json").write_text(json.dumps(record))
     export_run(other, 1, other / "one")
     return other / "one"
@@ -78,14 +78,21 @@ def test_what_the_file_and_the_card_note_is_what_was_run(run, plain, pairs):
     assert "No held-out loss was measured" in (plain / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["own template and system prompt", "plain"])
-def test_the_cards_snippet_says_what_jlora_says(run, plain, base, kind, monkeypatch, capsys):
-    adapter, system = (plain, ()) if kind == "plain" else (run / "adapter", (Message("system", SYSTEM),))
+@pytest.mark.parametrize("kind", ["own template and system prompt", "the base's template", "text without roles"])
+def test_the_cards_snippet_says_what_jlora_says(run, plain, base, kind, monkeypatch, capsys, tmp_path):
+    adapter, asked = plain, (Message("user", "Your question?"),)
+    if kind.startswith("own"):
+        adapter, asked = run / "adapter", (Message("system", SYSTEM), *asked)
+    if kind.startswith("text"):
+        other = shutil.copytree(plain.parent, tmp_path / "run")
+        edit(other / "config.json", lambda record: record["config"].update(task_type="plain-text"))
+        export_run(other, 1, adapter := tmp_path / "text")
+        asked = (Message("text", "Your text begins"),)
     code = (adapter / "README.md").read_text().split("```python\n")[1].split("\n```\n")[0]
     monkeypatch.chdir(adapter)
     exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=12"), "README.md", "exec"), {})
     generator, weights = generate.load(str(base), adapter)
-    said = "".join(generator.pieces(weights, (*system, Message("user", "Your question?")), max_new_tokens=12))
+    said = "".join(generator.pieces(weights, asked, max_new_tokens=12))
     assert capsys.readouterr().out.strip("\n") == said.strip("\n") and said.strip()
 
 
@@ -143,7 +150,7 @@ def test_the_command_says_it_by_its_exit_code(plain, base, smollm):
 
 
 def test_a_template_is_what_it_renders_whatever_the_day(base):
-    tokenizer = read_tokenizer(base)
+    tokenizer = load_tokenizer(base, "")
 
     def rendered(template):
         tokenizer.chat_template = template
@@ -157,7 +164,7 @@ def test_a_template_is_what_it_renders_whatever_the_day(base):
     )
     assert rendered("{{ strftime_now('%d %b') }}" + loop) == rendered("%d %b" + loop)
     assert rendered("") == ""
-    assert provenance.tokenizer_hash(tokenizer) == provenance.tokenizer_hash(read_tokenizer(base))
+    assert provenance.tokenizer_hash(tokenizer) == provenance.tokenizer_hash(load_tokenizer(base, ""))
 
 
 def test_an_adapter_of_pefts_own_is_checked_by_its_shapes(base, smollm, tmp_path, capsys):

@@ -440,7 +440,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     generator, adapter = generate.load(str(tiny), tmp_path / "whole/adapter")
     trained, spec = load_adapter(tmp_path / "whole", 4)
     graphdef, _, _ = hf.abstract(read_config(tiny), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
-    same = generate.Generator(tiny, generator.tokenizer, graphdef, generator._base, jnp.float32)
+    same = generate.Generator(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
     assert list(generator.tokens(adapter, [1, 2, 3], 8)) == list(same.tokens(trained, [1, 2, 3], 8))
     bare = generate.load(str(tiny), None)[0]
     assert list(same.tokens(same.neutral(trained), [1, 2, 3], 8)) == list(bare.tokens({}, [1, 2, 3], 8))

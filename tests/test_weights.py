@@ -167,6 +167,8 @@ def test_weights_are_written_in_shards_that_read_back(tmp_path):
     tensors = {f"t{i}": np.full((10, 10), i, np.float32).T[: 10 - i] for i in range(5)}
     write_weights(tmp_path, {name: value.nbytes for name, value in tensors.items()}, tensors.__getitem__, shard=800)
     assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # the weights are for whom the index is for
     read = Weights(tmp_path)
     assert read.names() == tensors.keys()
     for name, value in tensors.items():

@@ -37,27 +37,10 @@ class Measured(Sequence[Example]):
 
 
 def load_tokenizer(directory: Path, chat_template: str) -> Any:
-    """The base's fast tokenizer with its chat template.
+    """The base's fast tokenizer with its chat template, where it has one: text without roles needs none.
 
     Args:
       chat_template: a name in templates.py or a file, to be used instead of the base's own; "" is its own.
-
-    Raises:
-      UserError: it cannot be read, or there is no chat template.
-    """
-    tokenizer = read_tokenizer(directory)
-    if chat_template:
-        tokenizer.chat_template = find_template(chat_template)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"base_model {directory} has no chat template. If it is a chat model, set chat_template to the form it was "
-            f"trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
-        )
-    return tokenizer
-
-
-def read_tokenizer(directory: Path) -> Any:
-    """The base's fast tokenizer, with whatever chat template it has.
 
     Raises:
       UserError: it cannot be read.
@@ -75,6 +58,8 @@ def read_tokenizer(directory: Path) -> Any:
         raise UserError(f"base_model {directory}: its tokenizer cannot be read: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model {directory}: expected a fast tokenizer (tokenizer.json)")
+    if chat_template:
+        tokenizer.chat_template = find_template(chat_template)
     return tokenizer
 
 
@@ -87,7 +72,16 @@ def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
 
 
 def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
-    """The template's text for each list of turns; `prompt` opens the assistant's next turn."""
+    """The template's text for each list of turns; `prompt` opens the assistant's next turn.
+
+    Raises:
+      UserError: there is no template.
+    """
+    if conversations and not tokenizer.chat_template:
+        raise UserError(
+            f"base_model {tokenizer.name_or_path} has no chat template. If it is a chat model, set chat_template to "
+            f"the form it was trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
+        )
     turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt) if turns else []
 

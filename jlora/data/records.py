@@ -23,7 +23,7 @@ from jlora.data.conversation import (
 from jlora.errors import UserError
 
 NAMES = {
-    "prompt": USER_NAMES | {"prompt", "instruction", "questions", "query", "request", "inputs", "提问", "指令"},
+    "prompt": USER_NAMES | {"prompt", "instruction", "questions", "ask", "query", "request", "inputs", "提问", "指令"},
     "response": ASSISTANT_NAMES
     | {"response", "completion", "output", "answers", "reply", "target", "targets", "答案", "回复", "输出"},
     "context": {"input", "context", "输入", "上下文"},

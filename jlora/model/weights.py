@@ -145,7 +145,11 @@ def write_weights(
     )
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: np.ascontiguousarray(read(name)) for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        target = directory / file
+        target.touch()
+        mode = target.stat().st_mode  # safetensors lets nobody else read what it writes
+        save_file(tensors, target, metadata={"format": "pt"})
+        target.chmod(mode)
     if plan.is_sharded:
         listed = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
