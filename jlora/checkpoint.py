@@ -7,12 +7,12 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from jlora.config import Config
 from jlora.errors import UserError
@@ -30,6 +30,7 @@ class Progress:
     best_step: int | None = None
     worse_since: int | None = None  # the first evaluation after the best one
     worse: int = 0  # evaluations since the best one
+    eval_loss: float | None = None  # of the checkpoint that this is saved in; None where it was not evaluated
 
     def record(self, step: int, loss: float) -> None:
         """Takes in one evaluation; an equal loss counts as better, as the later checkpoint is the one kept."""
@@ -40,23 +41,26 @@ class Progress:
             self.worse += 1
 
 
+class LatestAndBest:
+    """Orbax's preservation policy: the latest two and the best. (Orbax's own forgets all losses when a run goes on.)"""
+
+    best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint, oldest first."""
+        latest = [checkpoint.step for checkpoint in checkpoints[-2:]]
+        return [checkpoint.step in (*latest, self.best_step) for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run, in `output_dir/checkpoints/STEP`."""
 
     def __init__(self, run: Path) -> None:
         self.directory = run.resolve() / "checkpoints"
-        best = keep.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._kept = LatestAndBest()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
-                enable_async_checkpointing=False,
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self._kept, enable_async_checkpointing=False),
         )
 
     def steps(self) -> list[int]:
@@ -84,12 +88,12 @@ class Checkpoints:
         items = {
             "lora": ocp.args.StandardSave(state.lora),
             "optimizer": ocp.args.StandardSave({"optimizer": state.optimizer, "step": state.step}),
-            "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(dataclasses.replace(progress, eval_loss=eval_loss))),
         }
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        self._kept.best_step = progress.best_step
         try:
             self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"step {step} could not be saved in {self.directory}: {self.cannot_write(error)}"

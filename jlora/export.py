@@ -1,7 +1,7 @@
 """Writes a run's adapter as a PEFT directory: `python -m jlora.export --run DIR [--step N|best|latest] [--for LOADER]`.
 
 With --for it is written in the form that the loader reads rightly, and only if it computes what was trained. With
---merged, base and adapter are written as one model.
+--merged, base and adapter are written as one model. --check ADAPTER --base BASE says whether they belong together.
 """
 
 import argparse
@@ -12,10 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora import sources
+from jlora import provenance, sources
 from jlora.adapter_config import peft_config, read_config_file, read_spec
+from jlora.card import card
+from jlora.check import check
 from jlora.checkpoint import Checkpoints, read_record
 from jlora.config import ALL_LINEAR, TARGETS, Config, read_pattern
+from jlora.data.chat import load_tokenizer
 from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
 from jlora.loaders import LOADERS, form_for
@@ -24,7 +27,7 @@ from jlora.merged import write_merged
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.peft_format import TEMPLATE, WEIGHTS, read_adapter, write_adapter
-from jlora.provenance import BASE, STEP, base_hash, check_base
+from jlora.provenance import check_base
 from jlora.sites import LoraConfig
 from jlora.to_gguf import write_gguf
 from jlora.verify import verify
@@ -34,25 +37,29 @@ def export_run(run: Path, step: int, target: Path, loader: str = "", max_rank: i
     """Writes a checkpoint of a run as a PEFT directory; for a `loader` of LOADERS, in its form and certified."""
     record = read_record(run, "--run")
     trained = adapter, spec = load_adapter(run, step)
+    tokenizer = trained_tokenizer(record)
     if loader:
         adapter, spec = form_for(loader, adapter, spec, max_rank)
     if loader == "llama.cpp":
         print(write_gguf(trained, (adapter, spec), Path(record["base"]["directory"]), target))
         return
-    settings = record["config"]
+    directory = Path(record["base"]["directory"])
+    template = tokenizer.chat_template if record["config"]["chat_template"] else ""
     base = record["base"]["hub_id"] or record["base"]["directory"]
-    tied = read_config(Path(record["base"]["directory"])).tie_word_embeddings
-    notes = {STEP: str(step), BASE: base_hash(Path(record["base"]["directory"]))}
+    tied = read_config(directory).tie_word_embeddings
     config = peft_config(spec, base, record["base"]["commit"] or None, tied=tied)
-    template = find_template(settings["chat_template"]) if settings["chat_template"] else ""
+    checkpoints = Checkpoints(run)
+    progress = checkpoints.progress(step)
+    checkpoints.close()
+    notes = provenance.notes(record, step, progress.base_loss, progress.eval_loss, tokenizer)
 
     def certify(made: Path) -> str:
         parity = verify(record, *trained, made)
         print(parity.sentence)
         return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
 
-    card = _card(spec, step, base, own_template=bool(template))
-    write_adapter(adapter, spec, config, card, target, notes, certify if loader else None, template)
+    about = card(config, notes, own_template=bool(template))
+    write_adapter(adapter, spec, config, about, target, notes, certify if loader else None, template)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
@@ -65,6 +72,13 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
     adapter = checkpoints.restore_adapter(step, shapes)
     checkpoints.close()
     return adapter, spec
+
+
+def trained_tokenizer(record: dict[str, Any]) -> Any:
+    """The tokenizer of a run with its chat template; UserError where it or the base changed since."""
+    tokenizer = load_tokenizer(Path(record["base"]["directory"]), record["config"]["chat_template"])
+    provenance.check_unchanged(record, tokenizer)
+    return tokenizer
 
 
 def spec_of(settings: dict[str, Any]) -> LoraConfig:
@@ -127,32 +141,13 @@ def find_step(run: Path, wanted: str) -> int:
     return step
 
 
-def _card(spec: LoraConfig, step: int, base: str, *, own_template: bool) -> str:
-    form = "An IA3 adapter" if spec.peft_type == "IA3" else f"A LoRA adapter of rank {spec.rank}, alpha {spec.alpha:g}"
-    return f"""---
-library_name: peft
-base_model: {base}
----
-{form}, trained by jlora, on
-{", ".join(spec.target_modules)}; step {step}.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "path/to/this/directory")
-```
-{"It speaks the chat template in chat_template.jinja, not the base's own." if own_template else ""}
-"""
-
-
 def merge_run(run: Path, step: int, target: Path) -> None:
     """Writes the base of a run and the adapter of one of its checkpoints as one model."""
     record = read_record(run, "--run")
-    named = record["config"]["chat_template"]
     adapter, spec = load_adapter(run, step)
-    write_merged(Path(record["base"]["directory"]), adapter, spec, target, find_template(named) if named else "")
+    tokenizer = trained_tokenizer(record)
+    template = tokenizer.chat_template if record["config"]["chat_template"] else ""
+    write_merged(Path(record["base"]["directory"]), adapter, spec, target, template)
 
 
 def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
@@ -182,9 +177,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--for", dest="loader", choices=LOADERS, default="", help="what will read it; verified too")
     parser.add_argument("--max_lora_rank", type=int, default=0, help="what vLLM is started with; by default 16")
     parser.add_argument("--merged", action="store_true", help="write base and adapter as one model, to RUN/merged")
+    parser.add_argument("--check", type=Path, metavar="ADAPTER", help="do a PEFT directory and --base belong together?")
     parser.add_argument("--adapter", type=Path, help="with --merged, a PEFT directory instead of a run")
-    parser.add_argument("--base", default="", help="with --merged, a base instead of the adapter's own, or alone")
+    parser.add_argument("--base", default="", help="to merge into, or alone, with --merged; or the base for --check")
     arguments = parser.parse_args(argv)
+    if arguments.check:
+        if not arguments.base or arguments.run or arguments.merged:
+            parser.error("--check ADAPTER needs --base, and stands alone with it")
+        print(check(arguments.check, sources.resolve(arguments.base)))
+        return
     run, loader, merged = arguments.run, arguments.loader, arguments.merged
     if not (run or merged):
         parser.error("--run is missing")

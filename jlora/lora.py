@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.errors import UserError
@@ -170,9 +171,10 @@ def portable(adapter: Adapter, spec: LoraConfig) -> tuple[Adapter, LoraConfig]:
     for path, (a, b) in pairs.items():
         site = spec.site(".".join(path[1:]), len(a))
         missing = rank - a.shape[1]
+        folded = np.asarray(b, np.float64) * np.array(site.scales)[:, None, None]  # so that it is rounded once
         made[path] = {
             "lora_A": jnp.pad(a, [(0, 0), (0, missing), (0, 0)]),
-            "lora_B": jnp.pad(b * jnp.array(site.scales, b.dtype)[:, None, None], [(0, 0), (0, 0), (0, missing)]),
+            "lora_B": jnp.pad(jnp.asarray(folded, b.dtype), [(0, 0), (0, 0), (0, missing)]),
         }
     return tree(made), LoraConfig(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
 

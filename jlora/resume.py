@@ -1,7 +1,6 @@
 """Where a run begins: new; exactly where it stopped, in place; or warm, from another run's adapter, in a new place."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,9 +155,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         a, b = (tuple(v) if isinstance(v, list) else v for v in (before[key], now[key]))
         if a != b:
             changes[key] = f"{key} was {a!r} and is {b!r}"
-    parts = {"train": "the training data", "held_out": "the held-out data", "template": "the chat template"}
+    parts = {"train": "the training data", "held_out": "the held-out data"}
+    parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():
-        if part in old["data"] and old["data"][part] != new["data"][part]:  # a run of old has no template's hash
+        if part in old["data"] and old["data"][part] != new["data"][part]:  # a run of old has no hash of the latter
             changes[part] = f"{words} changed"
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         pin = f" (its commit was {old['base']['commit']}: set revision to it)" if old["base"]["commit"] else ""
@@ -166,16 +166,3 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
             f"the base was {old['config']['base_model']}{pin} and is {now['base_model']}, with other weights"
         )
     return changes
-
-
-def fingerprint(directory: Path) -> str:
-    """A cheap identity of a base: config.json, and each weight file's size, first and last mebibyte."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for file in sorted(directory.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read(1 << 20))
-    return digest.hexdigest()

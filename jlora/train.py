@@ -6,7 +6,6 @@ This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.metadata
 import math
 import platform
@@ -39,7 +38,7 @@ from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS, read_adapter, written_step
-from jlora.provenance import check_base
+from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
 from jlora.sharding import make_mesh, shardings
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
@@ -238,14 +237,15 @@ def describe(
         "data": {
             "train": formats.hash_files(config.train_data_dir, "train_data_dir", reading),
             "held_out": formats.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
-            "template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "template": source_hash(tokenizer),
             "questions": formats.place(questions),
         },
         "base": {
             "directory": str(base.resolve()),
             "hub_id": config.base_model if sources.is_hub_id(config.base_model) else "",
             "commit": sources.commit(base),
-            "fingerprint": resume.fingerprint(base),
+            "fingerprint": fingerprint(base),
         },
         "versions": {
             "jlora": jlora.__version__,

@@ -11,12 +11,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import process_options, run_module, short_run, start_module
 from safetensors.numpy import load_file
 
 from jlora import peft_format
+from jlora.checkpoint import Checkpoints, Progress
+from jlora.step import TrainState
 
 
 def adapter_of(run):
@@ -254,6 +257,20 @@ def test_a_finished_run_is_left_alone(whole):
     done = run_module("jlora.train", "--config", run.parent / "run.yaml", "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in (run / "adapter").iterdir()} == before
+
+
+def test_the_best_checkpoint_stays_when_a_run_goes_on(tmp_path):
+    progress = Progress(base_loss=5.0)
+    for losses in ({1: 1.0, 2: 2.0, 3: 3.0, 4: None}, {5: 4.0, 6: None}):  # each a process of its own
+        checkpoints = Checkpoints(tmp_path)
+        for step, loss in losses.items():
+            if loss is not None:
+                progress.record(step, loss)
+            moments = {"m": jnp.zeros(2)}
+            checkpoints.save(TrainState({"a": jnp.ones(2)}, moments, jnp.array(step, jnp.int32)), progress, loss)
+        assert checkpoints.steps() == [1, step - 1, step] and checkpoints.best() == 1
+        assert [checkpoints.progress(n).eval_loss for n in (1, step - 1, step)] == [1.0, losses[step - 1], None]
+        checkpoints.close()
 
 
 def test_early_stopping_keeps_the_best_and_says_overfitting(whole):

@@ -245,6 +245,40 @@ def test_a_variant_is_pefts_own_in_training_files_and_logits(models, tmp_path, n
         assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+EVERYWHERE = {  # is the model tied, LoraConfig's fields; LoRA+, dropout and noise leave no trace in the file
+    "lora": (False, {}),
+    "rslora-layers": (True, {"use_rslora": True, "layers_to_transform": (0, 2)}),
+    "patterns": (True, {"rank_pattern": (("q_proj", 2),), "alpha_pattern": (("layers.1.mlp.down_proj", 5.0),)}),
+    "dora": (False, {"use_dora": True}),
+    "pissa": (True, {"pissa": True}),
+    "tables": (False, {"modules_to_save": ("embed_tokens", "lm_head")}),
+    "tied-tables": (True, {"modules_to_save": ("embed_tokens", "lm_head")}),
+    "ia3": (False, {"peft_type": "IA3", "feedforward_modules": ("up_proj", "down_proj")}),
+}
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, tmp_path, name):
+    tied, fields = EVERYWHERE[name]
+    spec = LoraConfig(4, 8.0, 0.0, TARGETS, **fields)
+    ours = Ours(models[tied], spec)
+    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for i, (_, leaves) in enumerate(lora.modules(adapter)):
+        for part in leaves.keys() - {"lora_A", "pissa_A", "pissa_B"}:
+            there = jnp.any(leaves["lora_A"] != 0, axis=2)[:, None] if part == "lora_B" else True
+            moved = leaves[part] + 0.05 * jax.random.normal(jax.random.key(i), leaves[part].shape)
+            leaves[part] = jnp.where(there, moved, leaves[part])
+    ours.write(adapter, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(torch_base(models[tied]), tmp_path / "adapter")
+    adapted = {key.split(".")[-2] for key, _ in loaded.named_modules() if key.endswith((".lora_B", ".ia3_l"))}
+    assert adapted == set(TARGETS)
+    mine = ours.logits(adapter, TOKENS[0])
+    assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
+    assert np.abs(mine - ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -311,6 +345,11 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
     other.write(plain, tmp_path / "portable")
     loaded = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "portable")
     assert np.abs(torch_logits(loaded, TOKENS[0]) - want).max() < 1e-4
+    # float32's own noise is above 1e-6 here (the same ranks in another order move a logit by 1.4e-6): in float64, then
+    ours.write(adapter, tmp_path / "original")
+    original = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "original")
+    exact, portable = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
+    assert exact.dtype == np.float64 and np.abs(portable - exact).max() < 1e-6
     nothing = ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
 

@@ -1,0 +1,182 @@
+"""Where an adapter comes from: what its file and its card say is true, and what no longer belongs together is found."""
+
+import json
+import shutil
+
+import jax
+import peft
+import pytest
+import torch
+import transformers
+from conftest import run_module, short_run
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import generate, provenance, train
+from jlora.checkpoint import read_record
+from jlora.config import NOT_TRAINING
+from jlora.config_files import load_config
+from jlora.data import formats
+from jlora.data.chat import load_tokenizer
+from jlora.data.conversation import Message
+from jlora.data.templates import TEMPLATES
+from jlora.errors import UserError
+from jlora.export import export_run, main
+from jlora.peft_format import WEIGHTS
+
+SYSTEM = 'Be "brief":\n```'
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny):
+    """A base of this module's own, to be changed in copies."""
+    return shutil.copytree(tiny, tmp_path_factory.mktemp("provenance") / "base")
+
+
+@pytest.fixture(scope="module")
+def run(base, pairs):
+    """Two steps with held-out rows, a system prompt, and a chat template that is a file, not the base's own."""
+    root = base.parent
+    (root / "own.jinja").write_text(TEMPLATES["alpaca"])
+    own = {"chat_template": str(root / "own.jinja"), "system_prompt": SYSTEM, "eval_share": 0.2}
+    settings = short_run(base, pairs, root / "run", max_steps=2, save_steps=1, eval_steps=2, learning_rate=1e-2, **own)
+    (root / "run.yaml").write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "find_devices", lambda config: jax.devices()[:1])
+        train.train(load_config(str(root / "run.yaml"), []), "")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(run, base):
+    """The same arrays, as if trained without all that: an adapter that speaks the base's own template."""
+    other = shutil.copytree(run, base.parent / "plain")
+    record = json.loads((other / "config.json").read_text())
+    record["config"] |= {"chat_template": "", "system_prompt": ""}
+    record["data"]["template"] = provenance.source_hash(load_tokenizer(base, ""))
+    (other / "config.json").write_text(json.dumps(record))
+    export_run(other, 1, other / "one")
+    return other / "one"
+
+
+def test_what_the_file_and_the_card_note_is_what_was_run(run, plain, pairs):
+    noted, record = provenance.metadata(run / "adapter" / WEIGHTS), read_record(run, "--run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert [noted[key] for key in (provenance.BASE_LOSS, provenance.LOSS)] == [f"{losses[n]:.4f}" for n in (0, 2)]
+    assert (noted[provenance.STEP], noted[provenance.VERSION]) == ("2", jlora.__version__)
+    assert noted[provenance.DATA] == formats.hash_files(str(pairs), "train_data_dir")
+    settings = json.loads(noted[provenance.CONFIG])
+    assert settings == {key: value for key, value in record["config"].items() if key not in NOT_TRAINING}
+    card = (run / "adapter/README.md").read_text()
+    assert f"Held-out loss: {losses[0]:.4f} of the base, {losses[2]:.4f} with it" in card
+    for key in (provenance.BASE, provenance.TOKENIZER, provenance.TEMPLATE, provenance.DATA):
+        assert len(noted[key]) == 64 and f"`{noted[key]}`" in card
+    changed = json.loads(card.split("```json\n")[1].split("\n```\n")[0])
+    assert changed.items() <= settings.items() and changed["system_prompt"] == SYSTEM and "adam_beta1" not in changed
+    assert provenance.LOSS not in provenance.metadata(plain / WEIGHTS)  # of step 1, which was not evaluated
+    assert "No held-out loss was measured" in (plain / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["own template and system prompt", "the base's template", "text without roles"])
+def test_the_cards_snippet_says_what_jlora_says(run, plain, base, kind, monkeypatch, capsys, tmp_path):
+    adapter, asked = plain, (Message("user", "Your question?"),)
+    if kind.startswith("own"):
+        adapter, asked = run / "adapter", (Message("system", SYSTEM), *asked)
+    if kind.startswith("text"):
+        other = shutil.copytree(plain.parent, tmp_path / "run")
+        edit(other / "config.json", lambda record: record["config"].update(task_type="plain-text"))
+        export_run(other, 1, adapter := tmp_path / "text")
+        asked = (Message("text", "Your text begins"),)
+    code = (adapter / "README.md").read_text().split("```python\n")[1].split("\n```\n")[0]
+    monkeypatch.chdir(adapter)
+    exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=12"), "README.md", "exec"), {})
+    generator, weights = generate.load(str(base), adapter)
+    said = "".join(generator.pieces(weights, asked, max_new_tokens=12))
+    assert capsys.readouterr().out.strip("\n") == said.strip("\n") and said.strip()
+
+
+def edit(file, change):
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def other_weights(base):
+    tensors = {name: 1.05 * value for name, value in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_tokenizer(base):
+    edit(base / "tokenizer.json", lambda file: file.update(normalizer={"type": "Lowercase"}))
+
+
+def other_template(base):
+    text = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(text.replace("<|im_start|>", "<|start|>"))
+
+
+CHANGES = {"base weights": other_weights, "tokenizer": other_tokenizer, "chat template": other_template}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_part_that_changed_is_named_and_the_others_are_the_same(plain, run, base, tmp_path, part, capsys):
+    other = shutil.copytree(base, tmp_path / "base")
+    main(["--check", str(plain), "--base", str(other)])
+    said = capsys.readouterr().out
+    assert said.count("the same (") == 3 and "shapes: all fit" in said and "not the same" not in said
+    CHANGES[part](other)
+    with pytest.raises(UserError, match=rf"do not belong together\n(.*\n)*  {part}: not the same \(\w+ in") as error:
+        main(["--check", str(plain), "--base", str(other)])
+    assert str(error.value).count("not the same") == 1 and str(error.value).count(": the same (") == 2
+    if part == "chat template":  # the adapter that brings its own does not mind
+        main(["--check", str(run / "adapter"), "--base", str(other)])
+        assert f"give the server {run / 'adapter/chat_template.jinja'}" in capsys.readouterr().out
+    moved = shutil.copytree(plain.parent, tmp_path / "run")
+    edit(moved / "config.json", lambda record: record["base"].update(directory=str(other)))
+    with pytest.raises(
+        UserError, match=rf"is not what the run was trained on; its .*{part.split()[-1]}.* changed since"
+    ):
+        export_run(moved, 1, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_command_says_it_by_its_exit_code(plain, base, smollm):
+    done = run_module("jlora.export", "--check", plain, "--base", base)
+    assert done.returncode == 0 and done.stdout.count("the same (") == 3, done.stderr
+    done = run_module("jlora.export", "--check", plain, "--base", smollm)
+    assert done.returncode == 2 and "base weights: not the same" in done.stderr and "Traceback" not in done.stderr
+    assert "tokenizer: the same" in done.stderr and "has shape" in done.stderr
+
+
+def test_a_template_is_what_it_renders_whatever_the_day(base):
+    tokenizer = load_tokenizer(base, "")
+
+    def rendered(template):
+        tokenizer.chat_template = template
+        return provenance.template_hash(tokenizer)
+
+    loop = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    assert rendered(loop) == rendered("{# the same #}" + loop.replace("m.role", "m['role']")) != ""
+    assert rendered(loop) != rendered(loop + "{{ bos_token }}") and rendered(loop) != rendered(loop.replace(": ", ":"))
+    assert rendered(loop) != rendered(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + loop
+    )
+    assert rendered("{{ strftime_now('%d %b') }}" + loop) == rendered("%d %b" + loop)
+    assert rendered("") == ""
+    assert provenance.tokenizer_hash(tokenizer) == provenance.tokenizer_hash(load_tokenizer(base, ""))
+
+
+def test_an_adapter_of_pefts_own_is_checked_by_its_shapes(base, smollm, tmp_path, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "peft")
+    main(["--check", str(tmp_path / "peft"), "--base", str(base)])
+    said = capsys.readouterr().out
+    assert said.count("cannot be checked, as the adapter's file has no hash of it") == 3 and "shapes: all fit" in said
+    with pytest.raises(UserError, match=r"belongs to another base.* has shape"):
+        main(["--check", str(tmp_path / "peft"), "--base", str(smollm)])
+    with pytest.raises(UserError, match=r"expected a directory with adapter_config.json"):
+        main(["--check", str(tmp_path), "--base", str(base)])
+    with pytest.raises(SystemExit):
+        main(["--check", str(tmp_path)])
+    assert "--check ADAPTER needs --base" in capsys.readouterr().err
