@@ -55,6 +55,7 @@ def export_run(run: Path, step: int, target: Path, loader: str = "", max_rank: i
 
     def certify(made: Path) -> str:
         parity = verify(record, *trained, made)
+        parity = dataclasses.replace(parity, sentence=parity.sentence.replace(str(made), str(target)))
         print(parity.sentence)
         return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
 

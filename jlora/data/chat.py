@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from jlora.data.conversation import Conversation, Message
 from jlora.data.templates import TEMPLATES, find_template
@@ -77,13 +78,17 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt
     Raises:
       UserError: there is no template.
     """
-    if conversations and not tokenizer.chat_template:
+    if not conversations:
+        return []
+    if not tokenizer.chat_template:
         raise UserError(
             f"base_model {tokenizer.name_or_path} has no chat template. If it is a chat model, set chat_template to "
             f"the form it was trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
         )
     turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt) if turns else []
+    # what apply_chat_template calls for turns that are plain already; here they are
+    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    return list(render_jinja_template(turns, chat_template=template, add_generation_prompt=prompt, **special)[0])
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:

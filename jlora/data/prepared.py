@@ -5,6 +5,7 @@ sizes of the examples lie beside them, so that batches can be planned without re
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -70,6 +71,7 @@ def prepare(
         return encode_batch(tokenizer, ends, some, train_on)
 
     if not directory.is_dir():
+        gc.freeze()  # else its collections would look through all that is imported, again and again
         try:
             # another process may be faster
             with contextlib.suppress(FileExistsError), new_directory(directory) as made:
@@ -80,6 +82,8 @@ def prepare(
             raise UserError(
                 f"prepared data cannot be written to {cache}: {error}. Set XDG_CACHE_HOME elsewhere"
             ) from None
+        finally:
+            gc.unfreeze()
     return Prepared(directory)
 
 
