@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jlora.data.chat import encode, encode_batch, encode_prompt
+from jlora.data.chat import encode, encode_batch, encode_prompt, load_tokenizer, render
 from jlora.data.conversation import Conversation, Message
 from jlora.errors import UserError
 
@@ -238,3 +238,13 @@ def test_templates_that_train_the_wrong_thing_are_refused(kind, template, messag
     ends = frozenset([kind.convert_tokens_to_ids("<|im_end|>")])
     with pytest.raises(UserError, match=rf"rows.txt:1: .*{message}"):
         encode(kind, ends, conversation("What is due?", "Under Article 47, pay."))
+
+
+def test_what_is_rendered_is_what_the_tokenizer_renders(smollm):
+    tokenizer = load_tokenizer(smollm, "")
+    turns = (Message("user", "a?"), Message("assistant", "b"), Message("user", "c?"), Message("assistant", " d "))
+    for messages, prompt in ((turns, False), (turns[:-1], True)):
+        want = tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=prompt
+        )
+        assert render(tokenizer, [messages, messages], prompt=prompt) == [want, want]
