@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from jlora import provenance
 from jlora.adapter_config import read_config_file, read_spec
 from jlora.data.chat import load_tokenizer
 from jlora.data.templates import find_template
 from jlora.errors import UserError
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.peft_format import TEMPLATE, WEIGHTS, read_adapter
 
@@ -67,5 +66,5 @@ def _fit(adapter: Path, base: Path) -> None:
     """Reads the adapter for this base; UserError where it does not fit."""
     config = read_config(base)
     spec = read_spec(adapter, config.num_hidden_layers)
-    _, shapes, _ = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, _ = hf.abstract(config, spec, FLOAT32)
     read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings)

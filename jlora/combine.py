@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from jlora import lora, several, sources
 from jlora.adapter_config import peft_config, read_config_file, read_spec
 from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.peft_format import TEMPLATE, WEIGHTS, read_adapter, write_adapter
 from jlora.provenance import BASE, base_hash, check_base
@@ -34,7 +34,7 @@ def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, several.F
         if len(directories) > 1:
             several.check(name, spec)
         check_base(place / WEIGHTS, base)
-        _, shapes, _ = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        _, shapes, _ = hf.abstract(config, spec, FLOAT32)
         found[name] = read_adapter(place, spec, shapes, tied=config.tie_word_embeddings), spec
     return found
 
@@ -83,7 +83,7 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
     config = read_config(directory)
     if any(spec.pissa for _, spec in forms):  # saved with PiSSA's start, which only the base's weights tell
         nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-        _, _, shapes = hf.abstract(config, nothing, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        _, _, shapes = hf.abstract(config, nothing, FLOAT32)
         frozen = hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
         forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
     adapter, spec = several.combine(forms, list(weights.values()))

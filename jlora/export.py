@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from jlora import provenance, sources
 from jlora.adapter_config import peft_config, read_config_file, read_spec
 from jlora.card import card
@@ -25,6 +23,7 @@ from jlora.loaders import LOADERS, form_for
 from jlora.lora import Adapter
 from jlora.merged import write_merged
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.peft_format import TEMPLATE, WEIGHTS, read_adapter, write_adapter
 from jlora.provenance import check_base
@@ -68,7 +67,7 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
     record = read_record(run, "--run")
     spec = spec_of(record["config"])
     model_config = read_config(Path(record["base"]["directory"]))
-    _, shapes, _ = hf.abstract(model_config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, _ = hf.abstract(model_config, spec, FLOAT32)
     checkpoints = Checkpoints(run)
     adapter = checkpoints.restore_adapter(step, shapes)
     checkpoints.close()
@@ -162,7 +161,7 @@ def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
     if adapter:
         check_base(adapter / WEIGHTS, directory)
         spec = read_spec(adapter, config.num_hidden_layers)
-        _, shapes, _ = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        _, shapes, _ = hf.abstract(config, spec, FLOAT32)
         weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings)
         template = find_template(str(adapter / TEMPLATE)) if (adapter / TEMPLATE).is_file() else ""
     write_merged(directory, weights, spec, target, template)

@@ -20,6 +20,7 @@ from jlora.errors import UserError, run_program
 from jlora.generator import Generator
 from jlora.lora import Adapter
 from jlora.model import hf
+from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.output_rules import filtered, read_rules
 from jlora.several import Voices
@@ -43,16 +44,16 @@ def load_several(base: str, directories: Mapping[str, Path], revision: str = "")
       UserError: one is of another base, or cannot stand beside others; or they speak different chat templates.
     """
     directory = sources.resolve(base, revision)
-    config, dtype = read_config(directory), hf.default_dtype()
+    config, dtype = read_config(directory), default_dtype()
     template, found = common_template(directories), read_all(directories, directory)
     nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, base_shapes = hf.abstract(config, nothing, param_dtype=dtype, compute_dtype=dtype)
+    _, _, base_shapes = hf.abstract(config, nothing, Compute(dtype, dtype))
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     adapters, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else nothing
     if forms and not spec.beyond_portable:
         adapters, spec = several.alike(forms)
-    graphdef, _, _ = hf.abstract(config, spec, param_dtype=dtype, compute_dtype=dtype)
+    graphdef, _, _ = hf.abstract(config, spec, Compute(dtype, dtype))
     voices = Voices(dict(zip(found, adapters, strict=True)), spec)
     return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, dtype), voices
 

@@ -14,6 +14,7 @@ from jlora import lora
 from jlora.errors import UserError
 from jlora.lora import Adapter
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.model.weights import DTYPES, INDEX, write_weights
 from jlora.sites import TABLES, LoraConfig
@@ -38,7 +39,7 @@ def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, t
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
     config = read_config(base)
-    _, _, shapes = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, _, shapes = hf.abstract(config, spec, FLOAT32)
     weights, changes = hf.open_base(base, shapes), dict(_changes(adapter, spec, tied=config.tie_word_embeddings))
 
     def read(name: str) -> np.ndarray:

@@ -35,6 +35,7 @@ from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
+from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS, read_adapter, written_step
@@ -72,13 +73,13 @@ def train(config: Config, again: str) -> None:
     examples = read_examples(config, tokenizer, ends, rows, "training")
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
-    kinds = dtypes(config)
+    compute = choose_compute(config)
     config = take_form(config, directory, model_config)
-    record = describe(config, directory, tokenizer, mesh, kinds)
+    record = describe(config, directory, tokenizer, mesh, compute)
     spec = spec_of(record["config"])
     start = resume.decide(config, record)
     print(start.message)
-    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec, **kinds)
+    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec, compute)
     with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
         base = hf.load_base(directory, base_shapes, mesh, bar.update)
     optimizer = optim.make_optimizer(config, steps)
@@ -108,7 +109,7 @@ def train(config: Config, again: str) -> None:
                 f"The adapter so far: {sys.executable} -m jlora.export --run {run} --step latest"
             )
             sys.exit(0 if stop.signal is signal.SIGTERM else 130)
-        generator = Generator(directory, tokenizer, graphdef, base, kinds["compute_dtype"])
+        generator = Generator(directory, tokenizer, graphdef, base, compute.compute_dtype)
         finish(config, run, checkpoints, progress, state, generator, held_out_rows)
 
 
@@ -182,15 +183,15 @@ def find_devices(config: Config) -> list[jax.Device]:
     return devices
 
 
-def dtypes(config: Config) -> dict[str, Any]:
-    """Keyword arguments of `hf.abstract`: dtypes and recomputation, `auto` resolved for the devices at hand."""
-    names = {"auto": hf.default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+def choose_compute(config: Config) -> Compute:
+    """How this run computes: `auto` resolved for the devices at hand."""
+    names = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     param = names[config.param_dtype]
     compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
     if config.fp16 and config.compute_dtype == "auto":
         print("fp16: computing in bfloat16, which needs no loss scaling")
         compute = jnp.bfloat16
-    return {"param_dtype": param, "compute_dtype": compute, "remat": config.remat == "full"}
+    return Compute(param, compute, config.remat)
 
 
 def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
@@ -224,9 +225,7 @@ def fresh_state(adapter: lora.Adapter, optimizer: optax.GradientTransformation, 
     return jax.device_put(state, shardings(state, mesh, "state"))
 
 
-def describe(
-    config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, kinds: dict[str, Any]
-) -> dict[str, Any]:
+def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute) -> dict[str, Any]:
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
     questions = config.eval_data_dir or config.train_data_dir
@@ -255,7 +254,8 @@ def describe(
         "runtime": {
             "devices": mesh.size,
             "device_kind": mesh.devices.flat[0].device_kind,
-            **{name: jnp.dtype(kind).name for name, kind in kinds.items() if name != "remat"},
+            "param_dtype": jnp.dtype(compute.param_dtype).name,
+            "compute_dtype": jnp.dtype(compute.compute_dtype).name,
         },
     }
 

@@ -22,6 +22,7 @@ from jlora.data.formats import read_conversations
 from jlora.generator import Generator
 from jlora.lora import Adapter
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.peft_format import read_adapter
 from jlora.sharding import make_mesh
@@ -101,7 +102,7 @@ def _read_back(
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     config = read_config(directory)
     spec = read_spec(written, config.num_hidden_layers)
-    _, shapes, _ = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, _ = hf.abstract(config, spec, FLOAT32)
     adapter = read_adapter(written, spec, shapes, tied=config.tie_word_embeddings)
     return _jlora(adapter, spec, directory, tokenizer, prompts)
 
@@ -134,9 +135,7 @@ def _jlora(
     adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]]
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
-        graphdef, _, shapes = hf.abstract(
-            read_config(directory), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32
-        )
+        graphdef, _, shapes = hf.abstract(read_config(directory), spec, FLOAT32)
         base = hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 

@@ -61,11 +61,12 @@ def _shapes(directory: Path) -> dict:
     import jax.numpy as jnp
 
     from jlora.model import hf
+    from jlora.model.compute import Compute
     from jlora.model.families import read_config
     from jlora.sites import LoraConfig
 
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    return hf.abstract(read_config(directory), spec, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)[2]
+    return hf.abstract(read_config(directory), spec, Compute(jnp.bfloat16, jnp.bfloat16))[2]
 
 
 def load(directory: Path, how: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from jlora import adapter_config, export, generate, lora, peft_format, verify
 from jlora.checkpoint import read_record
 from jlora.errors import UserError
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 
 MODULES = {module.split(".")[1]: module for module in hf.projections()}
@@ -127,7 +128,7 @@ def read(directory, run):
     """The adapter of a directory, read for the base of a run."""
     base = read_config(Path(read_record(run, "--run")["base"]["directory"]))
     spec = adapter_config.read_spec(directory, base.num_hidden_layers)
-    _, shapes, _ = hf.abstract(base, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, _ = hf.abstract(base, spec, FLOAT32)
     return peft_format.read_adapter(directory, spec, shapes, tied=True)
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -21,6 +20,7 @@ from jlora.data.templates import TEMPLATES
 from jlora.errors import UserError
 from jlora.export import main
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.peft_format import write_adapter
 from jlora.sharding import make_mesh
@@ -83,7 +83,7 @@ def test_with_an_adapter_it_is_what_peft_merges(tmp_path, form, case, dtype):
     base, spec = halved(make(tmp_path / "base", *CASES[case]), dtype), FORMS[form]
     config = read_config(base)
     tied = config.tie_word_embeddings
-    _, shapes, base_shapes = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, base_shapes = hf.abstract(config, spec, FLOAT32)
     frozen = hf.load_base(base, base_shapes, make_mesh(jax.devices()[:1]))
     adapter = lora.start(spec, shapes, frozen, jax.random.key(0))
     adapter = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
@@ -135,7 +135,7 @@ def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
 
 def test_another_bases_adapter_is_refused(tmp_path):
     bases = {case: make(tmp_path / case, *CASES[case]) for case in ("llama-2-gqa", "qwen2")}
-    _, shapes, _ = hf.abstract(read_config(bases["qwen2"]), SPEC, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, _ = hf.abstract(read_config(bases["qwen2"]), SPEC, FLOAT32)
     config = peft_config(SPEC, str(bases["qwen2"]), None, tied=True)
     write_adapter(lora.init(shapes, jax.random.key(0)), SPEC, config, "", tmp_path / "adapter")
     arguments = ["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jlora import lora, sharding
 from jlora.model import attention, hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.model.llama import empty_cache
 from jlora.sites import LoraConfig
@@ -21,10 +22,10 @@ SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_p
 TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries
 
 
-def load(directory, spec=SPEC, **options):
+def load(directory, spec=SPEC, compute=FLOAT32):
     """Graph, zero-B adapter and base of a model directory, float32."""
     config = read_config(directory)
-    graphdef, adapter, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32, **options)
+    graphdef, adapter, base = hf.abstract(config, spec, compute)
     mesh = sharding.make_mesh(jax.devices()[:1])
     return graphdef, lora.init(adapter, jax.random.key(0)), hf.load_base(directory, base, mesh)
 
@@ -153,7 +154,7 @@ def test_remat_keeps_the_gradient_and_saves_memory(tiny):
     tokens = jnp.asarray(TOKENS[:, :64])
 
     def compiled(remat):
-        graphdef, adapter, base = load(tiny, remat=remat)
+        graphdef, adapter, base = load(tiny, compute=dataclasses.replace(FLOAT32, remat=remat))
 
         def loss(adapter):
             model = nnx.merge(graphdef, adapter, base)
@@ -164,7 +165,7 @@ def test_remat_keeps_the_gradient_and_saves_memory(tiny):
         program = jax.jit(jax.grad(loss)).lower(adapter).compile()
         return program.memory_analysis().temp_size_in_bytes, program(adapter)
 
-    (kept, one), (recomputed, other) = compiled(False), compiled(True)
+    (kept, one), (recomputed, other) = compiled("none"), compiled("full")
     assert recomputed < 0.7 * kept
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert np.allclose(a, b, rtol=1e-4, atol=1e-3)

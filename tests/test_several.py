@@ -23,6 +23,7 @@ from jlora.chat_program import Chat, side_by_side
 from jlora.data.conversation import Message
 from jlora.errors import UserError
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.output_rules import filtered, read_rules
 from jlora.peft_format import TEMPLATE, read_adapter, write_adapter
@@ -59,7 +60,7 @@ def places(tmp_path_factory, small):
     """PEFT directories of adapters that all change the answers, by name."""
     root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
-        _, shapes, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+        _, shapes, base = hf.abstract(config, spec, FLOAT32)
         frozen = hf.load_base(small, base, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
         adapter = lora.start(spec, shapes, frozen, jax.random.key(number))
         for path, leaves in lora.modules(adapter):
@@ -81,7 +82,7 @@ def alone(small, place, prompt):
     """The last logits of a prompt with one adapter in its own form, without a batch, padding or a cache."""
     config = read_config(small)
     spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
-    graphdef, shapes, base = hf.abstract(config, spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    graphdef, shapes, base = hf.abstract(config, spec, FLOAT32)
     frozen = hf.load_base(small, base, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
     model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
     ids = jnp.array([prompt])
@@ -177,7 +178,7 @@ def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small,
 
 def test_a_sum_of_one_is_that_adapter(small, places):
     spec = read_spec(places["law"], 3)
-    _, shapes, _ = hf.abstract(read_config(small), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, shapes, _ = hf.abstract(read_config(small), spec, FLOAT32)
     adapter = read_adapter(places["law"], spec, shapes, tied=True)
     made, form = several.combine([(adapter, spec)], [1.0])
     assert (form.rank, form.alpha) == (4, 4.0)

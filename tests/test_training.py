@@ -37,7 +37,9 @@ class Setup:
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], devices)
         self.spec = spec_of(dataclasses.asdict(self.config))
-        self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, **train.dtypes(self.config))
+        self.graphdef, self.shapes, base_shapes = hf.abstract(
+            self.model_config, self.spec, train.choose_compute(self.config)
+        )
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
         adapter = train.first_adapter(

@@ -29,6 +29,7 @@ from jlora.export import load_adapter, settings_of, spec_of
 from jlora.from_gguf import _half_rotation as half_rotation
 from jlora.loaders import form_for
 from jlora.model import hf
+from jlora.model.compute import FLOAT32
 from jlora.model.families import read_config
 from jlora.model.llama import Projection
 from jlora.peft_format import WEIGHTS, read_adapter, write_adapter
@@ -119,8 +120,7 @@ class Ours:
     def __init__(self, directory, spec, **settings):
         self.directory, self.spec = directory, spec
         self.config = read_config(directory)
-        dtypes = {"param_dtype": jnp.float32, "compute_dtype": jnp.float32}
-        self.graphdef, self.shapes, base = hf.abstract(self.config, spec, **dtypes)
+        self.graphdef, self.shapes, base = hf.abstract(self.config, spec, FLOAT32)
         self.base = hf.load_base(directory, base, sharding.make_mesh(jax.devices()[:1]))
         fixed = {"weight_decay": 0.1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
         self.settings = Config(**{"learning_rate": 1e-2, **fixed, **settings})
@@ -439,7 +439,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
     generator, adapter = generate.load(str(tiny), tmp_path / "whole/adapter")
     trained, spec = load_adapter(tmp_path / "whole", 4)
-    graphdef, _, _ = hf.abstract(read_config(tiny), spec, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    graphdef, _, _ = hf.abstract(read_config(tiny), spec, FLOAT32)
     same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
     assert list(generator.tokens(adapter, [1, 2, 3], 8)) == list(same.tokens(trained, [1, 2, 3], 8))
     bare = generate.load(str(tiny), None)[0]

@@ -15,6 +15,7 @@ from test_families import SIZES
 from jlora import sharding
 from jlora.errors import UserError
 from jlora.model import hf
+from jlora.model.compute import Compute
 from jlora.model.families import read_config
 from jlora.model.weights import INDEX, Weights, write_weights
 from jlora.sites import LoraConfig
@@ -39,7 +40,7 @@ def sharded(tmp_path):
 
 
 def load(directory, dtype=jnp.float32, progress=lambda size: None):
-    _, _, shapes = hf.abstract(read_config(directory), NONE, param_dtype=dtype, compute_dtype=dtype)
+    _, _, shapes = hf.abstract(read_config(directory), NONE, Compute(dtype, dtype))
     return hf.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:1]), progress)
 
 

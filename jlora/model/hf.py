@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jlora.errors import UserError
+from jlora.model.compute import Compute
 from jlora.model.llama import Llama, LlamaConfig
 from jlora.model.weights import DTYPES, Weights
 from jlora.sharding import shardings
@@ -47,23 +47,13 @@ NAMES = {
 }
 
 
-def default_dtype() -> DTypeLike:
-    """What weights and activations are, unless a config says otherwise: float32 on a CPU, else bfloat16."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
 def abstract(
     config: LlamaConfig,
     spec: LoraConfig,
-    *,
-    param_dtype: DTypeLike,
-    compute_dtype: DTypeLike,
-    remat: bool = False,
+    compute: Compute,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
     """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again."""
-    model = nnx.eval_shape(
-        lambda: Llama(config, spec, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
-    )
+    model = nnx.eval_shape(lambda: Llama(config, spec, compute))
     graphdef, state = nnx.split(model)
     adapter, base = nnx.split_state(state, nnx.LoRAParam, ...)
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)

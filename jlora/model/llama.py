@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import lora
 from jlora.model.attention import attention
+from jlora.model.compute import Compute
 from jlora.model.rope import DefaultRope, angles, rotate
 from jlora.sites import LoraConfig
 
@@ -246,21 +247,16 @@ class Llama(nnx.Module):
     Args:
       config: the base.
       spec: the adapter.
-      param_dtype: of the frozen weights; adapter weights are float32.
-      compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      compute: dtypes, and what the backward pass recomputes.
     """
 
     def __init__(
         self,
         config: LlamaConfig,
         spec: LoraConfig,
-        *,
-        param_dtype: DTypeLike,
-        compute_dtype: DTypeLike,
-        remat: bool,
+        compute: Compute,
     ) -> None:
-        self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
+        self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
         stack = nnx.vmap(lambda _: Layer(config, spec, param_dtype), axis_size=config.num_hidden_layers)
@@ -288,7 +284,7 @@ class Llama(nnx.Module):
           cache: where to read and write keys and values; None in training.
         """
         turned = angles(self.config.rope, positions, self.config.head_dim)
-        x = self.embed_tokens.table()[tokens].astype(self.compute_dtype)
+        x = self.embed_tokens.table()[tokens].astype(self.compute.compute_dtype)
         if key is not None and self.noise:
             key, noise_key = jax.random.split(key)
             x = lora.noise(x, segments, self.noise, noise_key)
@@ -304,7 +300,7 @@ class Llama(nnx.Module):
             x, past = nnx.merge(graphdef, state)(x, turned, segments, index, key, past)
             return x, None if past is None else (past.k, past.v)
 
-        body = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
+        body = jax.checkpoint(layer, prevent_cse=False) if self.compute.remat == "full" else layer
         kv = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
         if cache is not None and kv is not None:
