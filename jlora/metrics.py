@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jlora.whole import replace_text
@@ -22,6 +21,8 @@ class Logger:
     """
 
     def __init__(self, run: Path, first: int, steps: int) -> None:
+        from tensorboardX import SummaryWriter  # here, as it imports PyTorch where that is installed
+
         path = run / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -89,6 +89,14 @@ def test_files_are_small_and_hide_nothing():
         assert re.match(r'"""', text), f"{name} does not say what it is"
 
 
+def test_what_is_slow_to_import_is_imported_where_it_is_needed():
+    """PyTorch alone would be half of the time that `python -m jlora.train` takes to start."""
+    code = "import jlora.train, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "jax" in imported and not {"torch", "transformers", "pandas", "tensorflow"} & imported
+
+
 def test_packages_that_the_user_fixed_are_used():
     used = {name.split(".")[0] for file in modules().values() for name in imports(file)}
     fixed = "jax flax optax orbax transformers safetensors ml_collections tensorflow_datasets".split()

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from jlora.data.conversation import Conversation, Message
 from jlora.data.templates import TEMPLATES, find_template
@@ -53,6 +51,8 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
             f"{' and '.join(missing)} can read: pip install sentencepiece protobuf"
         )
     try:
+        from transformers import AutoTokenizer  # here, as it imports PyTorch where that is installed
+
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -86,6 +86,8 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt
             f"the form it was trained on: {', '.join(TEMPLATES)}, or a file; if not, alpaca teaches it one"
         )
     turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     # what apply_chat_template calls for turns that are plain already; here they are
     template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
     return list(render_jinja_template(turns, chat_template=template, add_generation_prompt=prompt, **special)[0])

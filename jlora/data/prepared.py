@@ -7,6 +7,7 @@ sizes of the examples lie beside them, so that batches can be planned without re
 import contextlib
 import gc
 import hashlib
+import importlib.metadata
 import itertools
 import json
 from array import array
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-import transformers
 from tqdm import tqdm
 
 from jlora.data.chat import Example, Measured, encode_batch
@@ -90,7 +90,8 @@ def prepare(
 def fingerprint(tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], train_on: str) -> tuple[str, int]:
     """sha256 over all that decides the stored tokens and masks; and the number of rows."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    said = [LAYOUT, transformers.__version__, tokenizer.chat_template, special, sorted(ends), train_on]
+    version = importlib.metadata.version("transformers")
+    said = [LAYOUT, version, tokenizer.chat_template, special, sorted(ends), train_on]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     count = 0

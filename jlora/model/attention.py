@@ -60,11 +60,15 @@ def _attend(
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    # The small arrays are turned, so that no array of scores ever is: the query heads of a kv head lie end to end.
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, N // K * T, H)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * H**-0.5
     same = q_segments[:, :, None] == k_segments[:, None, :]
     distance = q_places[:, None] - jnp.arange(S)[None, :]
     near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     seen = (same & near[None])[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    scores = jnp.where(seen, scores.reshape(B, K, N // K, T, S), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, N // K * T, S)
+    mixed = jnp.einsum("BKQS,BKSH->BKQH", weights, v).reshape(B, K, N // K, T, H)
+    return jnp.moveaxis(mixed, 3, 1).reshape(B, T, N, H)

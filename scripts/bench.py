@@ -1,0 +1,236 @@
+"""jlora beside PyTorch PEFT on the same work: same base, rows, batches, initial adapter and loss, taking turns.
+
+    python scripts/bench.py                                  # SmolLM2-135M on this machine, three runs each
+    python scripts/bench.py --contenders jlora peft trl      # TRL's SFTTrainer too (pip install trl)
+    python scripts/bench.py --shape llama-2-7b --runs 1      # random weights of that shape; no download
+
+Each run is a process of its own; jlora's is `python -m jlora.train`, as a user runs it. Real tokens a second count no
+padding. The share of the matrix peak is useful work over what a large product of two matrices reached in the same run:
+
+    useful FLOPs = 4 x parameters x real tokens
+                 + 12 x layers x heads x head size x t (t + 1) / 2, summed over examples of t tokens
+
+parameters being all matrices that multiply activations, the head included (2 FLOPs a parameter forward, 2 for the
+gradient of activations; frozen weights have no gradient); attention is causal, once forward and twice backward. Heads
+are counted for every token although jlora makes logits only where the loss needs them: the second share, "done",
+counts the head for those alone. The table, and a JSON file with versions and the device's name, go to scripts/results/.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTENDERS = Path(__file__).parent / "contenders.py"
+PACKAGES = "jlora jax jaxlib flax torch peft transformers trl".split()
+WARMUP = 3  # first steps that are not timed, in any contender
+
+
+@dataclasses.dataclass
+class Run:
+    """What one process did."""
+
+    losses: list[float]  # of each step, nats a target
+    seconds: list[float]  # of each step
+    first_step: float  # seconds from the process's start to the end of step 1
+    compiling: float  # seconds, of all programs
+    peak: int  # bytes, resident on the host
+    device_peak: int  # bytes, 0 where the device does not say
+
+
+def launch(command: list[str], environment: dict[str, str]) -> tuple[list[str], float, int]:
+    """Runs a process to its end: its lines, the seconds until the first that tells of a step, peak resident bytes."""
+    start, first, lines = time.perf_counter(), 0.0, []
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        if not first and (line.startswith(("step 1 of", '{"step": 1,'))):
+            first = time.perf_counter() - start
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit("\n".join([f"{command[:3]} failed:", *lines[-30:]]))
+    return lines, first, usage.ru_maxrss * 1024
+
+
+def run_jlora(work: dict[str, Any], scratch: Path, number: int, overrides: list[str]) -> Run:
+    """`python -m jlora.train`, whose compiled programs stay in `scratch` for the next run."""
+    output = scratch / f"jlora-{number}"
+    settings = {
+        **work["settings"],
+        "init_adapter": work["adapter"],
+        "output_dir": str(output),
+        "logging_steps": 1,
+        "save_steps": 10**6,
+        "sample_questions": 0,
+    }
+    command = [sys.executable, "-m", "jlora.train", "--config", work["config"], *overrides]
+    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    lines, first, peak = launch(command, {"JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled")})
+    logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in logged if "loss" in entry]
+    took = [tokens / entry["tokens_per_second"] for tokens, entry in zip(work["tokens_of_steps"], steps, strict=True)]
+    compiling = sum(float(line.split()[-2]) for line in lines if line.startswith("compiled in "))
+    device = max((entry.get("device_memory_peak", 0) for entry in steps), default=0)
+    return Run([entry["loss"] for entry in steps], took, first, compiling, peak, device)
+
+
+def run_torch(name: str, work: dict[str, Any], scratch: Path) -> Run:
+    """A contender of contenders.py on the batches that jlora takes."""
+    lines, first, peak = launch([sys.executable, str(CONTENDERS), name, str(scratch / "work.json")], {})
+    steps = [json.loads(line) for line in lines if line.startswith('{"step"')]
+    device = max((step.get("device_peak", 0) for step in steps), default=0)
+    return Run([step["loss"] for step in steps], [step["seconds"] for step in steps], first, 0.0, peak, device)
+
+
+def matrix_peak() -> dict[str, float]:
+    """FLOP/s of a large matrix product in jax and in torch, each in its own process."""
+    found = {}
+    for name in ("jax", "torch"):
+        lines, _, _ = launch([sys.executable, str(CONTENDERS), f"peak-{name}"], {})
+        found[name] = float(lines[-1])
+    return found
+
+
+def useful_flops(work: dict[str, Any], steps: range, *, head_at_targets: bool) -> float:
+    """By the formula above, over some steps."""
+    total = 0.0
+    for step in steps:
+        for tokens, targets in work["sizes_of_steps"][step]:
+            head = targets if head_at_targets else tokens
+            total += 4.0 * (work["layer_parameters"] * tokens + work["head_parameters"] * head)
+            total += 12.0 * work["layers"] * work["heads"] * work["head_size"] * tokens * (tokens + 1) / 2
+    return total
+
+
+def summary(work: dict[str, Any], runs: dict[str, list[Run]], peaks: list[float]) -> list[dict[str, Any]]:
+    """One row a contender: medians over its runs."""
+    timed = range(WARMUP, len(work["tokens_of_steps"]))
+    tokens = sum(work["tokens_of_steps"][step] for step in timed)
+    rows = []
+    for name, some in runs.items():
+        seconds = [sum(run.seconds[step] for step in timed) for run in some]
+        took = statistics.median(seconds)
+        shares = [
+            useful_flops(work, timed, head_at_targets=exact) / took / statistics.median(peaks)
+            for exact in (False, True)
+        ]
+        against = max(abs(a / b - 1) for run in some for a, b in zip(run.losses, runs["jlora"][0].losses, strict=True))
+        rows.append(
+            {
+                "contender": name,
+                "tokens_per_second": tokens / took,
+                "tokens_per_second_of_runs": [tokens / s for s in seconds],
+                "step_seconds": statistics.median(s for run in some for s in run.seconds[WARMUP:]),
+                "first_step_cold": some[0].first_step,
+                "first_step_warm": statistics.median(run.first_step for run in some[1:] or some),
+                "compiling_cold": some[0].compiling,
+                "peak_bytes": max(run.peak for run in some),
+                "device_peak_bytes": max(run.device_peak for run in some),
+                "share_of_peak": shares[0],
+                "share_of_peak_done": shares[1],
+                "largest_loss_difference": against,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    first = rows[0]["tokens_per_second"]
+    lines = [
+        "| | real tokens/s | jlora is | step | first step, cold / warm | host peak | device peak "
+        "| of matrix peak (done) | loss differs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        device = f"{row['device_peak_bytes'] / 2**30:.2f} GiB" if row["device_peak_bytes"] else "-"
+        lines.append(
+            f"| {row['contender']} | {row['tokens_per_second']:.0f} | {first / row['tokens_per_second']:.2f} x "
+            f"| {row['step_seconds'] * 1e3:.0f} ms | {row['first_step_cold']:.1f} / {row['first_step_warm']:.1f} s "
+            f"| {row['peak_bytes'] / 2**30:.2f} GiB | {device} | {row['share_of_peak']:.0%} "
+            f"({row['share_of_peak_done']:.0%}) | {row['largest_loss_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prepares the work, lets the contenders take turns, prints and keeps the results."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], epilog="Further words (--config.KEY=VALUE) go to jlora.train."
+    )
+    parser.add_argument("--config", default="configs/law.py")
+    parser.add_argument("--shape", default="", help="a file of scripts/shapes, built with random weights")
+    parser.add_argument("--contenders", nargs="+", default=["jlora", "peft"], choices=("jlora", "peft", "trl"))
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--name", default="", help="of the files in scripts/results; default: the base's")
+    arguments, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        prepare = [sys.executable, str(CONTENDERS), "prepare", str(scratch), arguments.config, arguments.shape]
+        launch([*prepare, str(arguments.steps), *overrides], {})  # apart, so that this process stays small
+        work = json.loads((scratch / "work.json").read_text())
+        runs: dict[str, list[Run]] = {name: [] for name in arguments.contenders}
+        peaks = []
+        for number in range(arguments.runs):
+            peaks.append(matrix_peak())
+            for name, some in runs.items():
+                done = (
+                    run_jlora(work, scratch, number, overrides) if name == "jlora" else run_torch(name, work, scratch)
+                )
+                some.append(done)
+                print(
+                    f"run {number + 1}, {name}: {statistics.median(done.seconds[WARMUP:]) * 1e3:.0f} ms a step",
+                    flush=True,
+                )
+    best = [max(peak.values()) for peak in peaks]
+    rows = summary(work, runs, best)
+    words = f"{work['base']}, {work['device']}: matrix peak {statistics.median(best) / 1e9:,.0f} GFLOP/s"
+    result = {
+        "when": datetime.date.today().isoformat(),
+        "base": work["base"],
+        "device": work["device"],
+        "overrides": overrides,
+        "steps": arguments.steps,
+        "matrix_peak_flops": peaks,
+        "rows": rows,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+    }
+    name = arguments.name or f"bench-{arguments.shape or 'smollm2-135m'}-{work['device_name']}"
+    target = ROOT / "scripts" / "results" / name
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(f"{words}\n\n{table(rows)}\n")
+    print(f"\n{words}\n\n{table(rows)}\n\nkept as {target}.json and .md")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
