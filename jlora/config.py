@@ -95,7 +95,7 @@ class Config:
     param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU, float32 on CPU
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
     fp16: bool = False  # the seed's key: compute in bfloat16
-    remat: str = "none"  # "full" recomputes each layer in the backward pass: less memory, a third more time
+    remat: str = "none"  # the backward pass recomputes what is not a product ("dots"), or all of a layer ("full")
 
 
 # Settings that may change when a run goes on: they do not touch the numbers of training.
@@ -113,7 +113,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
     "param_dtype": ("auto", "float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
-    "remat": ("none", "full"),
+    "remat": ("none", "dots", "full"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),
 }

@@ -148,11 +148,11 @@ def load_peft(work: dict[str, Any]) -> Any:
     import torch
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(
         work["directory"], dtype=getattr(torch, work["dtype"]), attn_implementation="sdpa"
     )
     if torch.cuda.is_available():
-        base = base.cuda()
+        base = base.to("cuda")
     model = peft.PeftModel.from_pretrained(base, work["adapter"], is_trainable=True)
     if work["remat"] == "full":
         model.gradient_checkpointing_enable()

@@ -31,19 +31,19 @@ def attention(
       The mixed values, in v's dtype; softmax in float32.
     """
     B, T, N, H = q.shape
+    attend = jax.checkpoint(_attend, prevent_cse=False, static_argnums=6)  # scores are made again, not kept
     if T <= BLOCK:
-        return _attend(q, k, v, q_segments, k_segments, q_start + jnp.arange(T), window)
+        return attend(q, k, v, q_segments, k_segments, q_start + jnp.arange(T), window)
     count = -(-T // BLOCK)
     padding = count * BLOCK - T
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     q_segments = jnp.pad(q_segments, ((0, 0), (0, padding)))
 
-    @jax.checkpoint
     def block(index: Int[Array, ""]) -> Float[Array, "B t N H"]:
         start = index * BLOCK
         q_block = jax.lax.dynamic_slice_in_dim(q, start, BLOCK, axis=1)
         segments = jax.lax.dynamic_slice_in_dim(q_segments, start, BLOCK, axis=1)
-        return _attend(q_block, k, v, segments, k_segments, q_start + start + jnp.arange(BLOCK), window)
+        return attend(q_block, k, v, segments, k_segments, q_start + start + jnp.arange(BLOCK), window)
 
     blocks = jax.lax.map(block, jnp.arange(count))
     return jnp.moveaxis(blocks, 0, 1).reshape(B, count * BLOCK, N, H)[:, :T]

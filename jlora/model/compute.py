@@ -12,7 +12,7 @@ class Compute:
     """Args:
     param_dtype: of the frozen weights; adapter weights are float32.
     compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
-    remat: "none" keeps each layer's activations for the backward pass; "full" recomputes them.
+    remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights; "full".
     """
 
     param_dtype: DTypeLike

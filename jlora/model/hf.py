@@ -98,6 +98,7 @@ def load_base(
             for name, target in zip(wanted, part if stacked else part[None], strict=True):
                 with np.errstate(over="ignore"):  # what does not fit the dtype is named below
                     target[...] = weights.read(name)[index[1:] if stacked else index]
+                weights.release(name)
                 if not _finite(target):
                     broken.add(name)
                 progress(target.nbytes)

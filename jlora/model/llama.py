@@ -22,6 +22,13 @@ from jlora.model.compute import Compute
 from jlora.model.rope import DefaultRope, angles, rotate
 from jlora.sites import LoraConfig
 
+# What of a layer's activations the backward pass finds kept, by `Compute.remat`; None is all.
+KEPT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -300,7 +307,8 @@ class Llama(nnx.Module):
             x, past = nnx.merge(graphdef, state)(x, turned, segments, index, key, past)
             return x, None if past is None else (past.k, past.v)
 
-        body = jax.checkpoint(layer, prevent_cse=False) if self.compute.remat == "full" else layer
+        policy = KEPT[self.compute.remat]
+        body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
         kv = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
         if cache is not None and kv is not None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +37,12 @@ class Weights:
     def __init__(self, directory: Path) -> None:
         self._files: dict[str, Path] = {}
         self._headers: dict[str, dict[str, Any]] = {}
-        self._mapped: dict[str, np.ndarray] = {}  # the file's bytes that hold the tensor
+        self._mapped: dict[str, tuple[mmap.mmap, int]] = {}  # the file, and where in it the offsets begin to count
         index = {} if (directory / SINGLE).is_file() else _read_index(directory)
         for name in sorted(set(index.values())) or [SINGLE]:
             file = directory / name
             try:
-                headers, values = _map(file)
+                headers, mapped, start = _map(file)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{file} cannot be read as safetensors: {error}. Was it downloaded or copied whole?"
@@ -49,7 +50,7 @@ class Weights:
             if twice := self._files.keys() & headers.keys():
                 raise UserError(f"{min(twice)} stands in both {self._files[min(twice)].name} and {name}")
             self._files.update(dict.fromkeys(headers, file))
-            self._mapped.update(dict.fromkeys(headers, values))
+            self._mapped.update(dict.fromkeys(headers, (mapped, start)))
             self._headers.update(headers)
         if lost := sorted(name for name, file in index.items() if self._files.get(name, Path()).name != file):
             raise UserError(
@@ -71,12 +72,25 @@ class Weights:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor in its own dtype, read-only and still on disk: only what is taken of it is read."""
-        first, last = self._headers[name]["data_offsets"]
-        return self._mapped[name][first:last].view(DTYPES[self.format(name)]).reshape(self.shape(name))
+        mapped, begin, end = self._place(name)
+        values = np.frombuffer(mapped, np.uint8)[begin:end]
+        return values.view(DTYPES[self.format(name)]).reshape(self.shape(name))
+
+    def release(self, name: str) -> None:
+        """Lets go of what was read of a tensor, which else counts as this process's memory; it may be read again."""
+        mapped, begin, end = self._place(name)
+        begin -= begin % mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _place(self, name: str) -> tuple[mmap.mmap, int, int]:
+        """The mapped file, and where in it a tensor begins and ends."""
+        (mapped, start), (first, last) = self._mapped[name], self._headers[name]["data_offsets"]
+        return mapped, start + first, start + last
 
 
-def _map(file: Path) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
-    """The header's entry of each tensor, and the mapped bytes that its offsets count in.
+def _map(file: Path) -> tuple[dict[str, dict[str, Any]], mmap.mmap, int]:
+    """The header's entry of each tensor, the mapped file, and the place in it that its offsets count from.
 
     `safe_open` checks the file and copies what it reads; the layout is safetensors' own (github.com/huggingface/
     safetensors, "Format"): 8 bytes of length, little-endian; a JSON header of that length; the values.
@@ -84,8 +98,9 @@ def _map(file: Path) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
     with safe_open(file, framework="numpy"), file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         headers = json.loads(stream.read(size))
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     headers.pop("__metadata__", None)
-    return headers, np.memmap(file, np.uint8, "r")[8 + size :]
+    return headers, mapped, 8 + size
 
 
 def _read_index(directory: Path) -> dict[str, str]:
