@@ -85,6 +85,12 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     return config
 
 
+def base_of(directory: Path) -> tuple[str, str]:
+    """The base that a PEFT directory names, and its revision ("" where it names none)."""
+    config = read_config_file(directory)
+    return config["base_model_name_or_path"], config.get("revision") or ""
+
+
 def read_spec(directory: Path, layers: int) -> LoraConfig:
     """The adapter that a PEFT directory's adapter_config.json describes, on a base of so many layers.
 

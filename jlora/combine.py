@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jlora import lora, several, sources
-from jlora.adapter_config import peft_config, read_config_file, read_spec
+from jlora.adapter_config import base_of, peft_config, read_spec
 from jlora.data.templates import find_template
 from jlora.errors import UserError, run_program
 from jlora.model import hf
@@ -68,8 +68,7 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
       UserError: they name different bases, are of another base, cannot be summed, or `target` exists.
     """
     directories = {name: Path(name) for name in weights}
-    bases = {name: read_config_file(place) for name, place in directories.items()}
-    places = {(config["base_model_name_or_path"], config.get("revision") or "") for config in bases.values()}
+    places = {base_of(place) for place in directories.values()}
     if not base and len(places) > 1:
         raise UserError(
             f"the adapters name different bases, {', '.join(sorted(p for p, _ in places))}: choose by --base"

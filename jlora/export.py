@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import provenance, sources
-from jlora.adapter_config import peft_config, read_config_file, read_spec
+from jlora.adapter_config import base_of, peft_config, read_spec
 from jlora.card import card
 from jlora.check import check
 from jlora.checkpoint import Checkpoints, read_record
@@ -154,8 +154,7 @@ def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
     """Writes a base, with a PEFT directory merged into it where one is given, as one model."""
     revision, template, spec = "", "", LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     if adapter and not base:
-        named = read_config_file(adapter)
-        base, revision = named["base_model_name_or_path"], named.get("revision") or ""
+        base, revision = base_of(adapter)
     directory = sources.resolve(base, revision)
     config, weights = read_config(directory), {}
     if adapter:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jlora import lora, several, sources
-from jlora.adapter_config import read_config_file
+from jlora.adapter_config import base_of
 from jlora.chat_program import Chat
 from jlora.combine import common_template, read_all
 from jlora.data.chat import load_tokenizer
@@ -103,8 +103,8 @@ def main(argv: list[str]) -> None:
     rules = read_rules(arguments.output_rules) if arguments.output_rules else ()
     directories, base, revision = named(arguments.adapter), arguments.base, arguments.revision
     if not base:
-        first = read_config_file(next(iter(directories.values())))
-        base, revision = first["base_model_name_or_path"], revision or first.get("revision") or ""
+        base, named_revision = base_of(next(iter(directories.values())))
+        revision = revision or named_revision
     generator, voices = load_several(base, directories, revision)
     chosen = voices.mixed(arguments.use) if arguments.use else next(iter(voices.adapters.values()), {})
     system = (Message("system", arguments.system),) if arguments.system else ()
