@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import jlora
 from jlora import lora, optim, resume, sources
@@ -32,15 +31,17 @@ from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
 from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
-from jlora.loop import Loop, Programs, Stop, overfitting
+from jlora.loop import Loop, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
 from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS, read_adapter, written_step
+from jlora.programs import Programs, fresh_state
 from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
-from jlora.sharding import make_mesh, shardings
+from jlora.sharding import check_batch, make_mesh, row_ways
+from jlora.sharding import describe as describe_mesh
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
 
@@ -66,14 +67,15 @@ def train(config: Config, again: str) -> None:
     """One run, from files to an adapter; `again` is the command that would continue it."""
     resume.check_output(config)
     rows, held_out_rows = read_rows(config)
-    mesh = make_mesh(find_devices(config))
+    mesh = make_mesh(find_devices(config), config.mesh)
+    check_batch(mesh, config.batch_size)
     directory = sources.resolve(config.base_model, config.revision)
     model_config, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
     examples = read_examples(config, tokenizer, ends, rows, "training")
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
-    steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
-    compute = choose_compute(config)
+    steps, batches, eval_batches = plan(config, model_config, examples, held_out, row_ways(mesh))
+    compute = dataclasses.replace(choose_compute(config), mesh=mesh)
     config = take_form(config, directory, model_config)
     record = describe(config, directory, tokenizer, mesh, compute)
     spec = spec_of(record["config"])
@@ -97,7 +99,8 @@ def train(config: Config, again: str) -> None:
         shapes = (
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
         )
-        print(f"{steps} steps on {mesh.size} x {mesh.devices.flat[0].device_kind}; {shapes}", flush=True)
+        axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe_mesh(mesh)})"
+        print(f"{steps} steps on {mesh.size} x {mesh.devices.flat[0].device_kind}{axes}; {shapes}", flush=True)
         with Logger(run, int(state.step), steps) as logger:
             state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
                 state
@@ -163,24 +166,18 @@ def find_devices(config: Config) -> list[jax.Device]:
     """The devices that `device` asks for.
 
     Raises:
-      UserError: there are none, or the batch does not divide over them.
+      UserError: there are none.
     """
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
     try:
-        devices = jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts where the wanted platform has no plugin
         reason = str(error).strip().split("\n")[0] or "no plugin for it"
         raise UserError(
             f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
             "jlora[tpu] for this machine, or set device=auto"
         ) from None
-    count = len(devices)
-    if config.batch_size % count:
-        below, above = config.batch_size // count * count, -(-config.batch_size // count) * count
-        sizes = f"{below} or {above}" if below else str(above)
-        raise UserError(f"batch_size={config.batch_size} does not divide over {count} devices: set batch_size={sizes}")
-    return devices
 
 
 def choose_compute(config: Config) -> Compute:
@@ -219,12 +216,6 @@ def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: 
     return lora.complete(spec, read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), base)
 
 
-def fresh_state(adapter: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Step 0, without moments; placed on the mesh."""
-    state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32))
-    return jax.device_put(state, shardings(state, mesh, "state"))
-
-
 def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute) -> dict[str, Any]:
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
@@ -253,6 +244,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
         },
         "runtime": {
             "devices": mesh.size,
+            "mesh": describe_mesh(mesh),
             "device_kind": mesh.devices.flat[0].device_kind,
             "param_dtype": jnp.dtype(compute.param_dtype).name,
             "compute_dtype": jnp.dtype(compute.compute_dtype).name,

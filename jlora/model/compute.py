@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 
@@ -13,11 +14,13 @@ class Compute:
     param_dtype: of the frozen weights; adapter weights are float32.
     compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
     remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights; "full".
+    mesh: over which the rows of activations are split; None leaves them as they come.
     """
 
     param_dtype: DTypeLike
     compute_dtype: DTypeLike
     remat: str = "none"
+    mesh: Mesh | None = None
 
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)

@@ -20,6 +20,7 @@ from jlora import lora
 from jlora.model.attention import attention
 from jlora.model.compute import Compute
 from jlora.model.rope import DefaultRope, angles, rotate
+from jlora.sharding import split_rows, whole_rows
 from jlora.sites import LoraConfig
 
 # What of a layer's activations the backward pass finds kept, by `Compute.remat`; None is all.
@@ -295,6 +296,8 @@ class Llama(nnx.Module):
         if key is not None and self.noise:
             key, noise_key = jax.random.split(key)
             x = lora.noise(x, segments, self.noise, noise_key)
+        if cache is None:
+            x = split_rows(x, self.compute.mesh)
         graphdef, layers = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
         if cache is not None:
@@ -317,9 +320,17 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Scores of the next token, float32."""
+        return scores(hidden, self.head())
+
+    def head(self) -> Float[Array, "V D"]:
+        """The table that `logits` multiplies by; where devices share it, it comes together here."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        table = head.table().astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        return whole_rows(head.table(), self.compute.mesh)
+
+
+def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
+    """Scores of the next token, float32."""
+    return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:
