@@ -92,16 +92,19 @@ class Config:
     output_dir: str = "output/lora"
     resume_from_checkpoint: str = ""  # "auto": go on in output_dir; or another run's directory to start from
     device: str = "auto"  # "auto", "cpu", "gpu" (or "cuda"), "tpu"
-    param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU, float32 on CPU
+    param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU (float16 on T4, V100), float32 on CPU
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
-    fp16: bool = False  # the seed's key: compute in bfloat16
+    fp16: bool = False  # the seed's key: compute in bfloat16, or in float16 where the card has no bfloat16
+    attn_implementation: str = (
+        "auto"  # "splash" (TPU), "pallas" (GPU), "xla" (anything); auto: the first that runs here
+    )
     remat: str = "none"  # "full" recomputes each layer in the backward pass: less memory, a third more time
 
 
 # Settings that may change when a run goes on: they do not touch the numbers of training.
 NOT_TRAINING = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
-    "sample_questions device remat".split()
+    "sample_questions device attn_implementation remat".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),
@@ -111,8 +114,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train_on": ("assistant", "last", "all"),
     "pii": ("warn", "mask", "error", "allow"),
     "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
-    "param_dtype": ("auto", "float32", "bfloat16"),
-    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "param_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "attn_implementation": ("auto", "xla", "splash", "pallas"),
     "remat": ("none", "full"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),

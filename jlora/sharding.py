@@ -13,7 +13,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"base/.*", P()),
     (r"state/lora/.*", P()),
     (r"state/optimizer/.*", P()),
-    (r"state/step", P()),
+    (r"state/(step|scaling/.*)", P()),
     (r"batch/(tokens|segments|positions)", P(None, "data", None)),  # [A, R, T]
     (r"batch/(predict_at|targets|weights)", P(None, "data", None)),  # [A, R, S]
 )

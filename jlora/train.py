@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora import lora, optim, resume, sources
+from jlora import lora, loss_scale, optim, resume, sources
 from jlora.adapter_config import read_spec
 from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.config import Config
@@ -34,7 +34,7 @@ from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Programs, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
-from jlora.model import hf
+from jlora.model import backend, hf
 from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
@@ -73,7 +73,11 @@ def train(config: Config, again: str) -> None:
     examples = read_examples(config, tokenizer, ends, rows, "training")
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
-    compute = choose_compute(config)
+    longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
+    device, compute = mesh.devices.flat[0], choose_compute(config, mesh.devices.flat[0])
+    dtype, wish = compute.compute_dtype, config.attn_implementation
+    attention, why = backend.choose(wish, device, model_config, dtype, longest)
+    compute = dataclasses.replace(compute, attention=attention)
     config = take_form(config, directory, model_config)
     record = describe(config, directory, tokenizer, mesh, compute)
     spec = spec_of(record["config"])
@@ -84,7 +88,7 @@ def train(config: Config, again: str) -> None:
         base = hf.load_base(directory, base_shapes, mesh, bar.update)
     optimizer = optim.make_optimizer(config, steps)
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
-    state, progress = begin(start, fresh_state(adapter, optimizer, mesh))
+    state, progress = begin(start, fresh_state(adapter, optimizer, mesh, compute))
 
     run, stop = Path(config.output_dir), Stop()
     with resume.claim(run):
@@ -97,7 +101,8 @@ def train(config: Config, again: str) -> None:
         shapes = (
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
         )
-        print(f"{steps} steps on {mesh.size} x {mesh.devices.flat[0].device_kind}; {shapes}", flush=True)
+        print(f"{steps} steps on {mesh.size} x {device.device_kind}; {shapes}", flush=True)
+        print(f"attention: {attention}{why and f' (not {why})'}")
         with Logger(run, int(state.step), steps) as logger:
             state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
                 state
@@ -183,14 +188,19 @@ def find_devices(config: Config) -> list[jax.Device]:
     return devices
 
 
-def choose_compute(config: Config) -> Compute:
-    """How this run computes: `auto` resolved for the devices at hand."""
-    names = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+def choose_compute(config: Config, device: jax.Device) -> Compute:
+    """How this run computes: `auto` resolved for a device, attention still to be chosen."""
+    auto = default_dtype(device)
+    names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
     param = names[config.param_dtype]
     compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
     if config.fp16 and config.compute_dtype == "auto":
-        print("fp16: computing in bfloat16, which needs no loss scaling")
-        compute = jnp.bfloat16
+        compute = jnp.float16 if auto == jnp.float16 else jnp.bfloat16
+        if compute == jnp.bfloat16:
+            print("fp16: computing in bfloat16, which needs no loss scaling")
+    if compute == jnp.float16:
+        why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
+        print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
     return Compute(param, compute, config.remat)
 
 
@@ -219,9 +229,12 @@ def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: 
     return lora.complete(spec, read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), base)
 
 
-def fresh_state(adapter: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+def fresh_state(
+    adapter: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, compute: Compute
+) -> TrainState:
     """Step 0, without moments; placed on the mesh."""
-    state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32))
+    scaling = loss_scale.first() if compute.compute_dtype == jnp.float16 else None
+    state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
     return jax.device_put(state, shardings(state, mesh, "state"))
 
 
@@ -256,6 +269,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
             "device_kind": mesh.devices.flat[0].device_kind,
             "param_dtype": jnp.dtype(compute.param_dtype).name,
             "compute_dtype": jnp.dtype(compute.compute_dtype).name,
+            "attention": compute.attention,
         },
     }
 

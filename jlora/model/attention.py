@@ -1,4 +1,4 @@
-"""Causal attention within segments, in blocks of queries.
+"""Causal attention within segments: by XLA in blocks of queries, which runs anywhere, or by a kernel (flash.py).
 
 Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim.
 """
@@ -6,6 +6,8 @@ Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jlora.model.flash import flash
 
 BLOCK = 512  # queries at a time: the largest array is [B, N, BLOCK, S]
 
@@ -19,6 +21,7 @@ def attention(
     k_segments: Int[Array, "B S"],
     q_start: Int[Array, ""] | int,
     window: int | None,
+    backend: str,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
@@ -26,10 +29,13 @@ def attention(
       q_segments, k_segments: which example a token belongs to; 0 is padding, which sees only padding.
       q_start: place of the first query among the keys (0 in training, the cache's fill in decoding).
       window: how many keys a query sees at most, its own included; None is all.
+      backend: "xla", or a kernel of flash.py where the keys are the queries' own row (see backend.choose).
 
     Returns:
       The mixed values, in v's dtype; softmax in float32.
     """
+    if backend != "xla":
+        return flash(q, k, v, q_segments, kernel=backend, window=window)
     B, T, N, H = q.shape
     if T <= BLOCK:
         return _attend(q, k, v, q_segments, k_segments, q_start + jnp.arange(T), window)
