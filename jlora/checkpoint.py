@@ -128,8 +128,12 @@ class Checkpoints:
         return TrainState(found["lora"], **found["optimizer"]), Progress(**found["progress"])
 
     def restore_adapter(self, step: int, shapes: Adapter) -> Adapter:
-        """Only the adapter of a step; `shapes` gives shapes, dtypes and, where set, shardings."""
-        return self._read(step, lora=ocp.args.StandardRestore(shapes))["lora"]
+        """Only the adapter of a step; `shapes` gives shapes, dtypes and, where not one device holds it, shardings."""
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # else Orbax wants the devices that saved it
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or one), shapes
+        )
+        return self._read(step, lora=ocp.args.StandardRestore(placed))["lora"]
 
     def progress(self, step: int) -> Progress:
         """Only what the loop remembered at a step."""

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jlora.data.conversation import PARTS, ROLES, is_whole
 from jlora.data.encoding import is_encoding
+from jlora.sharding import AXES
 from jlora.sites import TABLES
 from jlora.sources import is_hub_id
 
@@ -92,19 +93,20 @@ class Config:
     output_dir: str = "output/lora"
     resume_from_checkpoint: str = ""  # "auto": go on in output_dir; or another run's directory to start from
     device: str = "auto"  # "auto", "cpu", "gpu" (or "cuda"), "tpu"
+    # How devices share the work (-1: all that are left): `data` copies the base to each, `fsdp` splits it over them, so
+    # that a large one fits; `tensor` splits each layer's heads and feed-forward too, where even one row is too much.
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
     param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU (float16 on T4, V100), float32 on CPU
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
     fp16: bool = False  # the seed's key: compute in bfloat16, or in float16 where the card has no bfloat16
-    attn_implementation: str = (
-        "auto"  # "splash" (TPU), "pallas" (GPU), "xla" (anything); auto: the first that runs here
-    )
+    attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU) or "xla"; auto: the device's, if it runs here
     remat: str = "none"  # "full" recomputes each layer in the backward pass: less memory, a third more time
 
 
 # Settings that may change when a run goes on: they do not touch the numbers of training.
 NOT_TRAINING = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
-    "sample_questions device attn_implementation remat".split()
+    "sample_questions device mesh attn_implementation remat".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),
@@ -176,6 +178,13 @@ def validate(config: Config) -> list[str]:
         problems.append("output_dir='': expected a directory for the run")
     if config.eval_data_dir and config.eval_share:
         problems.append("eval_data_dir and eval_share are both set: keep one of them")
+    problems += [
+        f"mesh has {axis!r}: {size!r}: expected a number of devices, or -1 for one axis, under {', '.join(AXES)}"
+        for axis, size in config.mesh.items()
+        if axis not in AXES or type(size) is not int or not (size > 0 or size == -1)
+    ]
+    if list(config.mesh.values()).count(-1) > 1:
+        problems.append(f"mesh={config.mesh!r}: expected -1, which takes the devices that are left, for one axis only")
     problems += _adapter_problems(config)
     problems += [
         f"pii_regions has {name!r}: expected a country's two letters (ISO 3166), as CN"

@@ -54,7 +54,7 @@ def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
     if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         value = "auto" if str(value).lower() == "true" else ""
     try:
-        config[key] = _as(kind, value)
+        config[key] = value if key == "mesh" and isinstance(value, dict) else _as(kind, value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: {key}={value!r}: expected {kind.__name__}") from None
 

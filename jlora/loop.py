@@ -4,27 +4,21 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora import lora, optim
+from jlora import optim
 from jlora.checkpoint import Checkpoints, Progress
 from jlora.config import Config
-from jlora.data.batches import Batch, Batches, Shape
+from jlora.data.batches import Batches
 from jlora.errors import UserError
-from jlora.lora import Adapter
 from jlora.loss_scale import hint
 from jlora.metrics import Logger
-from jlora.model.llama import Llama
-from jlora.sharding import shardings
-from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
+from jlora.programs import Programs
+from jlora.step import Metrics, TrainState
 
 
 class Stop:
@@ -47,69 +41,6 @@ class Stop:
         self.signal = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
         print(f"\n{self.signal.name}: stopping after this step, saved; once more stops at once", file=sys.stderr)
-
-
-class Programs:
-    """The compiled steps of one run on one mesh; each size of batch is compiled when it first comes."""
-
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef[Llama],
-        base: Any,
-        optimizer: optax.GradientTransformation,
-        mesh: Mesh,
-        *,
-        dropout: bool,
-        seed: int,
-    ) -> None:
-        self._base, self._mesh = base, mesh
-        self._key = jax.random.key(seed)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=mesh.size)
-        self._train = jax.jit(train_step, donate_argnums=0, out_shardings=everywhere)
-        self._eval = jax.jit(make_eval_step(graphdef, devices=mesh.size), out_shardings=everywhere)
-        self.compiled: dict[tuple[str, Shape], Any] = {}
-        self.after_compiling: Callable[[], None] = lambda: None
-
-    def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
-        """One optimizer step; the state given is used up."""
-        arguments = (state, self._base, self._place(batch), self._key)
-        return self._program("training", self._train, arguments, batch, say)(*arguments)
-
-    def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
-        """Mean loss over all targets of the held-out examples, nats a target."""
-        sums = []
-        for step in range(batches.steps_per_epoch):
-            batch = batches[step]
-            arguments = (adapter, self._base, self._place(batch))
-            sums.append(self._program("evaluation", self._eval, arguments, batch, say)(*arguments))
-        losses, targets = np.sum(jax.device_get(sums), axis=0)
-        return float(losses / targets)
-
-    def neutral(self, adapter: Adapter) -> Adapter:
-        """An adapter of the same form and place that does nothing."""
-        return jax.jit(lora.neutral, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(adapter, self._base)
-
-    def _place(self, batch: Batch) -> Batch:
-        """A host batch on the mesh, its rows split over `data`."""
-        return Batch(
-            *(
-                jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
-                for leaf, sharding in zip(batch, shardings(batch, self._mesh, "batch"), strict=True)
-            )
-        )
-
-    def _program(
-        self, name: str, function: Any, arguments: tuple[Any, ...], batch: Batch, say: Callable[[str], None]
-    ) -> Any:
-        key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
-        if key not in self.compiled:
-            rows, length = batch.tokens.shape[1:]
-            say(f"compiling the {name} step for {rows} x {length} tokens")
-            with jax.set_mesh(self._mesh):  # attention's kernels look for it
-                self.compiled[key] = function.lower(*arguments).compile()
-            self.after_compiling()
-        return self.compiled[key]
 
 
 @dataclasses.dataclass

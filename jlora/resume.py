@@ -111,7 +111,7 @@ def _continue(output: Path, record: dict[str, Any]) -> Start:
             )
         return Start(None, 0, False, f"a new run: {output} was stopped before its first checkpoint")
     there, here = ({**r["versions"], **r["runtime"]} for r in (old, record))
-    moved = [f"{key} was {there[key]} and is {here[key]}" for key in here if there.get(key) != here[key]]
+    moved = [f"{key} was {there[key]} and is {here[key]}" for key in here if there.get(key, here[key]) != here[key]]
     exactly = f"but not bit for bit, since {'; '.join(moved)}" if moved else "exactly"
     return Start(output, steps[-1], True, f"continuing {output} from step {steps[-1]}, {exactly}")
 

@@ -17,7 +17,7 @@ from jlora import loss_scale, optim
 from jlora.data.batches import Batch
 from jlora.lora import Adapter
 from jlora.loss_scale import LossScale
-from jlora.model.llama import Llama
+from jlora.model.llama import Llama, scores
 
 CHUNK = 256  # targets whose logits exist at the same time on a device: [CHUNK, V] float32
 
@@ -63,6 +63,7 @@ def target_loss(
     rows, size = targets.shape
     count = -(-size * rows // (CHUNK * devices))
     width = -(-size // count)
+    table = model.head()  # outside of the chunks, so that it comes together once
 
     def chunked(x: Array) -> Array:
         padded = jnp.pad(x, [(0, 0), (0, count * width - size)] + [(0, 0)] * (x.ndim - 2))
@@ -71,7 +72,7 @@ def target_loss(
     @jax.checkpoint
     def one(leaves: tuple[Array, Array, Array]) -> Array:
         states, targets, weights = leaves
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(states), targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores(states, table), targets)
         return jnp.sum(losses * weights)
 
     return jnp.sum(jax.lax.map(one, (chunked(states), chunked(targets), chunked(weights))))

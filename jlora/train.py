@@ -17,10 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import jlora
-from jlora import lora, loss_scale, optim, resume, sources
+from jlora import lora, optim, resume, sources
 from jlora.adapter_config import read_spec
 from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.config import Config
@@ -32,15 +31,17 @@ from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
 from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
-from jlora.loop import Loop, Programs, Stop, overfitting
+from jlora.loop import Loop, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
 from jlora.model import backend, hf
 from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS, read_adapter, written_step
+from jlora.programs import Programs, fresh_state
 from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
-from jlora.sharding import make_mesh, shardings
+from jlora.sharding import check_batch, make_mesh, row_ways
+from jlora.sharding import describe as describe_mesh
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
 
@@ -66,18 +67,19 @@ def train(config: Config, again: str) -> None:
     """One run, from files to an adapter; `again` is the command that would continue it."""
     resume.check_output(config)
     rows, held_out_rows = read_rows(config)
-    mesh = make_mesh(find_devices(config))
+    mesh = make_mesh(find_devices(config), config.mesh)
+    check_batch(mesh, config.batch_size)
     directory = sources.resolve(config.base_model, config.revision)
     model_config, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
     examples = read_examples(config, tokenizer, ends, rows, "training")
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
-    steps, batches, eval_batches = plan(config, model_config, examples, held_out, mesh.size)
+    steps, batches, eval_batches = plan(config, model_config, examples, held_out, row_ways(mesh))
+    device, wish = mesh.devices.flat[0], config.attn_implementation
+    compute = choose_compute(config, device)
     longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
-    device, compute = mesh.devices.flat[0], choose_compute(config, mesh.devices.flat[0])
-    dtype, wish = compute.compute_dtype, config.attn_implementation
-    attention, why = backend.choose(wish, device, model_config, dtype, longest)
-    compute = dataclasses.replace(compute, attention=attention)
+    attention, why = backend.choose(wish, device, model_config, compute.compute_dtype, longest)
+    compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
     config = take_form(config, directory, model_config)
     record = describe(config, directory, tokenizer, mesh, compute)
     spec = spec_of(record["config"])
@@ -88,7 +90,7 @@ def train(config: Config, again: str) -> None:
         base = hf.load_base(directory, base_shapes, mesh, bar.update)
     optimizer = optim.make_optimizer(config, steps)
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
-    state, progress = begin(start, fresh_state(adapter, optimizer, mesh, compute))
+    state, progress = begin(start, fresh_state(adapter, optimizer, mesh, compute.compute_dtype))
 
     run, stop = Path(config.output_dir), Stop()
     with resume.claim(run):
@@ -101,8 +103,9 @@ def train(config: Config, again: str) -> None:
         shapes = (
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
         )
-        print(f"{steps} steps on {mesh.size} x {device.device_kind}; {shapes}", flush=True)
-        print(f"attention: {attention}{why and f' (not {why})'}")
+        axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe_mesh(mesh)})"
+        print(f"{steps} steps on {mesh.size} x {device.device_kind}{axes}; {shapes}")
+        print(f"attention: {attention}{why and f' (not {why})'}", flush=True)
         with Logger(run, int(state.step), steps) as logger:
             state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
                 state
@@ -168,28 +171,22 @@ def find_devices(config: Config) -> list[jax.Device]:
     """The devices that `device` asks for.
 
     Raises:
-      UserError: there are none, or the batch does not divide over them.
+      UserError: there are none.
     """
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
     try:
-        devices = jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax asserts where the wanted platform has no plugin
         reason = str(error).strip().split("\n")[0] or "no plugin for it"
         raise UserError(
             f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
             "jlora[tpu] for this machine, or set device=auto"
         ) from None
-    count = len(devices)
-    if config.batch_size % count:
-        below, above = config.batch_size // count * count, -(-config.batch_size // count) * count
-        sizes = f"{below} or {above}" if below else str(above)
-        raise UserError(f"batch_size={config.batch_size} does not divide over {count} devices: set batch_size={sizes}")
-    return devices
 
 
 def choose_compute(config: Config, device: jax.Device) -> Compute:
-    """How this run computes: `auto` resolved for a device, attention still to be chosen."""
+    """The dtypes of this run: `auto` resolved for a device."""
     auto = default_dtype(device)
     names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
     param = names[config.param_dtype]
@@ -229,15 +226,6 @@ def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: 
     return lora.complete(spec, read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), base)
 
 
-def fresh_state(
-    adapter: lora.Adapter, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, compute: Compute
-) -> TrainState:
-    """Step 0, without moments; placed on the mesh."""
-    scaling = loss_scale.first() if compute.compute_dtype == jnp.float16 else None
-    state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
-    return jax.device_put(state, shardings(state, mesh, "state"))
-
-
 def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute) -> dict[str, Any]:
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
@@ -266,6 +254,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
         },
         "runtime": {
             "devices": mesh.size,
+            "mesh": describe_mesh(mesh),
             "device_kind": mesh.devices.flat[0].device_kind,
             "param_dtype": jnp.dtype(compute.param_dtype).name,
             "compute_dtype": jnp.dtype(compute.compute_dtype).name,

@@ -116,7 +116,7 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
 
     def loss(q, k, v):
         out = attention.attention(
-            q, k, v, q_segments=segments, k_segments=segments, q_start=0, window=None, backend="xla"
+            q, k, v, q_segments=segments, k_segments=segments, q_start=0, window=None, backend="xla", mesh=None
         )
         return jnp.sum(out**2), out
 

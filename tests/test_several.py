@@ -17,7 +17,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora import generate, lora, several
+from jlora import generate, lora, several, sharding
 from jlora.adapter_config import peft_config, read_spec
 from jlora.chat_program import Chat, side_by_side
 from jlora.data.conversation import Message
@@ -61,7 +61,7 @@ def places(tmp_path_factory, small):
     root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
         _, shapes, base = hf.abstract(config, spec, FLOAT32)
-        frozen = hf.load_base(small, base, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+        frozen = hf.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
         adapter = lora.start(spec, shapes, frozen, jax.random.key(number))
         for path, leaves in lora.modules(adapter):
             ranks = np.array(spec.site(".".join(path[1:]), 3).ranks)
@@ -83,7 +83,7 @@ def alone(small, place, prompt):
     config = read_config(small)
     spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
     graphdef, shapes, base = hf.abstract(config, spec, FLOAT32)
-    frozen = hf.load_base(small, base, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
+    frozen = hf.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
     model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
     ids = jnp.array([prompt])
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])

@@ -17,14 +17,14 @@ from jlora.config_files import load_config
 from jlora.data.batches import plan_batches
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.export import spec_of
-from jlora.loop import Programs
 from jlora.model import hf
 from jlora.model.families import read_config
 from jlora.peft_format import write_adapter
+from jlora.programs import Programs, fresh_state
 
 
 class Setup:
-    """All the pieces of a run on some devices, from a config file."""
+    """All the pieces of a run on some devices, from a config file; `mesh` says how they share the work."""
 
     def __init__(self, file, devices=1, attention="xla", **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
@@ -34,18 +34,19 @@ class Setup:
         ends = end_tokens(self.directory, self.tokenizer)
         rows, _ = train.read_rows(self.config)
         self.examples = train.read_examples(self.config, self.tokenizer, ends, rows, "training")
-        self.mesh = sharding.make_mesh(jax.devices()[:devices])
-        self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], devices)
+        self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
+        ways = sharding.row_ways(self.mesh)
+        self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = train.choose_compute(self.config, jax.devices()[0])
-        compute = dataclasses.replace(compute, attention=attention)
+        compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
         self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, compute)
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
         adapter = train.first_adapter(
             self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
         )
-        self.state = train.fresh_state(adapter, self.optimizer, self.mesh, compute)
+        self.state = fresh_state(adapter, self.optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
 
     def losses(self, count):

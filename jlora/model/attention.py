@@ -5,6 +5,7 @@ Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jlora.model.flash import flash
@@ -22,6 +23,7 @@ def attention(
     q_start: Int[Array, ""] | int,
     window: int | None,
     backend: str,
+    mesh: Mesh | None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
@@ -30,12 +32,13 @@ def attention(
       q_start: place of the first query among the keys (0 in training, the cache's fill in decoding).
       window: how many keys a query sees at most, its own included; None is all.
       backend: "xla", or a kernel of flash.py where the keys are the queries' own row (see backend.choose).
+      mesh: that B and N are split over, for kernels.
 
     Returns:
       The mixed values, in v's dtype; softmax in float32.
     """
     if backend != "xla":
-        return flash(q, k, v, q_segments, kernel=backend, window=window)
+        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh)
     B, T, N, H = q.shape
     if T <= BLOCK:
         return _attend(q, k, v, q_segments, k_segments, q_start + jnp.arange(T), window)

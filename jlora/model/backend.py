@@ -78,6 +78,7 @@ def trial(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike)
                 q_start=0,
                 window=window and min(window, 50),
                 backend=backend,
+                mesh=None,
             )
             return jnp.sum(mixed.astype(jnp.float32) * weights), mixed
 

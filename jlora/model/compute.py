@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 
@@ -14,12 +15,14 @@ class Compute:
     compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
     remat: "none" keeps each layer's activations for the backward pass; "full" recomputes them.
     attention: "xla", or the kernel that mixes the tokens of a row, as backend.choose found it to run here.
+    mesh: over which the rows of activations are split; None leaves them as they come.
     """
 
     param_dtype: DTypeLike
     compute_dtype: DTypeLike
     remat: str = "none"
     attention: str = "xla"
+    mesh: Mesh | None = None
 
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)

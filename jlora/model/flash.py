@@ -15,8 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from jlora.sharding import ROWS
 
 LANES = 128  # rows are padded to blocks of multiples of this
 BLOCK = 512  # places of a row at a time, at most
@@ -31,11 +33,11 @@ def flash(
     *,
     kernel: str,
     window: int | None,
+    mesh: Mesh | None,
 ) -> Float[Array, "B T N H"]:
     """attention.attention of a row to itself; `kernel` is a key of KERNELS.
 
-    On a mesh (`jax.set_mesh`) each device works on its own rows and heads, without communication: the compiler cannot
-    split a kernel by itself.
+    On a mesh each device works on its own rows and heads, without communication: the compiler cannot split a kernel.
     """
     T, block = q.shape[1], block_size(q.shape[1])
     padding, window = -T % block, None if window is None or window >= T else window
@@ -46,13 +48,10 @@ def flash(
     def mix(q: Array, k: Array, v: Array, segments: Array) -> Array:
         return KERNELS[kernel](q, k, v, segments, window, block)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1:
-        rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-        heads = "tensor" if "tensor" in mesh.axis_names else None
-        split = PartitionSpec(rows, None, heads, None)
-        specs = (split, split, split, PartitionSpec(rows, None))
-        mix = jax.shard_map(mix, in_specs=specs, out_specs=split, check_vma=False)
+    if mesh is not None and mesh.size > 1:
+        split, rows = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
+        specs = (split, split, split, rows)
+        mix = jax.shard_map(mix, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return mix(pad(q), pad(k), pad(v), pad(segments))[:, :T]
 
 

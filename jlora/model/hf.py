@@ -52,11 +52,37 @@ def abstract(
     spec: LoraConfig,
     compute: Compute,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
-    """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again."""
+    """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again.
+
+    Raises:
+      UserError: the mesh that it is computed on does not divide it.
+    """
+    if compute.mesh is not None:
+        _check_mesh(config, compute.mesh)
     model = nnx.eval_shape(lambda: Llama(config, spec, compute))
     graphdef, state = nnx.split(model)
     adapter, base = nnx.split_state(state, nnx.LoRAParam, ...)
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
+
+
+def _check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
+    """Raises UserError where an axis of the mesh does not divide what it splits; names the sizes that do."""
+    split = {
+        "tensor": (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size),
+        "fsdp": (config.hidden_size,),
+    }
+    names = {
+        "tensor": "num_attention_heads, num_key_value_heads, intermediate_size and vocab_size",
+        "fsdp": "hidden_size",
+    }
+    for axis, sizes in split.items():
+        common, count = math.gcd(*sizes), mesh.shape[axis]
+        if common % count:
+            fitting = [n for n in range(1, mesh.size + 1) if common % n == 0 and mesh.size % n == 0]
+            raise UserError(
+                f"mesh: {axis}={count} does not divide the base's {names[axis]} ({', '.join(map(str, sizes))}): "
+                f"set {axis} to one of {', '.join(map(str, fitting))}"
+            )
 
 
 def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:

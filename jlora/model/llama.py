@@ -20,6 +20,7 @@ from jlora import lora
 from jlora.model.attention import attention
 from jlora.model.compute import Compute
 from jlora.model.rope import DefaultRope, angles, rotate
+from jlora.sharding import split_rows, whole_rows
 from jlora.sites import LoraConfig
 
 
@@ -147,7 +148,7 @@ class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
     def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
-        dtype, self.backend = compute.param_dtype, compute.attention
+        dtype, self.compute = compute.param_dtype, compute
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         D, L, bias = config.hidden_size, config.num_hidden_layers, config.qkv_bias
@@ -176,7 +177,7 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *turned), rotate(k, *turned)
-        k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.backend
+        k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.compute.attention
         if cache is not None:
             backend = "xla"  # few queries and many keys, which the kernels are not made for
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
@@ -192,6 +193,7 @@ class Attention(nnx.Module):
             q_start=start,
             window=self.config.sliding_window,
             backend=backend,
+            mesh=self.compute.mesh,
         )
         return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
 
@@ -298,6 +300,8 @@ class Llama(nnx.Module):
         if key is not None and self.noise:
             key, noise_key = jax.random.split(key)
             x = lora.noise(x, segments, self.noise, noise_key)
+        if cache is None:
+            x = split_rows(x, self.compute.mesh)
         graphdef, layers = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
         if cache is not None:
@@ -319,9 +323,17 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Scores of the next token, float32."""
+        return scores(hidden, self.head())
+
+    def head(self) -> Float[Array, "V D"]:
+        """The table that `logits` multiplies by; where devices share it, it comes together here."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        table = head.table().astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        return whole_rows(head.table(), self.compute.mesh)
+
+
+def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
+    """Scores of the next token, float32."""
+    return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:

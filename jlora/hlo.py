@@ -1,0 +1,89 @@
+"""What a compiled program sends between devices, read from its HLO text."""
+
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM_BITS = {"pred": 8, "bf16": 16}  # others say it: f32, s8, u4, f8e4m3fn
+HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+CALLED = re.compile(r"(?:condition|body|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+class Collective(NamedTuple):
+    """One operation of a program."""
+
+    kind: str  # of KINDS
+    size: int  # bytes of its result on a device
+    devices: int  # that take part in a group
+    times: int  # that it runs a step
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step, as in a ring (Thakur et al. 2005, "Optimization of Collective...")."""
+        share = (self.devices - 1) / self.devices
+        factor = {"all-reduce": 2 * share, "reduce-scatter": self.devices - 1, "collective-permute": 1.0}
+        return self.times * self.size * factor.get(self.kind, share)
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """All that more than one device takes part in; a loop's body counts as often as it runs.
+
+    Args:
+      text: the optimized module, as `compiled.as_text()` gives it.
+      devices: of the mesh; a group that is not written out has all of them.
+    """
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    entry = ""
+    for line in text.splitlines():
+        if head := HEAD.match(line):
+            lines = bodies.setdefault(head[1], [])
+            entry = head[1] if line.startswith("ENTRY") else entry
+        else:
+            lines.append(line)
+    times: dict[str, int] = defaultdict(int)
+
+    def run(name: str, count: int) -> None:
+        times[name] += count
+        for line in bodies[name]:
+            trips = TRIPS.search(line) if " while(" in line else None
+            for called in CALLED.findall(line):
+                for inner in re.findall(r"[\w.-]+", called):
+                    if inner in bodies:
+                        run(inner, count * (int(trips[1]) if trips else 1))
+
+    run(entry, 1)
+    found = []
+    for name, count in times.items():
+        for line in bodies[name]:
+            if (match := COLLECTIVE.search(line)) and (group := _group(line, devices)) > 1:
+                found.append(Collective(match[2], _size(match[1], asynchronous=bool(match[3])), group, count))
+    return found
+
+
+def _size(shapes: str, *, asynchronous: bool) -> int:
+    """Bytes of a result; what starts an asynchronous operation returns its operands first, and scalars of its own."""
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * (ITEM_BITS.get(kind) or int(re.findall(r"\d+", kind)[0])) // 8
+        for kind, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)
+        if not (asynchronous and not dims and kind == "u32")
+    ]
+    return sum(sizes[len(sizes) // 2 :] if asynchronous and len(sizes) > 1 else sizes)
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices exchange with each other: of {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'} two."""
+    if written := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(written[1].split(","))
+    if computed := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(computed[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(
+            int(part or sizes[axis]) for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        )
+    return devices

@@ -1,0 +1,134 @@
+"""The compiled programs of a run: from shapes alone, or with the arrays that they run on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jlora import lora, loss_scale, optim
+from jlora.data.batches import Batch, Batches, Shape
+from jlora.lora import Adapter
+from jlora.model.llama import Llama
+from jlora.sharding import row_ways, shardings
+from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
+
+
+def fresh_state(
+    adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
+) -> TrainState:
+    """Step 0, without moments; placed on the mesh."""
+    state = _first(adapter, optimizer, compute_dtype)
+    return jax.device_put(state, shardings(state, mesh, "state"))
+
+
+def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
+    scaling = loss_scale.first() if compute_dtype == jnp.float16 else None
+    return TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
+
+
+def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
+    """Shapes and dtypes with their places on the mesh, as `shardings` has them: what a program is compiled from."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh, root),
+    )
+
+
+def state_shapes(
+    adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
+) -> TrainState:
+    """What `fresh_state` would make, as shapes."""
+    made = jax.eval_shape(lambda adapter: _first(adapter, optimizer, compute_dtype), adapter)
+    return placed_shapes(made, mesh, "state")
+
+
+def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh) -> Batch:
+    """A batch of one compiled size, as shapes."""
+    places, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
+    tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (places, targets))
+    weights = jax.ShapeDtypeStruct(targets, jnp.float32)
+    return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, "batch")
+
+
+class Programs:
+    """The compiled steps of one run on one mesh; each size of batch is compiled when it first comes.
+
+    Args:
+      base: the frozen weights, placed; shapes of them are enough to compile.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[Llama],
+        base: Any,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        dropout: bool,
+        seed: int,
+    ) -> None:
+        self._base, self._mesh = base, mesh
+        self._key = jax.random.key(seed)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
+        self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
+        self.compiled: dict[tuple[str, Shape], Any] = {}
+        self.after_compiling: Callable[[], None] = lambda: None
+
+    def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
+        """One optimizer step; the state given is used up."""
+        placed = self._place(batch)
+        program = self._program("training", batch, lambda: self.lower_training(state, placed), say)
+        return program(state, self._base, placed, self._key)
+
+    def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
+        """Mean loss over all targets of the held-out examples, nats a target."""
+        sums = []
+        for step in range(batches.steps_per_epoch):
+            batch = batches[step]
+            arguments = (adapter, self._base, self._place(batch))
+            program = self._program("evaluation", batch, lambda: self._eval.lower(*arguments), say)  # noqa: B023
+            sums.append(program(*arguments))
+        losses, targets = np.sum(jax.device_get(sums), axis=0)
+        return float(losses / targets)
+
+    def neutral(self, adapter: Adapter) -> Adapter:
+        """An adapter of the same form and place that does nothing."""
+        return jax.jit(lora.neutral, out_shardings=_places(adapter))(adapter, self._base)
+
+    def lower_training(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The training step for a size of batch, not compiled yet; `state` and `batch` may be placed shapes."""
+        step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(_places(state), self._everywhere))
+        key = jax.ShapeDtypeStruct((), self._key.dtype, sharding=self._everywhere)
+        return step.lower(state, self._base, batch, key)
+
+    def _place(self, batch: Batch) -> Batch:
+        """A host batch on the mesh, its rows split."""
+        return Batch(
+            *(
+                jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+                for leaf, sharding in zip(batch, shardings(batch, self._mesh, "batch"), strict=True)
+            )
+        )
+
+    def _program(
+        self, name: str, batch: Batch, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]
+    ) -> Any:
+        key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
+        if key not in self.compiled:
+            rows, length = batch.tokens.shape[1:]
+            say(f"compiling the {name} step for {rows} x {length} tokens")
+            self.compiled[key] = lower().compile()
+            self.after_compiling()
+        return self.compiled[key]
+
+
+def _places(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,0 +1,159 @@
+"""One mesh or another, the same numbers; each array where THE rule table has it; what does not divide is said."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_model, run_module, short_run
+
+from jlora import hlo, optim, sharding, train
+from jlora.config import Config
+from jlora.data.batches import plan_batches
+from jlora.data.chat import Example
+from jlora.errors import UserError
+from jlora.export import spec_of
+from jlora.model import hf
+from jlora.model.families import read_config
+from jlora.programs import Programs, fresh_state
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 2}, {"fsdp": 2, "tensor": 4}]
+MORE = {"use_dora": True, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory, smollm):
+    """A random Llama whose heads divide over 4 devices, with a head of its own and few words."""
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 512}
+    return make_model(tmp_path_factory.mktemp("heads"), smollm, num_hidden_layers=2, **changes)
+
+
+class Run:
+    """A run on random tokens."""
+
+    def __init__(self, directory, devices=1, mesh=None, **changes):
+        config = dataclasses.replace(
+            Config(), batch_size=8, learning_rate=5e-3, lora_rank=4, target_modules=("q_proj", "down_proj")
+        )
+        config = dataclasses.replace(config, mesh=mesh or {}, **changes)
+        self.mesh = sharding.make_mesh(jax.devices()[:devices], config.mesh)
+        random = np.random.RandomState(0)
+        examples = [Example(random.randint(512, size=n), np.arange(n) > 8, "") for n in range(17, 49)]
+        self.batches = plan_batches(
+            examples,
+            batch_size=config.batch_size,
+            micro_batches=config.gradient_accumulation_steps,
+            devices=sharding.row_ways(self.mesh),
+            steps=10,
+            seed=0,
+            linear_cost=1e4,
+            max_shapes=1,
+        )
+        model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
+        compute = dataclasses.replace(train.choose_compute(config, jax.devices()[0]), mesh=self.mesh)
+        graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
+        self.base = hf.load_base(directory, base_shapes, self.mesh)
+        optimizer = optim.make_optimizer(config, 10)
+        adapter = train.first_adapter(config, spec, shapes, self.base, tied=False)
+        self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
+        self.programs = Programs(graphdef, self.base, optimizer, self.mesh, dropout=spec.draws, seed=1)
+        self.losses = []
+        for step in range(10):
+            self.state, metrics = self.programs.train_step(self.state, self.batches[step], lambda line: None)
+            self.losses.append(float(metrics.loss))
+
+
+@pytest.fixture(scope="module")
+def alone(heads):
+    """The run on one device, once for what is changed."""
+    runs = {}
+
+    def get(**changes):
+        if str(changes) not in runs:
+            runs[str(changes)] = Run(heads, **changes)
+        return runs[str(changes)]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"), [*((mesh, {}) for mesh in MESHES), (MESHES[2], MORE), (MESHES[4], MORE)], ids=str
+)
+def test_every_mesh_equals_one_device(heads, alone, mesh, changes):
+    one, many = alone(**changes), Run(heads, 8, mesh, **changes)
+    assert np.abs(np.subtract(one.losses, many.losses)).max() < 1e-5
+    assert one.losses[-1] < one.losses[0] - 0.1  # the bound means something: it learns
+    for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(many.state.lora), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
+    for leaf in jax.tree.leaves(many.base["layers"]):
+        if leaf.ndim == 3:  # each device holds its share of every matrix, and no more
+            assert leaf.addressable_data(0).nbytes == leaf.nbytes * many.mesh.shape["data"] // 8
+    (program,) = many.programs.compiled.values()
+    sent = hlo.collectives(program.as_text(), 8)
+    gathered = [c.size for c in sent if c.kind == "all-gather"]
+    if many.mesh.shape["fsdp"] > 1:  # the stack never comes together, only a layer's matrices, and the head once
+        matrices = [leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(many.base["layers"])]
+        assert max(gathered) == max(*matrices, many.base["lm_head"]["weight"].nbytes) // many.mesh.shape["tensor"]
+    if many.mesh.shape["data"] == 8:  # nothing but the adapter's gradient, and two scalars
+        adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(many.state.lora))
+        assert {c.kind for c in sent} == {"all-reduce"}
+        assert sum(c.size * c.times for c in sent) == adapter + 8
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"fsdp": 3}, r"data=-1 x fsdp=3 x tensor=1 does not make up 8 .*each one of 1, 2, 4, 8"),
+        ({"data": 2, "tensor": 2}, r"data=2 x fsdp=1 x tensor=2 does not make up 8"),
+        (
+            {"tensor": 8},
+            r"tensor=8 does not divide .*num_key_value_heads.* \(8, 4, 320, 512\): set tensor to .* 1, 2, 4$",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit(heads, mesh, message):
+    with pytest.raises(UserError, match=message):
+        Run(heads, 8, mesh)
+
+
+def test_a_batch_that_does_not_divide():
+    mesh = sharding.make_mesh(jax.devices(), {"data": 2, "fsdp": 2, "tensor": 2})
+    sharding.check_batch(mesh, 8)
+    words = r"batch_size=6 does not divide over 4 devices \(mesh: data=2 x fsdp=2 x tensor=2\): set batch_size=4 or 8"
+    with pytest.raises(UserError, match=words):
+        sharding.check_batch(mesh, 6)
+
+
+def test_an_unknown_leaf_has_no_place():
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match="no sharding rule covers base/layers/self_attn/q_proj/codes"):
+        sharding.shardings({"layers": {"self_attn": {"q_proj": {"codes": np.zeros(8)}}}}, mesh, "base")
+
+
+def test_a_run_moves_from_one_mesh_to_another(tiny, pairs, tmp_path):
+    """Four steps with evaluation and export; two of them again, on fewer devices shared in another way; and on one."""
+    values = short_run(tiny, pairs, tmp_path / "run", eval_share=0.1, eval_steps=2, save_steps=2, max_steps=4)
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(values))
+    run = tmp_path / "run"
+
+    def losses():
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line.get("loss", line.get("eval_loss")) for line in lines]
+
+    done = run_module("jlora.train", "--config", file, "--config.mesh={fsdp: 2, tensor: 2}", devices=4)
+    assert done.returncode == 0, done.stderr
+    assert "4 steps on 4 x cpu (fsdp=2 x tensor=2)" in done.stdout and "adapter of step 4: " in done.stdout
+    want = losses()
+    shutil.rmtree(run / "checkpoints/4")
+    shutil.rmtree(run / "adapter")
+    again = ["--config.mesh={fsdp: 2}", "--config.resume_from_checkpoint=auto"]
+    done = run_module("jlora.train", "--config", file, *again, devices=2)
+    assert done.returncode == 0, done.stderr
+    assert "from step 2, but not bit for bit" in done.stdout
+    assert "mesh was fsdp=2 x tensor=2 and is fsdp=2" in done.stdout
+    assert np.abs(np.subtract(want, losses())).max() < 1e-5
+    done = run_module("jlora.export", "--run", run, "--step", "2", "--output", tmp_path / "adapter")
+    assert done.returncode == 0, done.stderr
