@@ -87,7 +87,7 @@ class Checkpoints:
             return
         items = {
             "lora": ocp.args.StandardSave(state.lora),
-            "optimizer": ocp.args.StandardSave({"optimizer": state.optimizer, "step": state.step}),
+            "optimizer": ocp.args.StandardSave(_besides_adapter(state)),
             "progress": ocp.args.JsonSave(dataclasses.asdict(dataclasses.replace(progress, eval_loss=eval_loss))),
         }
         self._kept.best_step = progress.best_step
@@ -119,11 +119,10 @@ class Checkpoints:
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, Progress]:
         """State and progress of a step; `target` gives shapes, dtypes and shardings."""
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        rest = {"optimizer": shapes.optimizer, "step": shapes.step}
         found = self._read(
             step,
             lora=ocp.args.StandardRestore(shapes.lora),
-            optimizer=ocp.args.StandardRestore(rest),
+            optimizer=ocp.args.StandardRestore(_besides_adapter(shapes)),
             progress=ocp.args.JsonRestore(),
         )
         return TrainState(found["lora"], **found["optimizer"]), Progress(**found["progress"])
@@ -156,6 +155,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def _besides_adapter(state: TrainState) -> dict[str, Any]:
+    """The fields that are saved with the optimizer; a loss scale only where there is one."""
+    return {name: value for name, value in state._asdict().items() if name != "lora" and value is not None}
+
+
 def write_record(run: Path, record: dict[str, Any]) -> None:
     """config.json of a run: what was run, resolved, with versions and data hashes."""
     replace_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -171,4 +175,5 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}={run}: not the output_dir of a run (its config.json is not a run's)")
     record["config"] = {**dataclasses.asdict(Config()), **record["config"]}  # a setting newer than the run was off
     record["base"] = {"commit": "", **record["base"]}
+    record["runtime"] = {"attention": "xla", **record["runtime"]}
     return record

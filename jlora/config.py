@@ -96,16 +96,17 @@ class Config:
     # How devices share the work (-1: all that are left): `data` copies the base to each, `fsdp` splits it over them, so
     # that a large one fits; `tensor` splits each layer's heads and feed-forward too, where even one row is too much.
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
-    param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU, float32 on CPU
+    param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU (float16 on T4, V100), float32 on CPU
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
-    fp16: bool = False  # the seed's key: compute in bfloat16
+    fp16: bool = False  # the seed's key: compute in bfloat16, or in float16 where the card has no bfloat16
+    attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU) or "xla"; auto: the device's, if it runs here
     remat: str = "none"  # the backward pass recomputes what is not a product ("dots"), or all of a layer ("full")
 
 
 # Settings that may change when a run goes on: they do not touch the numbers of training.
 NOT_TRAINING = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
-    "sample_questions device mesh remat".split()
+    "sample_questions device mesh attn_implementation remat".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),
@@ -115,8 +116,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train_on": ("assistant", "last", "all"),
     "pii": ("warn", "mask", "error", "allow"),
     "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
-    "param_dtype": ("auto", "float32", "bfloat16"),
-    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "param_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "attn_implementation": ("auto", "xla", "splash", "pallas"),
     "remat": ("none", "dots", "full"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),

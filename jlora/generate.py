@@ -44,7 +44,7 @@ def load_several(base: str, directories: Mapping[str, Path], revision: str = "")
       UserError: one is of another base, or cannot stand beside others; or they speak different chat templates.
     """
     directory = sources.resolve(base, revision)
-    config, dtype = read_config(directory), default_dtype()
+    config, dtype = read_config(directory), default_dtype(jax.devices()[0])
     template, found = common_template(directories), read_all(directories, directory)
     nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     _, _, base_shapes = hf.abstract(config, nothing, Compute(dtype, dtype))

@@ -15,6 +15,7 @@ from jlora.checkpoint import Checkpoints, Progress
 from jlora.config import Config
 from jlora.data.batches import Batches
 from jlora.errors import UserError
+from jlora.loss_scale import hint
 from jlora.metrics import Logger
 from jlora.programs import Programs
 from jlora.step import Metrics, TrainState
@@ -108,16 +109,21 @@ class Loop:
         first = done - len(fetched)
         self.pending.clear()
         for step, metrics in enumerate(fetched, start=first):
-            if not np.all(np.isfinite(metrics)):
+            if metrics.broken():
                 self._refuse(step, metrics)
         targets = sum(metrics.targets for metrics in fetched)
-        self.logger.log(
-            done,
-            loss=float(sum(metrics.loss * metrics.targets for metrics in fetched) / targets),
-            learning_rate=float(optim.schedule(self.config, self.steps)(done - 1)),
-            grad_norm=float(fetched[-1].grad_norm),
-            epoch=round(done / self.batches.steps_per_epoch, 4),
-        )
+        scaling, taken = fetched[-1].scaling, [metrics for metrics in fetched if math.isfinite(metrics.grad_norm)]
+        updates = done if scaling is None else done - int(scaling.skipped)
+        values = {
+            "loss": float(sum(metrics.loss * metrics.targets for metrics in fetched) / targets),
+            "learning_rate": float(optim.schedule(self.config, self.steps)(max(updates - 1, 0))),
+            "epoch": round(done / self.batches.steps_per_epoch, 4),
+        }
+        if taken:
+            values["grad_norm"] = float(taken[-1].grad_norm)
+        if scaling is not None:
+            values |= {"loss_scale": float(scaling.scale), "skipped_steps": int(scaling.skipped)}
+        self.logger.log(done, **values)
 
     def _refuse(self, step: int, metrics: Metrics) -> None:
         rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
@@ -126,13 +132,15 @@ class Loop:
         raise UserError(
             f"training broke down at step {step + 1}, on {rows}: loss {metrics.loss:g}, gradient norm "
             f"{metrics.grad_norm:g}, adapter norm {metrics.adapter_norm:g}. Nothing of it was saved; {kept}. "
-            f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}"
+            f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}"
         )
 
     def _evaluate_start(self, state: TrainState) -> None:
         assert self.held_out is not None
         nothing = self.programs.neutral(state.lora)
         self.progress.base_loss = self.programs.held_out_loss(nothing, self.held_out, self.logger.say)
+        if not math.isfinite(self.progress.base_loss):
+            raise UserError(f"the base's own held-out loss is {self.progress.base_loss}{hint(state.scaling)}")
         self.logger.say(f"held-out loss of the base, before training: {self.progress.base_loss:.4f}")
         loss = self.progress.base_loss
         if self.warm:
@@ -144,9 +152,8 @@ class Loop:
         assert self.held_out is not None
         loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
         if not math.isfinite(loss):
-            raise UserError(
-                f"the held-out loss of step {done} is {loss}: lower learning_rate={self.config.learning_rate:g}"
-            )
+            rate = f"{self.config.learning_rate:g}{hint(state.scaling)}"
+            raise UserError(f"the held-out loss of step {done} is {loss}: lower learning_rate={rate}")
         self.progress.record(done, loss)
         self.logger.log(done, eval_loss=loss)
         best = " (best so far)" if self.progress.best_step == done else ""

@@ -60,6 +60,8 @@ class Logger:
             seconds = time.perf_counter() - self._since
             values["tokens_per_second"] = round(self._tokens / max(seconds, 1e-9), 1)
             shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
+            if "skipped_steps" in values:
+                shown["skipped"] = f"{values['skipped_steps']} steps"
             self._bar.set_postfix(shown)
             if self._bar.disable:  # not a terminal: a line instead of a bar
                 self.say(f"step {step} of {self._steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))

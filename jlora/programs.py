@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
-from jlora import lora, optim
+from jlora import lora, loss_scale, optim
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.lora import Adapter
 from jlora.model.llama import Llama
@@ -18,10 +19,17 @@ from jlora.sharding import row_ways, shardings
 from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
 
 
-def fresh_state(adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def fresh_state(
+    adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
+) -> TrainState:
     """Step 0, without moments; placed on the mesh."""
-    state = TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32))
+    state = _first(adapter, optimizer, compute_dtype)
     return jax.device_put(state, shardings(state, mesh, "state"))
+
+
+def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
+    scaling = loss_scale.first() if compute_dtype == jnp.float16 else None
+    return TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
 
 
 def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
@@ -33,11 +41,11 @@ def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
     )
 
 
-def state_shapes(adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shapes(
+    adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
+) -> TrainState:
     """What `fresh_state` would make, as shapes."""
-    made = jax.eval_shape(
-        lambda adapter: TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32)), adapter
-    )
+    made = jax.eval_shape(lambda adapter: _first(adapter, optimizer, compute_dtype), adapter)
     return placed_shapes(made, mesh, "state")
 
 

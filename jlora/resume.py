@@ -160,6 +160,9 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     for part, words in parts.items():
         if part in old["data"] and old["data"][part] != new["data"][part]:  # a run of old has no hash of the latter
             changes[part] = f"{words} changed"
+    dtypes = [record["runtime"]["compute_dtype"] for record in (old, new)]
+    if dtypes[0] != dtypes[1] and "float16" in dtypes:  # which has a loss scale in its state
+        changes["float16"] = f"it computed in {dtypes[0]} and now would in {dtypes[1]}"
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         pin = f" (its commit was {old['base']['commit']}: set revision to it)" if old["base"]["commit"] else ""
         changes["base"] = (

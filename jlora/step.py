@@ -3,6 +3,7 @@
 Axes: A micro-batch, R row, T place in a row, S target in a row, D model, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora import optim
+from jlora import loss_scale, optim
 from jlora.data.batches import Batch
 from jlora.lora import Adapter
+from jlora.loss_scale import LossScale
 from jlora.model.llama import Llama, scores
 
 CHUNK = 256  # targets whose logits exist at the same time on a device: [CHUNK, V] float32
@@ -25,16 +27,24 @@ class TrainState(NamedTuple):
 
     lora: Adapter
     optimizer: optim.State
-    step: Int[Array, ""]  # optimizer steps done
+    step: Int[Array, ""]  # steps done, skipped ones too
+    scaling: LossScale | None = None  # in float16 only
 
 
 class Metrics(NamedTuple):
     """Of one step, on the device."""
 
     loss: Float[Array, ""]  # nats a target
-    grad_norm: Float[Array, ""]  # before clipping
+    grad_norm: Float[Array, ""]  # before clipping; not finite where the step was skipped
     adapter_norm: Float[Array, ""]  # after the step
     targets: Float[Array, ""]
+    scaling: LossScale | None = None  # after the step, in float16 only
+
+    def broken(self) -> bool:
+        """Whether training cannot go on: a number is not finite, and it is not a step that a smaller scale mends."""
+        if self.scaling is not None and math.isfinite(self.loss) and math.isfinite(self.adapter_norm):
+            return bool(self.scaling.scale < 1)
+        return not all(map(math.isfinite, (self.loss, self.grad_norm, self.adapter_norm, self.targets)))
 
 
 def target_loss(
@@ -83,7 +93,8 @@ def make_train_step(
     """`step(state, base, batch, key) -> (state, metrics)`, to be jitted with the state donated.
 
     The loss is summed over the targets of all micro-batches and all devices, and divided by their number once.
-    Gradients are taken with respect to the adapter alone.
+    Gradients are taken with respect to the adapter alone. Where the state has a loss scale, a step whose gradients
+    overflow changes neither adapter nor optimizer, and so not the schedule either.
     """
 
     def train_step(state: TrainState, base: Any, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
@@ -91,7 +102,8 @@ def make_train_step(
         total = jnp.sum(batch.weights)
 
         def mean_loss(lora: Adapter, micro: Batch, key: PRNGKeyArray) -> Array:
-            return loss_sum(graphdef, lora, base, micro, key if dropout else None, devices) / total
+            loss = loss_sum(graphdef, lora, base, micro, key if dropout else None, devices) / total
+            return loss if state.scaling is None else loss * state.scaling.scale
 
         def accumulate(carry: tuple[Array, Adapter], leaves: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
             loss, grads = jax.value_and_grad(mean_loss)(state.lora, *leaves)
@@ -100,9 +112,18 @@ def make_train_step(
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.lora))
         keys = jax.random.split(key, len(batch.tokens))
         (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, keys))
+        scaling = state.scaling
+        if scaling is not None:
+            scale = scaling.scale
+            loss, grads = jax.tree.map(lambda x: x / scale, (loss, grads))
         lora, opt = optim.update(optimizer, grads, state.optimizer, state.lora)
-        metrics = Metrics(loss, optax.tree.norm(grads), optax.tree.norm(lora), total)
-        return TrainState(lora, opt, state.step + 1), metrics
+        grad_norm = optax.tree.norm(grads)
+        if scaling is not None:
+            finite, before = jnp.isfinite(grad_norm), (state.lora, state.optimizer)
+            lora, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (lora, opt), before)
+            scaling = loss_scale.after(scaling, finite)
+        metrics = Metrics(loss, grad_norm, optax.tree.norm(lora), total, scaling)
+        return TrainState(lora, opt, state.step + 1, scaling), metrics
 
     return train_step
 

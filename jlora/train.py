@@ -33,7 +33,7 @@ from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Stop, overfitting
 from jlora.metrics import Logger, loading_bar
-from jlora.model import hf
+from jlora.model import backend, hf
 from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
@@ -75,7 +75,11 @@ def train(config: Config, again: str) -> None:
     examples = read_examples(config, tokenizer, ends, rows, "training")
     held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
     steps, batches, eval_batches = plan(config, model_config, examples, held_out, row_ways(mesh))
-    compute = dataclasses.replace(choose_compute(config), mesh=mesh)
+    device, wish = mesh.devices.flat[0], config.attn_implementation
+    compute = choose_compute(config, device)
+    longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
+    attention, why = backend.choose(wish, device, model_config, compute.compute_dtype, longest)
+    compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
     config = take_form(config, directory, model_config)
     record = describe(config, directory, tokenizer, mesh, compute)
     spec = spec_of(record["config"])
@@ -86,7 +90,7 @@ def train(config: Config, again: str) -> None:
         base = hf.load_base(directory, base_shapes, mesh, bar.update)
     optimizer = optim.make_optimizer(config, steps)
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
-    state, progress = begin(start, fresh_state(adapter, optimizer, mesh))
+    state, progress = begin(start, fresh_state(adapter, optimizer, mesh, compute.compute_dtype))
 
     run, stop = Path(config.output_dir), Stop()
     with resume.claim(run):
@@ -100,7 +104,8 @@ def train(config: Config, again: str) -> None:
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
         )
         axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe_mesh(mesh)})"
-        print(f"{steps} steps on {mesh.size} x {mesh.devices.flat[0].device_kind}{axes}; {shapes}", flush=True)
+        print(f"{steps} steps on {mesh.size} x {device.device_kind}{axes}; {shapes}")
+        print(f"attention: {attention}{why and f' (not {why})'}", flush=True)
         with Logger(run, int(state.step), steps) as logger:
             state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
                 state
@@ -180,14 +185,19 @@ def find_devices(config: Config) -> list[jax.Device]:
         ) from None
 
 
-def choose_compute(config: Config) -> Compute:
-    """How this run computes: `auto` resolved for the devices at hand."""
-    names = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+def choose_compute(config: Config, device: jax.Device) -> Compute:
+    """The dtypes of this run: `auto` resolved for a device."""
+    auto = default_dtype(device)
+    names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
     param = names[config.param_dtype]
     compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
     if config.fp16 and config.compute_dtype == "auto":
-        print("fp16: computing in bfloat16, which needs no loss scaling")
-        compute = jnp.bfloat16
+        compute = jnp.float16 if auto == jnp.float16 else jnp.bfloat16
+        if compute == jnp.bfloat16:
+            print("fp16: computing in bfloat16, which needs no loss scaling")
+    if compute == jnp.float16:
+        why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
+        print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
     return Compute(param, compute, config.remat)
 
 
@@ -248,6 +258,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
             "device_kind": mesh.devices.flat[0].device_kind,
             "param_dtype": jnp.dtype(compute.param_dtype).name,
             "compute_dtype": jnp.dtype(compute.compute_dtype).name,
+            "attention": compute.attention,
         },
     }
 

@@ -36,7 +36,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     rows, _ = read_rows(config)
     examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
     _, batches, _ = plan(config, model, examples, [], jax.device_count())
-    compute = choose_compute(config)
+    compute = choose_compute(config, jax.devices()[0])
     _, _, shapes = hf.abstract(model, spec_of(vars(config)), compute)
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in leaves}
@@ -276,7 +276,7 @@ def peak_jax() -> None:
     from jlora.model.compute import default_dtype
 
     size = SIZE if jax.default_backend() == "cpu" else 8 * SIZE
-    a = jnp.ones((size, size), default_dtype())
+    a = jnp.ones((size, size), default_dtype(jax.devices()[0]))
     product = jax.jit(lambda a, b: a @ b)
     product(a, a).block_until_ready()
     print(max(2 * size**3 / _seconds(lambda: product(a, a).block_until_ready()) for _ in range(PRODUCTS)))

@@ -52,12 +52,12 @@ class Run:
             max_shapes=1,
         )
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
-        compute = dataclasses.replace(train.choose_compute(config), mesh=self.mesh)
+        compute = dataclasses.replace(train.choose_compute(config, jax.devices()[0]), mesh=self.mesh)
         graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
         self.base = hf.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, 10)
         adapter = train.first_adapter(config, spec, shapes, self.base, tied=False)
-        self.state = fresh_state(adapter, optimizer, self.mesh)
+        self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(graphdef, self.base, optimizer, self.mesh, dropout=spec.draws, seed=1)
         self.losses = []
         for step in range(10):

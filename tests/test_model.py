@@ -115,7 +115,9 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
     segments = jnp.where(jnp.arange(T) < 90, 1, 2)[None].repeat(2, 0)
 
     def loss(q, k, v):
-        out = attention.attention(q, k, v, q_segments=segments, k_segments=segments, q_start=0, window=None)
+        out = attention.attention(
+            q, k, v, q_segments=segments, k_segments=segments, q_start=0, window=None, backend="xla", mesh=None
+        )
         return jnp.sum(out**2), out
 
     at_once = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)

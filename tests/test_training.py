@@ -26,7 +26,7 @@ from jlora.programs import Programs, fresh_state
 class Setup:
     """All the pieces of a run on some devices, from a config file; `mesh` says how they share the work."""
 
-    def __init__(self, file, devices=1, **changes):
+    def __init__(self, file, devices=1, attention="xla", **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
         self.directory = train.sources.resolve(self.config.base_model)
         self.model_config = read_config(self.directory)
@@ -38,14 +38,15 @@ class Setup:
         ways = sharding.row_ways(self.mesh)
         self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
-        compute = dataclasses.replace(train.choose_compute(self.config), mesh=self.mesh)
+        compute = train.choose_compute(self.config, jax.devices()[0])
+        compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
         self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, compute)
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
         adapter = train.first_adapter(
             self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
         )
-        self.state = fresh_state(adapter, self.optimizer, self.mesh)
+        self.state = fresh_state(adapter, self.optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
 
     def losses(self, count):

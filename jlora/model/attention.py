@@ -1,11 +1,14 @@
-"""Causal attention within segments, in blocks of queries.
+"""Causal attention within segments: by XLA in blocks of queries, which runs anywhere, or by a kernel (flash.py).
 
 Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+
+from jlora.model.flash import flash
 
 BLOCK = 512  # queries at a time: the largest array is [B, N, BLOCK, S]
 
@@ -19,6 +22,8 @@ def attention(
     k_segments: Int[Array, "B S"],
     q_start: Int[Array, ""] | int,
     window: int | None,
+    backend: str,
+    mesh: Mesh | None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
@@ -26,10 +31,14 @@ def attention(
       q_segments, k_segments: which example a token belongs to; 0 is padding, which sees only padding.
       q_start: place of the first query among the keys (0 in training, the cache's fill in decoding).
       window: how many keys a query sees at most, its own included; None is all.
+      backend: "xla", or a kernel of flash.py where the keys are the queries' own row (see backend.choose).
+      mesh: that B and N are split over, for kernels.
 
     Returns:
       The mixed values, in v's dtype; softmax in float32.
     """
+    if backend != "xla":
+        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh)
     B, T, N, H = q.shape
     attend = jax.checkpoint(_attend, prevent_cse=False, static_argnums=6)  # scores are made again, not kept
     if T <= BLOCK:

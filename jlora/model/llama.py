@@ -154,7 +154,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        dtype, self.compute = compute.param_dtype, compute
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         D, L, bias = config.hidden_size, config.num_hidden_layers, config.qkv_bias
@@ -183,14 +184,23 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *turned), rotate(k, *turned)
-        k_segments, start = segments, jnp.zeros((), jnp.int32)
+        k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.compute.attention
         if cache is not None:
+            backend = "xla"  # few queries and many keys, which the kernels are not made for
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.fill, axis=1)
             k_segments, start = cache.segments, cache.fill
             cache = cache._replace(k=k, v=v)
         mixed = attention(
-            q, k, v, q_segments=segments, k_segments=k_segments, q_start=start, window=self.config.sliding_window
+            q,
+            k,
+            v,
+            q_segments=segments,
+            k_segments=k_segments,
+            q_start=start,
+            window=self.config.sliding_window,
+            backend=backend,
+            mesh=self.compute.mesh,
         )
         return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
 
@@ -214,9 +224,10 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        dtype = compute.param_dtype
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, spec, dtype)
+        self.self_attn = Attention(config, spec, compute)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, spec, dtype)
 
@@ -267,7 +278,7 @@ class Llama(nnx.Module):
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
-        stack = nnx.vmap(lambda _: Layer(config, spec, param_dtype), axis_size=config.num_hidden_layers)
+        stack = nnx.vmap(lambda _: Layer(config, spec, compute), axis_size=config.num_hidden_layers)
         self.layers = stack(None)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
         if not tied:
