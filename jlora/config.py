@@ -93,6 +93,7 @@ class Config:
     resume_from_checkpoint: str = ""  # "auto": go on in output_dir; or another run's directory to start from
     device: str = "auto"  # "auto", "cpu", "gpu" (or "cuda"), "tpu"
     param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU, float32 on CPU
+    quantize_base: str = "none"  # "nf4": the base's projections in 4 bits, with bitsandbytes' codes; "int8": in 8
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
     fp16: bool = False  # the seed's key: compute in bfloat16
     remat: str = "none"  # "full" recomputes each layer in the backward pass: less memory, a third more time
@@ -114,6 +115,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "param_dtype": ("auto", "float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "remat": ("none", "full"),
+    "quantize_base": ("none", "nf4", "int8"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),
 }

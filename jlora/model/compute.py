@@ -1,4 +1,4 @@
-"""How the model is computed, which is no part of what it computes: dtypes and what the backward pass recomputes."""
+"""How the model is computed, which is no part of its config: dtypes, bits, and what the backward pass recomputes."""
 
 import dataclasses
 
@@ -13,11 +13,13 @@ class Compute:
     param_dtype: of the frozen weights; adapter weights are float32.
     compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
     remat: "none" keeps each layer's activations for the backward pass; "full" recomputes them.
+    quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
     """
 
     param_dtype: DTypeLike
     compute_dtype: DTypeLike
     remat: str = "none"
+    quantize: str = "none"
 
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)
