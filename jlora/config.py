@@ -97,6 +97,7 @@ class Config:
     # that a large one fits; `tensor` splits each layer's heads and feed-forward too, where even one row is too much.
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
     param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU (float16 on T4, V100), float32 on CPU
+    quantize_base: str = "none"  # "nf4": the base's projections in 4 bits, with bitsandbytes' codes; "int8": in 8
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
     fp16: bool = False  # the seed's key: compute in bfloat16, or in float16 where the card has no bfloat16
     attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU) or "xla"; auto: the device's, if it runs here
@@ -120,6 +121,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "attn_implementation": ("auto", "xla", "splash", "pallas"),
     "remat": ("none", "dots", "full"),
+    "quantize_base": ("none", "nf4", "int8"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),
 }

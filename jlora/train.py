@@ -198,7 +198,7 @@ def choose_compute(config: Config, device: jax.Device) -> Compute:
     if compute == jnp.float16:
         why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
         print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
-    return Compute(param, compute, config.remat)
+    return Compute(param, compute, config.remat, quantize=config.quantize_base)
 
 
 def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:

@@ -20,6 +20,7 @@ ROOMS = [
         "jlora.loss_scale",
         "jlora.sharding",
         "jlora.model.compute",
+        "jlora.model.quant",
         "jlora.model.rope",
         "jlora.model.weights",
     ],

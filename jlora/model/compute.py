@@ -1,4 +1,4 @@
-"""How the model is computed, which is no part of what it computes: dtypes and what the backward pass recomputes."""
+"""How the model is computed, which is no part of its config: dtypes, bits, and what the backward pass recomputes."""
 
 import dataclasses
 
@@ -16,6 +16,7 @@ class Compute:
     remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights; "full".
     attention: "xla", or the kernel that mixes the tokens of a row, as backend.choose found it to run here.
     mesh: over which the rows of activations are split; None leaves them as they come.
+    quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
     """
 
     param_dtype: DTypeLike
@@ -23,9 +24,17 @@ class Compute:
     remat: str = "none"
     attention: str = "xla"
     mesh: Mesh | None = None
+    quantize: str = "none"
 
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)
+
+# What of a layer's activations the backward pass finds kept, by `Compute.remat`; None is all.
+KEPT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def compute_capability(device: jax.Device) -> float:
