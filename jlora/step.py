@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora import loss_scale, optim
 from jlora.data.batches import Batch
 from jlora.lora import Adapter
+from jlora.loss import target_loss
 from jlora.loss_scale import LossScale
-from jlora.model.llama import Llama, scores
-
-CHUNK = 256  # targets whose logits exist at the same time on a device: [CHUNK, V] float32
+from jlora.model.llama import Llama
 
 
 class TrainState(NamedTuple):
@@ -47,44 +46,13 @@ class Metrics(NamedTuple):
         return not all(map(math.isfinite, (self.loss, self.grad_norm, self.adapter_norm, self.targets)))
 
 
-def target_loss(
-    model: Llama,
-    hidden: Float[Array, "R T D"],
-    predict_at: Int[Array, "R S"],
-    targets: Int[Array, "R S"],
-    weights: Float[Array, "R S"],
-    devices: int,
-) -> Float[Array, ""]:
-    """Summed cross-entropy of the targets in nats; logits are made for them alone, in chunks of columns.
-
-    Rows stay whole, so that on `devices` devices each works on its own.
-    """
-    states = jnp.take_along_axis(hidden, predict_at[..., None], axis=1)
-    rows, size = targets.shape
-    count = -(-size * rows // (CHUNK * devices))
-    width = -(-size // count)
-    table = model.head()  # outside of the chunks, so that it comes together once
-
-    def chunked(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, count * width - size)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(rows, count, width, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def one(leaves: tuple[Array, Array, Array]) -> Array:
-        states, targets, weights = leaves
-        losses = optax.softmax_cross_entropy_with_integer_labels(scores(states, table), targets)
-        return jnp.sum(losses * weights)
-
-    return jnp.sum(jax.lax.map(one, (chunked(states), chunked(targets), chunked(weights))))
-
-
 def loss_sum(
     graphdef: nnx.GraphDef[Llama], lora: Adapter, base: Any, micro: Batch, key: PRNGKeyArray | None, devices: int
 ) -> Float[Array, ""]:
     """Summed loss of one micro-batch (no leading axis A)."""
     model = nnx.merge(graphdef, lora, base)
     hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key)
-    return target_loss(model, hidden, micro.predict_at, micro.targets, micro.weights, devices)
+    return target_loss(model.head(), hidden, micro.predict_at, micro.targets, micro.weights, devices)
 
 
 def make_train_step(

@@ -1,0 +1,37 @@
+"""Compiling: said beforehand, with about how long it takes; timed; and kept for the next start."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jlora import sources
+
+FIRST = {"cpu": "about 10 s", "gpu": "about a minute", "tpu": "about a minute"}  # by platform, for any size of model
+LARGEST = 2 << 30  # bytes of kept programs; the ones longest unused make room
+
+
+def keep_programs() -> None:
+    """Compiled programs are kept in the user's cache directory, unless JAX was told where to, or not to, keep them."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(sources.cache_directory() / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", LARGEST)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Compiler:
+    """Compiles one program after the other, and says so."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0  # that the last one took
+
+    def __call__(self, name: str, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]) -> Any:
+        """The program; `name` is what it does and for which sizes."""
+        takes = f"about {self._seconds:.0f} s again" if self._seconds >= 1 else FIRST.get(jax.default_backend(), "")
+        say(f"compiling {name}: {takes}, or less where it was compiled before")
+        start = time.perf_counter()
+        program = lower().compile()
+        self._seconds = time.perf_counter() - start
+        say(f"compiled in {self._seconds:.1f} s")
+        return program
