@@ -1,0 +1,46 @@
+"""The memory of the training step, as the compiler counts it, for SmolLM2's shapes; no weight is read."""
+
+import dataclasses
+
+import jax
+import pytest
+from conftest import ROOT
+
+from jlora import optim, sharding
+from jlora.config_files import load_config
+from jlora.data.batches import Shape
+from jlora.export import spec_of
+from jlora.model import hf
+from jlora.model.compute import FLOAT32
+from jlora.model.families import read_config
+from jlora.programs import Programs, batch_shapes, placed_shapes, state_shapes
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def temporaries(smollm):
+    """Bytes of temporaries of a step on one row of a length."""
+    config, model = load_config(str(ROOT / "configs/law.py"), []), read_config(smollm)
+    spec, mesh = spec_of(dataclasses.asdict(config)), sharding.make_mesh(jax.devices()[:1])
+
+    def of(length, remat):
+        graphdef, adapter, base = hf.abstract(model, spec, dataclasses.replace(FLOAT32, remat=remat, mesh=mesh))
+        optimizer = optim.make_optimizer(config, 100)
+        programs = Programs(graphdef, placed_shapes(base, mesh, "base"), optimizer, mesh, dropout=False, seed=0)
+        batch = batch_shapes(1, 1, Shape(length, length), mesh)
+        lowered = programs.lower_training(state_shapes(adapter, optimizer, mesh, FLOAT32.compute_dtype), batch)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    return of
+
+
+def test_a_long_row_takes_memory_that_grows_with_its_length_alone(temporaries):
+    short, long, longest = (temporaries(length, "full") for length in (1024, 4096, 8192))
+    assert long < 900 * MIB
+    assert long <= 4 * short and longest <= 2 * long
+
+
+def test_recomputing_more_keeps_less(temporaries):
+    none, dots, full = (temporaries(512, remat) for remat in ("none", "dots", "full"))
+    assert full < 0.5 * dots and dots < 0.8 * none
