@@ -32,12 +32,17 @@ class Rows:
       key: the config key that names the place.
       held_out: with `eval_share`, which side of the split this is.
       say: takes what the reader has to say of the files.
+      count: how many they are, where they were counted before.
     """
 
     config: Config
     key: str
     held_out: bool = False
     say: Callable[[str], object] = lambda line: None
+    count: int = 0
+
+    def __length_hint__(self) -> int:
+        return self.count
 
     def __iter__(self) -> Iterator[Conversation]:
         config = self.config
@@ -77,7 +82,7 @@ def read_rows(config: Config, say: Callable[[str], None] = print) -> tuple[Rows,
             raise UserError(f"eval_share={config.eval_share} of these pairs leaves nothing to {side}")
         for line in survey.lines():
             say(f"{name}: {line}")
-    return rows, held_out
+    return replace(rows, count=surveys["training"].count), held_out
 
 
 def read_examples(

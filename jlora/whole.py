@@ -21,11 +21,27 @@ def new_directory(target: Path) -> Iterator[Path]:
       FileExistsError: `target` stands there by then; what was filled is dropped.
       OSError: it cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as scratch:
-        made = Path(scratch) / target.name
+    with unnamed_directory(target.parent) as made:
+        yield made
+        give_name(made, target)
+
+
+@contextmanager
+def unnamed_directory(parent: Path) -> Iterator[Path]:
+    """A directory to fill, for `give_name` to move to a place in `parent`; dropped where that does not happen."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".unfinished-") as scratch:
+        made = Path(scratch) / "new"
         made.mkdir()
         yield made
-        if target.exists():
-            raise FileExistsError(f"{target} exists")
-        made.rename(target)
+
+
+def give_name(made: Path, target: Path) -> None:
+    """Moves a filled directory to its place.
+
+    Raises:
+      FileExistsError: `target` stands there by then.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists")
+    made.rename(target)

@@ -206,11 +206,14 @@ class Changing:
     """Rows of which one is gone when they are read again."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.rows, self.count = rows, len(rows)
 
     def __iter__(self):
         self.rows, rows = self.rows[:-1], self.rows
         return iter(rows)
+
+    def __length_hint__(self):
+        return self.count
 
 
 def test_rows_that_get_lost_on_the_way_stop_everything(tokenizer, tmp_path):

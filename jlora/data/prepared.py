@@ -1,7 +1,8 @@
 """Tokens and masks on disk: a TFDS directory (array_record), written once, read at random without TensorFlow.
 
-Its name is a hash of the rows, the tokenizer and the chat template, so a change of any of them makes a new one. The
-sizes of the examples lie beside them, so that batches can be planned without reading any.
+Its name is a hash of the rows, the tokenizer and the chat template, so a change of any of them makes a new one; it
+begins with the hash of the first rows alone, so that new rows need not be read twice. The sizes of the examples lie
+beside them, so that batches can be planned without reading any.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import operator
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,13 +26,14 @@ from tqdm import tqdm
 from jlora.data.chat import Example, Measured, encode_batch
 from jlora.data.conversation import Conversation
 from jlora.errors import UserError
-from jlora.whole import new_directory
+from jlora.whole import give_name, unnamed_directory
 
 LAYOUT = 2  # a change of chat.py or of the features below that alters what is stored raises it
 SPLIT = "rows"
 SIZES = "sizes.npy"
 TOGETHER = 500  # rows that are encoded at once
 AHEAD = 3  # such batches under way
+FIRST = 100  # rows that tell whether rows like these were ever here
 
 
 class Prepared(Measured):
@@ -57,48 +60,63 @@ def prepare(
 
     Args:
       ends: the tokens at which the served model stops.
-      rows: at least one conversation; gone through twice where they were not prepared before, so no iterator.
+      rows: at least one conversation; gone through anew each time, so no iterator.
       cache: where prepared data is kept.
       train_on: as for `encode_batch`.
 
     Raises:
-      UserError: a row that the chat template cannot take; the rows changed on the way.
+      UserError: a row that the chat template cannot take; other rows than were counted before.
     """
-    name, count = fingerprint(tokenizer, ends, rows, train_on)
-    directory = cache / name
+    first = Fingerprint(tokenizer, ends, train_on).over(itertools.islice(rows, FIRST))
+    if any(cache.glob(f"{first}-*")):  # else these rows were never here, and need not be gone through to know it
+        directory = cache / f"{first}-{Fingerprint(tokenizer, ends, train_on).over(rows)}"
+        if directory.is_dir():
+            return Prepared(directory)
+    whole = Fingerprint(tokenizer, ends, train_on)
 
     def encode(some: list[Conversation]) -> list[Example]:
         return encode_batch(tokenizer, ends, some, train_on)
 
-    if not directory.is_dir():
-        gc.freeze()  # else its collections would look through all that is imported, again and again
-        try:
-            # another process may be faster
-            with contextlib.suppress(FileExistsError), new_directory(directory) as made:
-                written = _write(_ahead(encode, rows), made, count)
-                if written != count:
-                    raise UserError(f"{count} rows were read and {written} prepared: the files changed on the way")
-        except OSError as error:
-            raise UserError(
-                f"prepared data cannot be written to {cache}: {error}. Set XDG_CACHE_HOME elsewhere"
-            ) from None
-        finally:
-            gc.unfreeze()
+    gc.freeze()  # else its collections would look through all that is imported, again and again
+    try:
+        with unnamed_directory(cache) as made:
+            expected = operator.length_hint(rows)
+            written = _write(_ahead(encode, whole.watch(rows)), made, expected)
+            if expected and written != expected:
+                raise UserError(f"{expected} rows were read and {written} prepared: the files changed on the way")
+            directory = cache / f"{first}-{whole}"
+            with contextlib.suppress(FileExistsError):  # another process may be faster
+                give_name(made, directory)
+    except OSError as error:
+        raise UserError(f"prepared data cannot be written to {cache}: {error}. Set XDG_CACHE_HOME elsewhere") from None
+    finally:
+        gc.unfreeze()
     return Prepared(directory)
 
 
-def fingerprint(tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], train_on: str) -> tuple[str, int]:
-    """sha256 over all that decides the stored tokens and masks; and the number of rows."""
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    version = importlib.metadata.version("transformers")
-    said = [LAYOUT, version, tokenizer.chat_template, special, sorted(ends), train_on]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    count = 0
-    for row in rows:
-        count += 1
-        digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())
-    return digest.hexdigest(), count
+class Fingerprint:
+    """A sha256 over all that decides the stored tokens and masks; its text is the first 32 hexadecimal digits."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], train_on: str) -> None:
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        version = importlib.metadata.version("transformers")
+        said = [LAYOUT, version, tokenizer.chat_template, special, sorted(ends), train_on]
+        self._digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+        self._digest.update(tokenizer.backend_tokenizer.to_str().encode())
+
+    def watch(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
+        """The same rows; they count as they go by."""
+        for row in rows:
+            self._digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())
+            yield row
+
+    def over(self, rows: Iterable[Conversation]) -> "Fingerprint":
+        """This one, after all the rows."""
+        deque(self.watch(rows), maxlen=0)
+        return self
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:32]
 
 
 def _ahead(
@@ -132,7 +150,7 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
     )
     writer.initialize_splits([SPLIT])
     sizes = array("i")
-    with tqdm(total=count, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
+    with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
             writer.add_examples({SPLIT: [example._asdict() for example in examples]})
             for example in examples:
