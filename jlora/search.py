@@ -64,7 +64,7 @@ def settings(job: Job) -> Iterator[Config]:
     if hasattr(config, "quantize_base"):
         quantised = [{"quantize_base": kind} for kind in ("none", "nf4")]
     for parts in _divisors(config.batch_size):
-        smaller = {
+        smaller: dict[str, Any] = {
             "batch_size": config.batch_size // parts,
             "gradient_accumulation_steps": config.gradient_accumulation_steps * parts,
         }
