@@ -97,6 +97,7 @@ class Config:
     # that a large one fits; `tensor` splits each layer's heads and feed-forward too, where even one row is too much.
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
     param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU, float32 on CPU
+    quantize_base: str = "none"  # "nf4": the base's projections in 4 bits, with bitsandbytes' codes; "int8": in 8
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
     fp16: bool = False  # the seed's key: compute in bfloat16
     remat: str = "none"  # "full" recomputes each layer in the backward pass: less memory, a third more time
@@ -118,6 +119,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "param_dtype": ("auto", "float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "remat": ("none", "full"),
+    "quantize_base": ("none", "nf4", "int8"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),
 }

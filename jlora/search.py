@@ -60,17 +60,14 @@ def settings(job: Job) -> Iterator[Config]:
     """Other ways to take the same optimizer steps: shorter forward passes, recomputing, a shared or quantised base."""
     config, shared = job.config, job.mesh.shape["fsdp"]
     ways = job.mesh.size // job.mesh.shape["tensor"]
-    quantised: list[dict[str, Any]] = [{}]
-    if hasattr(config, "quantize_base"):
-        quantised = [{"quantize_base": kind} for kind in ("none", "nf4")]
     for parts in _divisors(config.batch_size):
         smaller: dict[str, Any] = {
             "batch_size": config.batch_size // parts,
             "gradient_accumulation_steps": config.gradient_accumulation_steps * parts,
         }
-        for remat, fsdp, more in itertools.product(REMATS, _divisors(ways), quantised):
+        for kind, remat, fsdp in itertools.product(("none", "nf4"), REMATS, _divisors(ways)):
             mesh = {**config.mesh, "data": -1, "fsdp": fsdp} if fsdp != shared else config.mesh
-            yield dataclasses.replace(config, **smaller, remat=remat, mesh=mesh, **more)
+            yield dataclasses.replace(config, **smaller, quantize_base=kind, remat=remat, mesh=mesh)
 
 
 def _divisors(number: int) -> list[int]:
@@ -130,4 +127,4 @@ def _order(job: Job, base: Any, target: Target) -> tuple[bool, float]:
     done = work(job, base, [])
     done = dataclasses.replace(done, sent=done.read * (share - 1) / share)
     chip = target._replace(peak=target.peak or TPUS["v5e"])  # of any chip: only the order counts
-    return getattr(job.config, "quantize_base", "none") != "none", sum(done.seconds(chip).values())
+    return job.config.quantize_base != "none", sum(done.seconds(chip).values())

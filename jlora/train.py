@@ -196,7 +196,7 @@ def choose_compute(config: Config) -> Compute:
     if config.fp16 and config.compute_dtype == "auto":
         print("fp16: computing in bfloat16, which needs no loss scaling")
         compute = jnp.bfloat16
-    return Compute(param, compute, config.remat)
+    return Compute(param, compute, config.remat, config.quantize_base)
 
 
 def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:

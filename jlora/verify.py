@@ -22,7 +22,7 @@ from jlora.data.formats import read_conversations
 from jlora.generator import Generator
 from jlora.lora import Adapter
 from jlora.model import hf
-from jlora.model.compute import FLOAT32
+from jlora.model.compute import FLOAT32, Compute
 from jlora.model.families import read_config
 from jlora.peft_format import read_adapter
 from jlora.sharding import make_mesh
@@ -68,15 +68,16 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
     asked = [row.messages[:-1] or row.messages for row in rows]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
+    compute = dataclasses.replace(FLOAT32, quantize=record["config"]["quantize_base"])
     weaker = not all(map(importlib.util.find_spec, ("torch", "peft")))
     said: list[str] = []
     if weaker:
-        theirs, their_answers = _read_back(written, directory, tokenizer, prompts)
+        theirs, their_answers = _read_back(written, directory, tokenizer, prompts, compute)
     else:
-        theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer))
+        theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer), compute)
     if said:
         sys.exit(f"error: PEFT warns when it loads {written}: {'; '.join(said)}")
-    ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts)
+    ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts, compute)
     differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)])
     largest, median = float(differences.max()), float(np.median(differences))
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
@@ -84,8 +85,9 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     versions = {"jlora": jlora.__version__, **{name: importlib.metadata.version(name) for name in packages}}
     own = "jlora's own reader (a weaker check: PyTorch and PEFT are not installed)"
     checked_with = own if weaker else f"PEFT {versions['peft']}"
+    base = "" if compute.quantize == "none" else f" and the base in {compute.quantize}"
     figures = (
-        f"{checked_with} on {written}: {len(prompts)} prompts, float32 logits differ by at "
+        f"{checked_with} on {written}{base}: {len(prompts)} prompts, float32 logits differ by at "
         f"most {largest:.1e} (median {median:.1e}), {equal} of {len(prompts)} greedy answers of {NEW_TOKENS} tokens "
         "equal"
     )
@@ -97,18 +99,24 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
 
+def _base(directory: Path, compute: Compute) -> dict[str, Any]:
+    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    _, _, shapes = hf.abstract(read_config(directory), nothing, compute)
+    return hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
+
+
 def _read_back(
-    written: Path, directory: Path, tokenizer: Any, prompts: list[list[int]]
+    written: Path, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     config = read_config(directory)
     spec = read_spec(written, config.num_hidden_layers)
     _, shapes, _ = hf.abstract(config, spec, FLOAT32)
     adapter = read_adapter(written, spec, shapes, tied=config.tie_word_embeddings)
-    return _jlora(adapter, spec, directory, tokenizer, prompts)
+    return _jlora(adapter, spec, directory, tokenizer, prompts, compute)
 
 
 def _peft(
-    directory: Path, written: Path, prompts: list[list[int]], ends: frozenset[int]
+    directory: Path, written: Path, prompts: list[list[int]], ends: frozenset[int], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]], list[str]]:
     import torch
     from peft import PeftModel
@@ -117,6 +125,10 @@ def _peft(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        if compute.quantize != "none":  # the same weights, of which the codes stand for others than the files hold
+            with torch.no_grad():
+                for name, values in hf.dense(_base(directory, compute)):
+                    base.get_parameter(name).copy_(torch.from_numpy(values))
         model = PeftModel.from_pretrained(base, written).eval()
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     logits, answers = [], []
@@ -132,11 +144,11 @@ def _peft(
 
 
 def _jlora(
-    adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]]
+    adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
-        graphdef, _, shapes = hf.abstract(read_config(directory), spec, FLOAT32)
-        base = hf.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
+        graphdef, _, _ = hf.abstract(read_config(directory), spec, compute)
+        base = _base(directory, compute)
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 
         @jax.jit

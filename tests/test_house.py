@@ -21,6 +21,7 @@ ROOMS = [
         "jlora.sharding",
         "jlora.model.attention",
         "jlora.model.compute",
+        "jlora.model.quant",
         "jlora.model.rope",
         "jlora.model.weights",
     ],

@@ -1,4 +1,4 @@
-"""How the model is computed, which is no part of what it computes: dtypes and what the backward pass recomputes."""
+"""How the model is computed, which is no part of its config: dtypes, bits, and what the backward pass recomputes."""
 
 import dataclasses
 
@@ -14,12 +14,14 @@ class Compute:
     param_dtype: of the frozen weights; adapter weights are float32.
     compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
     remat: "none" keeps each layer's activations for the backward pass; "full" recomputes them.
+    quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
     mesh: over which the rows of activations are split; None leaves them as they come.
     """
 
     param_dtype: DTypeLike
     compute_dtype: DTypeLike
     remat: str = "none"
+    quantize: str = "none"
     mesh: Mesh | None = None
 
 

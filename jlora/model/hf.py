@@ -4,7 +4,8 @@ Weights lie in jlora as they lie on disk, [out, in], stacked over layers; no row
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from jlora.errors import UserError
 from jlora.model.compute import Compute
 from jlora.model.llama import Llama, LlamaConfig
+from jlora.model.quant import BLOCK, is_quantized
 from jlora.model.weights import DTYPES, Weights
 from jlora.sharding import shardings
 from jlora.sites import LoraConfig
@@ -58,29 +60,30 @@ def abstract(
       UserError: the mesh that it is computed on does not divide it.
     """
     if compute.mesh is not None:
-        _check_mesh(config, compute.mesh)
+        _check_mesh(config, compute, compute.mesh)
     model = nnx.eval_shape(lambda: Llama(config, spec, compute))
     graphdef, state = nnx.split(model)
     adapter, base = nnx.split_state(state, nnx.LoRAParam, ...)
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
-def _check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
+def _check_mesh(config: LlamaConfig, compute: Compute, mesh: Mesh) -> None:
     """Raises UserError where an axis of the mesh does not divide what it splits; names the sizes that do."""
-    split = {
-        "tensor": (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size),
-        "fsdp": (config.hidden_size,),
+    block = BLOCK if compute.quantize == "nf4" else 1  # blocks of a quantised row stay whole
+    inner, hidden = config.intermediate_size // block, config.hidden_size // block
+    heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    blocks = f" / {block}" if block > 1 else ""
+    splits = {
+        "tensor": {**heads, f"intermediate_size{blocks}": inner, "vocab_size": config.vocab_size},
+        "fsdp": {f"hidden_size{blocks}": hidden},
     }
-    names = {
-        "tensor": "num_attention_heads, num_key_value_heads, intermediate_size and vocab_size",
-        "fsdp": "hidden_size",
-    }
-    for axis, sizes in split.items():
-        common, count = math.gcd(*sizes), mesh.shape[axis]
+    for axis, sizes in splits.items():
+        common, count = math.gcd(*sizes.values()), mesh.shape[axis]
         if common % count:
             fitting = [n for n in range(1, mesh.size + 1) if common % n == 0 and mesh.size % n == 0]
+            listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise UserError(
-                f"mesh: {axis}={count} does not divide the base's {names[axis]} ({', '.join(map(str, sizes))}): "
+                f"mesh: {axis}={count} does not divide all of the base's {listed}: "
                 f"set {axis} to one of {', '.join(map(str, fitting))}"
             )
 
@@ -102,7 +105,7 @@ def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:
 def load_base(
     directory: Path, shapes: dict[str, Any], mesh: Mesh, progress: Callable[[int], object] = lambda size: None
 ) -> dict[str, Any]:
-    """Reads the frozen weights, tensor by tensor, each straight to its place on the mesh.
+    """Reads the frozen weights, tensor by tensor, each straight to its place on the mesh; quantised on the way there.
 
     Args:
       directory: the model directory.
@@ -114,8 +117,10 @@ def load_base(
     """
     weights, broken = open_base(directory, shapes), set()
 
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+    def place(path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
         names = tensor_names(_keys(path), leaf.shape)
+        if is_quantized(leaf):
+            return quantize(names, leaf, sharding)
 
         def read(index: Any) -> np.ndarray:
             part = _empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
@@ -131,13 +136,33 @@ def load_base(
 
         return jax.make_array_from_callback(leaf.shape, sharding, read)
 
-    base = jax.tree_util.tree_map_with_path(place, shapes, shardings(shapes, mesh, "base"))
+    def quantize(names: list[str], leaf: Any, sharding: Any) -> Any:
+        host = jax.tree.map(lambda part: _empty(part.shape, part.dtype), leaf)
+        for layer, name in enumerate(names):
+            for target, part in zip(host, leaf.quantized(weights.read(name)), strict=True):
+                target[layer] = part
+                if part.dtype == np.float32 and not np.isfinite(part).all():  # as is a block that holds such a value
+                    broken.add(name)
+                progress(part.nbytes)
+        return jax.tree.map(
+            lambda part, sharding: jax.make_array_from_callback(part.shape, sharding, part.__getitem__), host, sharding
+        )
+
+    base = jax.tree_util.tree_map_with_path(place, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
     if broken:
         raise UserError(
             f"base_model {directory}: {len(broken)} tensor(s) hold values that are not finite numbers in "
             f"{jax.tree.leaves(shapes)[0].dtype.name}:{_listed(sorted(broken))}"
         )
     return base
+
+
+def dense(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The quantised weights of a base by the file's names, as the model computes with them; float32."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(base, is_leaf=is_quantized)[0]:
+        if is_quantized(leaf):
+            for layer, name in enumerate(tensor_names(_keys(path), leaf.shape)):
+                yield name, np.asarray(jax.tree.map(itemgetter(layer), leaf).astype(jnp.float32))
 
 
 def ignored(name: str, *, tied: bool) -> bool:
@@ -148,7 +173,7 @@ def ignored(name: str, *, tied: bool) -> bool:
 def _unfit(weights: Weights, shapes: dict[str, Any]) -> list[str]:
     """What of a directory's tensors is missing, surplus, misshapen or of a dtype that is not read."""
     problems, expected, stored = [], set(), weights.names()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_quantized)[0]:
         shape = leaf.shape[1:] if _keys(path)[0] == "layers" else leaf.shape
         for name in tensor_names(_keys(path), leaf.shape):
             expected.add(name)
@@ -174,7 +199,7 @@ def _finite(values: np.ndarray) -> bool:
     return int(signed.max()) < infinity and int(unsigned.max()) < infinity + (1 << kind.bits - 1)
 
 
-def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An array that begins on a 64-byte boundary: on a CPU, JAX takes such a one over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora import lora
 from jlora.model.attention import attention
 from jlora.model.compute import Compute
+from jlora.model.quant import linear, zeros
 from jlora.model.rope import DefaultRope, angles, rotate
 from jlora.sharding import split_rows, whole_rows
 from jlora.sites import LoraConfig
@@ -72,12 +73,12 @@ class Projection(nnx.Module):
     """
 
     def __init__(
-        self, name: str, inputs: int, outputs: int, spec: LoraConfig, dtype: DTypeLike, *, bias: bool, layers: int
+        self, name: str, inputs: int, outputs: int, spec: LoraConfig, compute: Compute, *, bias: bool, layers: int
     ) -> None:
-        self.weight = nnx.Param(jnp.zeros((outputs, inputs), dtype))
+        self.weight = nnx.Param(zeros(compute.quantize, outputs, inputs, compute.param_dtype))
         self.biased = bias
         if bias:
-            self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
+            self.bias = nnx.Param(jnp.zeros((outputs,), compute.param_dtype))
         self.spec, self.site = spec, spec.site(name, layers)
         rank = max(self.site.ranks)
         self.ia3, self.adapted = (rank > 0 and spec.peft_type == kind for kind in ("IA3", "LORA"))
@@ -107,14 +108,14 @@ class Projection(nnx.Module):
         dropped = lora.dropout(x, self.spec.dropout, key)
         change = lora.delta(dropped, self.lora_A[...], self.lora_B[...], scale)
         if self.spec.use_dora:
-            factor = lora.dora_factor(self.weight[...], self._leaves(), scale)[None, None]
+            factor = lora.dora_factor(self.weight.get_value(), self._leaves(), scale)[None, None]
             direction = y if dropped is x else self._base(dropped, scale)
             change = ((factor - 1.0) * direction + factor * change).astype(x.dtype)
         return y + change + bias
 
     def _base(self, x: Float[Array, "B T i"], scale: float | Float[Array, ""]) -> Float[Array, "B T o"]:
         """W x; for PiSSA without the frozen pair's share, which is what trains."""
-        y = jnp.einsum("BTi,oi->BTo", x, self.weight[...].astype(x.dtype))
+        y = linear(x, self.weight.get_value())
         if not (self.adapted and self.spec.pissa):
             return y
         leaves = self._leaves()
@@ -147,17 +148,17 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         D, L, bias = config.hidden_size, config.num_hidden_layers, config.qkv_bias
-        self.q_proj = Projection("self_attn.q_proj", D, queries, spec, dtype, bias=bias, layers=L)
-        self.k_proj = Projection("self_attn.k_proj", D, keys, spec, dtype, bias=bias, layers=L)
-        self.v_proj = Projection("self_attn.v_proj", D, keys, spec, dtype, bias=bias, layers=L)
-        self.o_proj = Projection("self_attn.o_proj", queries, D, spec, dtype, bias=config.o_bias, layers=L)
+        self.q_proj = Projection("self_attn.q_proj", D, queries, spec, compute, bias=bias, layers=L)
+        self.k_proj = Projection("self_attn.k_proj", D, keys, spec, compute, bias=bias, layers=L)
+        self.v_proj = Projection("self_attn.v_proj", D, keys, spec, compute, bias=bias, layers=L)
+        self.o_proj = Projection("self_attn.o_proj", queries, D, spec, compute, bias=config.o_bias, layers=L)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, compute.param_dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, compute.param_dtype)
         self.config = config
 
     def __call__(
@@ -191,11 +192,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
         D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
-        self.gate_proj = Projection("mlp.gate_proj", D, F, spec, dtype, bias=bias, layers=L)
-        self.up_proj = Projection("mlp.up_proj", D, F, spec, dtype, bias=bias, layers=L)
-        self.down_proj = Projection("mlp.down_proj", F, D, spec, dtype, bias=bias, layers=L)
+        self.gate_proj = Projection("mlp.gate_proj", D, F, spec, compute, bias=bias, layers=L)
+        self.up_proj = Projection("mlp.up_proj", D, F, spec, compute, bias=bias, layers=L)
+        self.down_proj = Projection("mlp.down_proj", F, D, spec, compute, bias=bias, layers=L)
 
     def __call__(
         self, x: Float[Array, "B T D"], layer: Int[Array, ""], keys: list[PRNGKeyArray | None]
@@ -207,11 +208,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, dtype: DTypeLike) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, spec, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, spec, dtype)
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
+        self.self_attn = Attention(config, spec, compute)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
+        self.mlp = MLP(config, spec, compute)
 
     def __call__(
         self,
@@ -260,7 +261,7 @@ class Llama(nnx.Module):
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
-        stack = nnx.vmap(lambda _: Layer(config, spec, param_dtype), axis_size=config.num_hidden_layers)
+        stack = nnx.vmap(lambda _: Layer(config, spec, compute), axis_size=config.num_hidden_layers)
         self.layers = stack(None)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
         if not tied:

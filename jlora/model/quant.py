@@ -1,0 +1,196 @@
+"""Frozen weights in 4 or 8 bits, with bitsandbytes' codes and rounding.
+
+NF4 with double quantisation is QLoRA's (Dettmers et al. 2023, arXiv:2305.14314, section 3); int8 by output row is that
+of LLM.int8() (arXiv:2208.07339, section 2.1), for weights alone.
+
+A quantised weight stands where an array [out, in] would: it has that `shape`, and `astype` makes that array of it. Its
+leaves keep the axes out and in, so that they can be split over either, over `in` between blocks.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from jlora.errors import UserError
+
+BLOCK = 64  # neighbours along `in` that share a scale
+SCALES = 256  # scales, in the order of the flattened weight, that share a scale of their own
+CHUNK = 1 << 18  # values that a thread works on at a time, so that they stay in its cache
+TINY = np.float32(1e-36)  # in place of the largest magnitude of nothing but zeros
+
+# The normal distribution's quantiles as bitsandbytes rounds them (functional.get_4bit_type("nf4")).
+NORMAL = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+
+def _dynamic() -> Float[np.ndarray, "256"]:
+    """The 8-bit code for scales: 2^e steps in each decade 10^(e-7) to 10^(e-6), e from 0 to 6, both signs; 0 and 1.
+
+    Dettmers 2015, arXiv:1511.04561, as bitsandbytes has it (functional.create_dynamic_map).
+    """
+    positive: list[float] = []
+    for e in range(7):
+        edges = np.linspace(0.1, 1.0, 2**e + 1, dtype=np.float32)
+        positive += ((10.0 ** (e - 6)) * ((edges[1:] + edges[:-1]) / 2)).tolist()
+    return np.sort(np.array([*positive, *(-value for value in positive), 0.0, 1.0], np.float32))
+
+
+DYNAMIC = _dynamic()
+
+
+class NF4(NamedTuple):
+    """One weight in 4 bits a value, or a stack of them with a leading axis L.
+
+    With h = i / 2, b = i / BLOCK and n = ceil(o b / SCALES). A value is NORMAL[code] * scale, and a scale is
+    DYNAMIC[scale code] * scale_absmax + scale_mean.
+    """
+
+    codes: Any  # uint8 [o, h]: two codes a byte, the first in the high bits
+    scales: Any  # uint8 [o, b]: the codes of the blocks' scales
+    scale_absmax: Any  # float32 [n]
+    scale_mean: Any  # float32 []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for."""
+        return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
+        """The weight, computed in float32."""
+        outputs, blocks = self.scales.shape
+        absmax = jnp.repeat(self.scale_absmax, SCALES)[: self.scales.size].reshape(outputs, blocks)
+        scales = jnp.asarray(DYNAMIC)[self.scales] * absmax + self.scale_mean
+        codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(outputs, blocks, BLOCK)
+        return (_normal(codes) * scales[..., None]).reshape(outputs, -1).astype(dtype)
+
+    @staticmethod
+    def zeros(outputs: int, inputs: int) -> "NF4":
+        """UserError where the inputs are not whole blocks."""
+        if inputs % BLOCK:
+            raise UserError(
+                f"quantize_base=nf4 needs a multiple of {BLOCK} inputs, and this base has a weight with {inputs}: set "
+                "quantize_base=int8, or none"
+            )
+        blocks = inputs // BLOCK
+        absmax = jnp.zeros(-(-outputs * blocks // SCALES), jnp.float32)
+        codes, scales = (jnp.zeros((outputs, size), jnp.uint8) for size in (inputs // 2, blocks))
+        return NF4(codes, scales, absmax, jnp.zeros((), jnp.float32))
+
+    @staticmethod
+    def quantized(weight: Shaped[np.ndarray, "o i"]) -> "NF4":
+        """The weight's nearest codes, in NumPy; any dtype of floats, read a few rows at a time."""
+        codes, absmax = (np.concatenate(parts) for parts in zip(*_by_rows(_normal_codes, weight), strict=True))
+        mean = np.float32(absmax.mean(dtype=np.float64))
+        centred = np.resize(absmax - mean, -(-absmax.size // SCALES) * SCALES)
+        centred[absmax.size :] = 0  # so that the last block may be a short one
+        scales, scale_absmax = _scaled(centred, SCALES)
+        scales = _nearest(DYNAMIC, scales).reshape(-1)[: absmax.size].reshape(absmax.shape)
+        return NF4(codes, scales, scale_absmax, mean)
+
+
+class Int8(NamedTuple):
+    """One weight in 8 bits a value, or a stack of them with a leading axis L: codes * absmax / 127."""
+
+    codes: Any  # int8 [o, i]
+    absmax: Any  # float32 [o]: the largest value of an output's row
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for."""
+        return self.codes.shape
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
+        """The weight, computed in float32."""
+        return (self.codes.astype(jnp.float32) * self.absmax[:, None] * np.float32(1 / 127)).astype(dtype)
+
+    @staticmethod
+    def zeros(outputs: int, inputs: int) -> "Int8":
+        """Of these sizes."""
+        return Int8(jnp.zeros((outputs, inputs), jnp.int8), jnp.zeros(outputs, jnp.float32))
+
+    @staticmethod
+    def quantized(weight: Shaped[np.ndarray, "o i"]) -> "Int8":
+        """The weight's nearest codes, in NumPy; any dtype of floats, read a few rows at a time."""
+        return Int8(*(np.concatenate(parts) for parts in zip(*_by_rows(_int8_codes, weight), strict=True)))
+
+
+KINDS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
+
+
+def is_quantized(node: Any) -> bool:
+    """Is this node of a tree a whole quantised weight?"""
+    return isinstance(node, NF4 | Int8)
+
+
+def zeros(kind: str, outputs: int, inputs: int, dtype: DTypeLike) -> Any:
+    """A weight of these sizes: of `dtype` where `kind` is "none", else quantised."""
+    return jnp.zeros((outputs, inputs), dtype) if kind == "none" else KINDS[kind].zeros(outputs, inputs)
+
+
+def linear(x: Float[Array, "B T i"], weight: Any) -> Float[Array, "B T o"]:
+    """W x. What is made of a quantised weight for it is made again in the backward pass, and never kept."""
+
+    def product(x: Float[Array, "B T i"], weight: Any) -> Float[Array, "B T o"]:
+        return jnp.einsum("BTi,oi->BTo", x, weight.astype(x.dtype))
+
+    return (jax.checkpoint(product, prevent_cse=False) if is_quantized(weight) else product)(x, weight)
+
+
+def _normal(codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
+    """NORMAL[codes], by a tree of choices: it fuses with what follows, and a gather of single values is slow on TPU."""
+    values: list[Any] = [*NORMAL]
+    for bit in range(4):
+        odd = (codes >> bit) & 1 == 1
+        values = [jnp.where(odd, above, below) for below, above in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _by_rows(function: Callable[[Any], Any], weight: np.ndarray) -> list[Any]:
+    """What `function` makes of groups of rows as float32, on all cores."""
+    rows = max(1, CHUNK // weight.shape[1])
+    with ThreadPoolExecutor(os.cpu_count()) as pool, np.errstate(invalid="ignore"):
+        groups = (weight[first : first + rows] for first in range(0, len(weight), rows))
+        return list(pool.map(lambda group: function(np.asarray(group, np.float32)), groups))
+
+
+def _normal_codes(rows: Float[np.ndarray, "o i"]) -> tuple[np.ndarray, np.ndarray]:
+    """Packed codes [o, h] and the largest magnitude of each block [o, b]."""
+    values, absmax = _scaled(rows, BLOCK)
+    codes = _nearest(NORMAL, values).reshape(rows.shape)
+    return codes[:, ::2] << 4 | codes[:, 1::2], absmax.reshape(len(rows), -1)
+
+
+def _int8_codes(rows: Float[np.ndarray, "o i"]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [o, i] and the largest magnitude of each row [o]."""
+    absmax = np.abs(rows).max(axis=1)
+    factor = np.float32(1) / np.maximum(absmax, TINY) * np.float32(127)
+    return np.rint(rows * factor[:, None]).astype(np.int8), absmax
+
+
+def _scaled(values: Float[np.ndarray, "*n"], block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values in blocks, divided by the largest magnitude of each, as bitsandbytes divides: by way of the inverse."""
+    blocks = values.reshape(-1, block)
+    absmax = np.abs(blocks).max(axis=1)
+    return blocks * (np.float32(1) / np.maximum(absmax, TINY))[:, None], absmax
+
+
+def _nearest(code: Float[np.ndarray, " c"], values: Float[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
+    """The index of the nearest value of an ascending `code`, the lower one where two are equally near."""
+    found = np.zeros(values.shape, np.uint8)
+    for middle in (code[1:] + code[:-1]) / 2:
+        found += values > middle
+    return found
