@@ -182,4 +182,4 @@ def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:
     flops = rows * (length * token + targets * 6 * model.vocab_size * model.hidden_size)
     passes = (3 if again else 2) * job.micro_batches
     read = passes * bytes_of(base) * job.mesh.shape["fsdp"]  # gathered, it is read whole
-    return Work(flops / job.mesh.size, read, sum(c.sent for c in sent))
+    return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent))

@@ -6,7 +6,6 @@ fits; 2 it does not, or something else is to change.
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
@@ -37,6 +36,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
     parser.add_argument("--target", default="here", help=f"where it is to run: {EXAMPLES}")
     parser.add_argument("--tokens", type=int, default=0, help="length of every example, instead of the data's own")
+    parser.add_argument("--only", action="store_true", help="say nothing of other settings, which each take as long")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     target = _find(arguments.target, config)
@@ -52,6 +52,10 @@ def main(argv: list[str]) -> None:
     fits = seen.fits(target.limit)
     for line in report(seen, target, lengths):
         print(line)
+    if arguments.only and fits:
+        return
+    if arguments.only:
+        raise UserError(too_large(seen, target))
     best = search(seen, target, layout, print)
     if best is seen:
         print("no other setting that fits should be faster")
@@ -64,12 +68,10 @@ def main(argv: list[str]) -> None:
 
 
 def _find(name: str, config: Config) -> Target:
-    """The target, with the devices of this machine or as many stand-ins as it takes."""
-    if match := re.match(r"gpu:(\d+)x", name):
-        jax.config.update("jax_num_cpu_devices", int(match[1]))
+    """The target, with the devices of this machine or stand-ins."""
     if name != "here" and not name.startswith("gpu"):
         jax.config.update("jax_platforms", "cpu")  # the slice's compiler is asked directly
-    return find_target(name, find_devices(config))
+    return find_target(name, find_devices(config if name == "here" else dataclasses.replace(config, device="auto")))
 
 
 def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) -> tuple[Layout, str]:

@@ -29,6 +29,7 @@ TPUS = {
     "v5p": Peak(95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Peak(32 * GIB, 918e12, 1640e9, 448e9),
 }
+GPUS = {1: "1", 4: "2x2x1", 8: "2x2x2"}  # how many -> the slice that stands in for them
 EXAMPLES = "here, v5e:1, v5e:2x4, v6e:2x4, v5p:4x4x4, v4:2x2x2, gpu:24GiB, gpu:8x80GiB"
 
 
@@ -74,25 +75,31 @@ def memory_limit(devices: list[jax.Device]) -> int | None:
 
 def _slice(kind: str, chips: str) -> list[Any]:
     """Stand-ins for the chips of a slice, from the TPU's own compiler."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu's own switch: this machine need not be a TPU's host
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch("1(x1)*", chips) else {}
-    shape = "1x1" if chips == "1" else chips
+    # libtpu's own switches: this machine need not be a TPU's host, and what only compiles locks nobody out.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if chips == "1" else {}
+    shape = {"1": "1x1x1" if kind in ("v4", "v5p") else "1x1"}.get(chips, chips)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **alone)
     except Exception as error:  # libtpu raises what it likes
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"--target {kind}:{chips}: {reason}. It needs the TPU's compiler (pip install 'jlora[tpu]', on any "
-            f"machine) and a slice that exists, as {EXAMPLES}"
+            f"no stand-ins for {kind}:{chips}: {reason}. They need the TPU's compiler (pip install 'jax[tpu]', on any "
+            f"Linux machine) and a slice that exists, as {EXAMPLES}"
         ) from None
     return list(found.devices)
 
 
 def _gpu(name: str, count: int, limit: int, here: list[jax.Device]) -> Target:
-    """Where this machine has such GPUs, they themselves; else whatever compiles here."""
+    """Where this machine has such GPUs, they themselves; else TPU chips with as much memory.
+
+    A CPU cannot stand in: its compiler keeps copies of bfloat16 weights in float32.
+    """
     if here[0].platform == "gpu" and len(here) >= count:
         return Target(name, here[:count], limit, None, "")
-    if count > len(here):
-        raise UserError(f"--target {name}: {count} devices need stand-ins; set JAX_NUM_CPU_DEVICES={count}")
-    words = f"an estimate: no such GPU is here, so the same program was compiled for {here[0].device_kind}"
-    return Target(name, here[:count], limit, None, words)
+    if count not in GPUS or limit > TPUS["v5p"].capacity:
+        counts = ", ".join(map(str, GPUS))
+        raise UserError(f"--target {name}: stand-ins there are for {counts} GPUs of up to 95 GiB; known are {EXAMPLES}")
+    words = "an estimate: the same program compiled for TPU v5p, as no such GPU is here"
+    return Target(name, _slice("v5p", GPUS[count]), limit, None, words)
