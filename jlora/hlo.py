@@ -11,6 +11,7 @@ HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 CALLED = re.compile(r"(?:condition|body|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 
 
 class Collective(NamedTuple):
@@ -50,11 +51,11 @@ def collectives(text: str, devices: int) -> list[Collective]:
     def run(name: str, count: int) -> None:
         times[name] += count
         for line in bodies[name]:
-            trips = TRIPS.search(line) if " while(" in line else None
+            often = count * (_trips(line, bodies) if " while(" in line else 1)
             for called in CALLED.findall(line):
                 for inner in re.findall(r"[\w.-]+", called):
                     if inner in bodies:
-                        run(inner, count * (int(trips[1]) if trips else 1))
+                        run(inner, often)
 
     run(entry, 1)
     found = []
@@ -63,6 +64,14 @@ def collectives(text: str, devices: int) -> list[Collective]:
             if (match := COLLECTIVE.search(line)) and (group := _group(line, devices)) > 1:
                 found.append(Collective(match[2], _size(match[1], asynchronous=bool(match[3])), group, count))
     return found
+
+
+def _trips(loop: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: as its line says, else (on TPU) the bound that its condition compares the counter with."""
+    if known := TRIPS.search(loop):
+        return int(known[1])
+    condition = re.findall(r"condition=%?([\w.-]+)", loop)[0]
+    return max((int(match[1]) for line in bodies[condition] if (match := BOUND.search(line))), default=1)
 
 
 def _size(shapes: str, *, asynchronous: bool) -> int:

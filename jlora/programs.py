@@ -61,7 +61,7 @@ class Programs:
     """The compiled steps of one run on one mesh; each size of batch is compiled when it first comes.
 
     Args:
-      base: the frozen weights, placed; shapes of them are enough to compile.
+      base: the frozen weights, placed; shapes of them are enough to compile, and arrays may take their place.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Programs:
         dropout: bool,
         seed: int,
     ) -> None:
-        self._base, self._mesh = base, mesh
+        self.base, self._mesh = base, mesh
         self._key = jax.random.key(seed)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
@@ -85,15 +85,14 @@ class Programs:
     def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
         """One optimizer step; the state given is used up."""
         placed = self._place(batch)
-        program = self._program("training", batch, lambda: self.lower_training(state, placed), say)
-        return program(state, self._base, placed, self._key)
+        return self.compile_training(state, placed, say)(state, self.base, placed, self._key)
 
     def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
         """Mean loss over all targets of the held-out examples, nats a target."""
         sums = []
         for step in range(batches.steps_per_epoch):
             batch = batches[step]
-            arguments = (adapter, self._base, self._place(batch))
+            arguments = (adapter, self.base, self._place(batch))
             program = self._program("evaluation", batch, lambda: self._eval.lower(*arguments), say)  # noqa: B023
             sums.append(program(*arguments))
         losses, targets = np.sum(jax.device_get(sums), axis=0)
@@ -101,13 +100,13 @@ class Programs:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """An adapter of the same form and place that does nothing."""
-        return jax.jit(lora.neutral, out_shardings=_places(adapter))(adapter, self._base)
+        return jax.jit(lora.neutral, out_shardings=_places(adapter))(adapter, self.base)
 
-    def lower_training(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """The training step for a size of batch, not compiled yet; `state` and `batch` may be placed shapes."""
+    def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
+        """The training step for a size of batch; `state` and `batch` may be placed shapes."""
         step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(_places(state), self._everywhere))
         key = jax.ShapeDtypeStruct((), self._key.dtype, sharding=self._everywhere)
-        return step.lower(state, self._base, batch, key)
+        return self._program("training", batch, lambda: step.lower(state, self.base, batch, key), say)
 
     def _place(self, batch: Batch) -> Batch:
         """A host batch on the mesh, its rows split."""

@@ -29,6 +29,7 @@ from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Reading
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
+from jlora.forecast import laid_out, make_job
 from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Stop, overfitting
@@ -38,12 +39,14 @@ from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS, read_adapter, written_step
-from jlora.programs import Programs, fresh_state
+from jlora.programs import Programs, fresh_state, placed_shapes, state_shapes
 from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
+from jlora.search import ensure_fits
 from jlora.sharding import check_batch, make_mesh, row_ways
 from jlora.sharding import describe as describe_mesh
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
+from jlora.targets import find_target
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 
@@ -67,7 +70,8 @@ def train(config: Config, again: str) -> None:
     """One run, from files to an adapter; `again` is the command that would continue it."""
     resume.check_output(config)
     rows, held_out_rows = read_rows(config)
-    mesh = make_mesh(find_devices(config), config.mesh)
+    devices = find_devices(config)
+    mesh = make_mesh(devices, config.mesh)
     check_batch(mesh, config.batch_size)
     directory = sources.resolve(config.base_model, config.revision)
     model_config, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
@@ -86,9 +90,14 @@ def train(config: Config, again: str) -> None:
     start = resume.decide(config, record)
     print(start.message)
     graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec, compute)
-    with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
-        base = hf.load_base(directory, base_shapes, mesh, bar.update)
     optimizer = optim.make_optimizer(config, steps)
+    shapes = placed_shapes(base_shapes, mesh, "base")
+    programs = Programs(graphdef, shapes, optimizer, mesh, dropout=spec.draws, seed=config.seed + 1)
+    here, layout = find_target("here", devices), laid_out(model_config, examples)
+    job = make_job(config, model_config, compute, here, layout)
+    ensure_fits(job, programs, state_shapes(adapter_shapes, optimizer, mesh), here, layout, print)
+    with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
+        base = programs.base = hf.load_base(directory, base_shapes, mesh, bar.update)
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
     state, progress = begin(start, fresh_state(adapter, optimizer, mesh, compute.compute_dtype))
 
@@ -98,7 +107,6 @@ def train(config: Config, again: str) -> None:
         if warm:
             checkpoints.save(state, progress, None)  # first of all, so that no restart begins from nothing
         write_record(run, record)
-        programs = Programs(graphdef, base, optimizer, mesh, dropout=spec.draws, seed=config.seed + 1)
         sizes = len(batches.shapes)
         shapes = (
             f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"

@@ -18,6 +18,7 @@ import transformers
 from jlora import sources
 
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX first looks for devices
+jax.config.update("jax_platforms", "cpu")  # libtpu is here for its compiler; there is no TPU to look for
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = Path(__file__).parent.parent
 COMPILED = tempfile.mkdtemp(prefix="jlora-compiled-")
@@ -145,4 +146,8 @@ def command(name: str, *arguments) -> list[str]:
 def process_options(devices: int) -> dict:
     """Text output, jlora's own directory, fake devices, and one store of compiled programs for all processes."""
     cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {"cwd": ROOT, "text": True, "env": {**os.environ, **cache, "JAX_NUM_CPU_DEVICES": str(devices)}}
+    return {
+        "cwd": ROOT,
+        "text": True,
+        "env": {**os.environ, **cache, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
+    }

@@ -30,12 +30,12 @@ ROPE_DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate"
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """config.json as the model's own config, read as transformers reads it.
+    """config.json (of a directory, or the file itself) as the model's own config, read as transformers reads it.
 
     Raises:
       UserError: the file is missing or broken, or asks for something that jlora does not compute, by name and value.
     """
-    path = directory / "config.json"
+    path = directory if directory.suffix == ".json" else directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jlora.errors import UserError
 from jlora.model.compute import Compute
 from jlora.model.llama import Llama, LlamaConfig
-from jlora.model.quant import is_quantized
+from jlora.model.quant import BLOCK, is_quantized
 from jlora.model.weights import DTYPES, Weights
 from jlora.sharding import shardings
 from jlora.sites import LoraConfig
@@ -60,29 +60,30 @@ def abstract(
       UserError: the mesh that it is computed on does not divide it.
     """
     if compute.mesh is not None:
-        _check_mesh(config, compute.mesh)
+        _check_mesh(config, compute, compute.mesh)
     model = nnx.eval_shape(lambda: Llama(config, spec, compute))
     graphdef, state = nnx.split(model)
     adapter, base = nnx.split_state(state, nnx.LoRAParam, ...)
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
-def _check_mesh(config: LlamaConfig, mesh: Mesh) -> None:
+def _check_mesh(config: LlamaConfig, compute: Compute, mesh: Mesh) -> None:
     """Raises UserError where an axis of the mesh does not divide what it splits; names the sizes that do."""
-    split = {
-        "tensor": (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size),
-        "fsdp": (config.hidden_size,),
+    block = BLOCK if compute.quantize == "nf4" else 1  # blocks of a quantised row stay whole
+    inner, hidden = config.intermediate_size // block, config.hidden_size // block
+    heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    blocks = f" / {block}" if block > 1 else ""
+    splits = {
+        "tensor": {**heads, f"intermediate_size{blocks}": inner, "vocab_size": config.vocab_size},
+        "fsdp": {f"hidden_size{blocks}": hidden},
     }
-    names = {
-        "tensor": "num_attention_heads, num_key_value_heads, intermediate_size and vocab_size",
-        "fsdp": "hidden_size",
-    }
-    for axis, sizes in split.items():
-        common, count = math.gcd(*sizes), mesh.shape[axis]
+    for axis, sizes in splits.items():
+        common, count = math.gcd(*sizes.values()), mesh.shape[axis]
         if common % count:
             fitting = [n for n in range(1, mesh.size + 1) if common % n == 0 and mesh.size % n == 0]
+            listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise UserError(
-                f"mesh: {axis}={count} does not divide the base's {names[axis]} ({', '.join(map(str, sizes))}): "
+                f"mesh: {axis}={count} does not divide all of the base's {listed}: "
                 f"set {axis} to one of {', '.join(map(str, fitting))}"
             )
 

@@ -1,0 +1,83 @@
+"""What the TPU's own compiler says of large bases, on slices that are not here: memory, collectives, the least time.
+
+    python scripts/plan_table.py [ROW ...]
+
+Needs libtpu (`pip install -e '.[test]'` brings it), no TPU and no weights; each row takes a minute or two and adds a
+line to scripts/results/plan.md, with what `python -m jlora.plan` prints beside it in plan/ROW.txt.
+"""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ADAPTER = "LoRA r16 on q_proj and v_proj"
+# Row -> shape, target, tokens a row, settings.
+ROWS: dict[str, tuple[str, str, int, dict[str, object]]] = {
+    "7b-v5e-8": ("llama-2-7b", "v5e:2x4", 512, {"batch_size": 8, "remat": "full"}),
+    "7b-v5e-1-nf4": ("llama-2-7b", "v5e:1", 512, {"batch_size": 4, "remat": "full", "quantize_base": "nf4"}),
+    "8b-8192-v5e-8": ("llama-3.1-8b", "v5e:2x4", 8192, {"batch_size": 8, "remat": "full", "mesh": "{fsdp: 8}"}),
+    "70b-v5p-64": ("llama-3-70b", "v5p:4x4x4", 4096, {"batch_size": 64, "remat": "full", "mesh": "{fsdp: 64}"}),
+    "7b-gpu-24": ("llama-2-7b", "gpu:24GiB", 512, {"batch_size": 4, "remat": "full"}),
+    "7b-gpu-8-nf4": ("llama-2-7b", "gpu:8GiB", 512, {"batch_size": 1, "remat": "full", "quantize_base": "nf4"}),
+}
+
+
+def main(names: list[str]) -> None:
+    """Makes the rows named, or all of them."""
+    for name in names or ROWS:
+        shape, target, tokens, settings = ROWS[name]
+        started = time.monotonic()
+        said = plan(shape, target, tokens, settings)
+        seconds = time.monotonic() - started
+        file = RESULTS / "plan" / f"{name}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "flax"))
+        file.write_text(f"{shape}, {ADAPTER}; {versions}; {seconds:.0f} s\n{said}", encoding="utf-8")
+        print(file.read_text(encoding="utf-8"), flush=True)
+    table()
+
+
+def plan(shape: str, target: str, tokens: int, settings: dict[str, object]) -> str:
+    """What the plan prints, without a search for something better."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / "config.yaml"
+        values = {"base_model": HERE / "shapes" / f"{shape}.json", "train_data_dir": "none", **settings}
+        config.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
+        command = ["-m", "jlora.plan", "--config", config, "--target", target, "--tokens", tokens, "--only"]
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=HERE.parent, env={**os.environ}, capture_output=True, text=True
+        )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return done.stdout + "\n".join(errors if done.returncode in (0, 2) else [done.stderr])
+
+
+def table() -> None:
+    """One line for each row that was made."""
+    lines = [
+        f"# Large bases by the compiler alone ({ADAPTER}; made by scripts/plan_table.py)",
+        "",
+        "| row | target | a device needs | sent a step and device | at least a step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (shape, target, tokens, settings) in ROWS.items():
+        file = RESULTS / "plan" / f"{name}.txt"
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            listed = ", ".join(f"{key}={value}" for key, value in settings.items())
+            needs, sent, least = (
+                match[1] if (match := re.search(pattern, text)) else "-"
+                for pattern in (r": (\S+(?: of \S+)? GiB) on each", r"; (.* MB sent|nothing sent)", r"at least (\S+ s)")
+            )
+            lines.append(f"| {shape}, {tokens} tokens, {listed} | {target} | {needs} | {sent} | {least} |")
+    (RESULTS / "plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

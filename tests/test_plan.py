@@ -1,0 +1,181 @@
+"""What is said of a run before it runs: memory by part, what is sent, what would fit; by the TPU's own compiler too."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+
+import jax
+import pytest
+from conftest import ROOT
+
+from jlora import hlo, plan, search, targets
+from jlora.config import Config
+from jlora.data.batches import Shape
+from jlora.errors import UserError
+from jlora.forecast import forecast, make_job
+from jlora.model.compute import FLOAT32
+from jlora.model.families import read_config
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """config.json of a small base, and nothing else."""
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(SMALL))
+    return file
+
+
+@pytest.fixture
+def written(tmp_path, small):
+    """Writes a YAML config for it; returns a function of its changes."""
+
+    def write(**changes):
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps({"base_model": str(small), "train_data_dir": "none", **changes}))
+        return file
+
+    return write
+
+
+LOOPS = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %sum = (f32[8]{0}, bf16[4,2]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%add
+}
+%end (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(5)
+}
+%inner (p: f32[]) -> f32[] {
+  %all = ((f32[2]{0}), (f32[16]{0})) all-gather-start(%c), replica_groups=mesh['x'=1,'y'=8] {'y'}, dimensions={0}
+  %alone = f32[100]{0} all-reduce(%d), replica_groups={{0},{1}}, to_apply=%add
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %one = (s32[], f32[8]) while(%t), condition=%end, body=%body
+  %two = f32[] while(%t), condition=%end, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %last = f32[] all-reduce(%e), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+
+
+def test_what_is_sent_is_read_from_a_program():
+    found = sorted(hlo.collectives(LOOPS, 8))
+    assert found == [("all-gather", 64, 8, 3), ("all-reduce", 4, 2, 1), ("all-reduce", 32 + 16, 4, 5)]
+    assert found[0].sent == 3 * 64 * 7 / 8 and found[2].sent == 5 * 48 * 2 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5x:2x4", "--target v5x:2x4: there is no such target; known are here, v5e:1, v5e:2x4"),
+        ("v5e:3x5", "no stand-ins for v5e:3x5: .*a slice that exists, as here, v5e:1"),
+        ("gpu:24", "--target gpu:24: there is no such target; known are .*gpu:24GiB"),
+        ("gpu:3x24GiB", "stand-ins there are for 1, 4, 8 GPUs of up to 95 GiB"),
+    ],
+)
+def test_an_unknown_target(name, message):
+    with pytest.raises(UserError, match=message):
+        targets.find_target(name, jax.devices()[:1])
+
+
+def job_of(file, target, length=128, **changes):
+    def layout(config, ways):
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length)
+
+    config = dataclasses.replace(Config(), batch_size=8, mesh={}, **changes)
+    return make_job(config, read_config(file), FLOAT32, target, layout), layout
+
+
+def test_memory_is_told_by_part_and_a_larger_batch_needs_more(small):
+    target = targets.Target("here", jax.devices()[:2], None, None, "")
+    seen = forecast(job_of(small, target)[0])
+    heads, keys, D, F, L = 256, 128, 256, 512, 2
+    matrices = 2 * heads * D + 2 * keys * D + 3 * F * D
+    adapter = 4 * L * 16 * (D + heads + D + keys)
+    assert seen.memory.base == 4 * (512 * D + D + L * (matrices + 2 * D))
+    assert seen.memory.adapter == adapter and adapter * 2 <= seen.memory.optimizer < adapter * 2 + 100
+    assert seen.memory.batch == 4 * 8 // 2 * 128 * 6
+    assert sum(c.size * c.times for c in seen.collectives) == adapter + 8
+    longer = forecast(job_of(small, target, length=256)[0])
+    assert longer.memory.rest > 1.5 * seen.memory.rest and longer.memory.base == seen.memory.base
+
+
+def test_what_does_not_fit_is_told_with_a_setting_that_does(small):
+    roomy = targets.Target("here", jax.devices()[:1], None, None, "")
+    job, layout = job_of(small, roomy)
+    seen, said = forecast(job), []
+    tight = roomy._replace(limit=int(seen.needed * 0.7))
+    assert not seen.fits(tight.limit)
+    other = search.search(seen, tight, layout, said.append)
+    assert other.needed <= tight.limit and said
+    config = other.job.config
+    assert config.batch_size * config.gradient_accumulation_steps == 8  # the same optimizer steps
+    assert f"set {search.wanted(job.config, config)}" in search.remedy(job.config, other)
+    hopeless = roomy._replace(limit=seen.memory.adapter)
+    assert search.search(seen, hopeless, layout, said.append) is None
+    assert "take a smaller base" in search.remedy(job.config, None)
+
+
+def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, tmp_path):
+    from jlora import train
+
+    monkeypatch.setattr("jlora.targets.memory_limit", lambda devices: 60 << 20)  # a base of 26 MB and its logits
+    config = train.load_config(str(config_file(batch_size=8, target_modules="all-linear")), [])
+    with pytest.raises(UserError, match=r"needs 0\.\d+ GiB on each device, and 0.06 GiB are there\. (This fits|No)"):
+        train.train(config, "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_reads_config_json_alone(written, capsys):
+    plan.main(["--config", str(written(batch_size=8)), "--tokens", "64"])
+    said = capsys.readouterr().out
+    for words in (
+        "8 x cpu, data=8; remat=none, float32 base",
+        "1 forward and backward passes of 8 x 64 tokens; every example taken as 64 tokens long (--tokens)",
+        "fits: 0.0",
+        "activations, temporaries, padding",
+        "MB sent (all-reduce of 0.",
+        "no other setting that fits should be faster",
+    ):
+        assert words in said, said
+    with pytest.raises(UserError, match="batch_size=6 does not divide over 8 devices: set batch_size=8"):
+        plan.main(["--config", str(written(batch_size=6))])
+
+
+def test_lengths_come_from_the_data_where_it_is_there(config_file, capsys):
+    plan.main(["--config", str(config_file(batch_size=8)), "--only"])
+    said = capsys.readouterr().out
+    assert "of 8 x 112 tokens; row lengths from " in said, said
+
+
+def plan_of(row):
+    """What the plan says of a row of scripts/plan_table.py."""
+    spec = importlib.util.spec_from_file_location("plan_table", ROOT / "scripts/plan_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.plan(*module.ROWS[row])
+
+
+def test_seven_billion_parameters_on_a_tpu_slice():
+    """By the TPU's compiler: at most 14 GiB a chip, and nothing but the adapter's gradients and scalars travels."""
+    said = plan_of("7b-v5e-8")
+    assert float(re.search(r"fits: (\S+) of 16.00 GiB on each device", said)[1]) < 14, said
+    travels = re.search(r"MB sent \(all-reduce of (\S+) MB\)", said)  # no other collective is named
+    gradients = 32 * 2 * 16 * (4096 + 4096)  # A and B of q and v
+    assert travels and float(travels[1]) * 1e6 <= 4 * gradients + 100, said
+
+
+def test_seven_billion_parameters_in_four_bits_on_one_chip():
+    said = plan_of("7b-v5e-1-nf4")
+    assert "fits: " in said and "nothing sent between devices" in said, said
