@@ -1,15 +1,21 @@
 """Attention's kernels against the plain formula, in Pallas's interpreter; and which of them a run uses."""
 
+import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jlora.model import attention, flash
+from jlora.errors import UserError
+from jlora.model import attention, backend, flash
+from jlora.model.families import read_config
 from jlora.sharding import make_mesh
 
 
@@ -91,8 +97,8 @@ def test_a_kernel_is_the_formula_and_leaks_nothing(kernel, T, N, K, H, window):
     assert not np.array_equal(leaking[~inside], run(kernel, arrays, jnp.ones_like(segments), window)[3][~inside])
 
 
-@pytest.mark.parametrize("kernel", ["splash", "pallas"])
-def test_eight_devices_equal_one_without_communication(kernel):
+def test_eight_devices_equal_one_without_communication():  # splash: in test_mesh.py, within the whole step
+    kernel = "pallas"
     arrays, segments = inputs(60, 2, 1, 64, rows=8)
     mesh = make_mesh(jax.devices())
     want = run("xla", arrays, segments)
@@ -105,3 +111,89 @@ def test_eight_devices_equal_one_without_communication(kernel):
     collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not any(name in program.as_text() for name in collectives)
     assert any(name in alone.as_text() for name in collectives)  # the negative control: the compiler alone cannot
+
+
+class Wish:
+    """What backend.choose is asked: by default for the tiny model on a TPU, in float32."""
+
+    def __init__(self, directory):
+        self.model = read_config(directory)
+
+    def __call__(self, wish, platform="tpu", capability="8.0", dtype=jnp.bfloat16, longest=512, **changes):
+        device = types.SimpleNamespace(platform=platform, device_kind="T4", compute_capability=capability)
+        return backend.choose(wish, device, dataclasses.replace(self.model, **changes), dtype, longest)
+
+
+def test_a_kernel_is_used_where_it_agrees_with_xla_on_the_device(tiny, monkeypatch):
+    wish = Wish(tiny)
+    assert wish("auto", "cpu") == wish("xla") == ("xla", "")
+    assert wish("auto") == ("splash", "")
+    monkeypatch.setattr(flash, "INTERPRET", False)  # a CPU cannot run it then
+    name, why = wish("auto")
+    assert name == "xla" and re.match(r"splash: it failed on this device \(.*interpret", why)
+    with pytest.raises(UserError, match=r"attn_implementation='splash' cannot run here: it failed .* Set .* to 'xla'"):
+        wish("splash")
+
+    def leaking(q, k, v, segments, window, block):
+        places = {"q_segments": segments.clip(1, 1), "k_segments": segments.clip(1, 1), "q_start": 0}
+        return attention.attention(q, k, v, **places, window=window, backend="xla", mesh=None)
+
+    monkeypatch.setitem(flash.KERNELS, "splash", leaking)
+    assert re.match(r"splash: its results are not XLA's on this device \(off by \d", wish("auto")[1])
+
+
+@pytest.mark.parametrize(
+    ("wish", "changes", "message"),
+    [
+        ("splash", {"platform": "cpu"}, "it is made for a TPU, and this is a CPU"),
+        ("pallas", {"platform": "tpu"}, "it is made for a GPU, and this is a TPU"),
+        (
+            "pallas",
+            {"capability": "7.5"},
+            "it needs an NVIDIA card of compute capability 8.0 or more, and this is a T4",
+        ),
+        ("pallas", {"capability": "gfx90a"}, "it needs an NVIDIA card .*"),
+        ("pallas", {"dtype": jnp.float32}, "it needs activations in bfloat16 or float16, and they are float32"),
+        ("pallas", {"head_dim": 256}, "it needs a head_dim of at most 128, and this is 256"),
+        ("pallas", {"sliding_window": 256}, "it has no sliding window, and rows are longer than this base's of 256"),
+    ],
+)
+def test_a_wish_that_cannot_come_true_is_one_message(tiny, wish, changes, message):
+    changes = {"platform": "gpu", **changes}
+    with pytest.raises(UserError, match=f"attn_implementation='{wish}' cannot run here: {message}. Set .* to 'xla'"):
+        Wish(tiny)(wish, **changes)
+    if changes["platform"] == "gpu":
+        name, why = Wish(tiny)("auto", **changes)
+        assert name == "xla" and re.match(f"pallas: {message}", why)
+
+
+def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
+    """The gradient's lowering for shapes alone."""
+
+    def loss(q, k, v, segments):
+        places = {"q_segments": segments, "k_segments": segments, "q_start": 0, "window": window}
+        return jnp.sum(attention.attention(q, k, v, **places, backend=kernel, mesh=None).astype(jnp.float32))
+
+    shapes = [jax.ShapeDtypeStruct((2, T, heads, H), dtype, sharding=sharding) for heads in (N, K, K)]
+    segments = jax.ShapeDtypeStruct((2, T), jnp.int32, sharding=sharding)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, segments)
+
+
+def test_the_gpu_kernel_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr(flash, "INTERPRET", False)
+    text = grad("pallas", 128, 8, 2, 300, jnp.bfloat16).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 3  # forward, and two of the backward pass
+    assert "2x384x2x128xbf16" in text and "2x300x8x300" not in text
+
+
+def test_splash_compiles_for_a_tpu(monkeypatch):
+    """By libtpu, without a TPU: the head sizes of SmolLM2 and Llama 3, and a window."""
+    monkeypatch.setattr(flash, "INTERPRET", False)
+    monkeypatch.setattr(flash, "BLOCK", 512)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    for H, N, K, T, window in [(64, 9, 3, 1100, None), (128, 8, 2, 600, 256)]:
+        traced = grad("splash", H, N, K, T, jnp.bfloat16, window, SingleDeviceSharding(device))
+        program = traced.lower().compile()
+        assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+        assert program.memory_analysis().temp_size_in_bytes < 2 * T * T * N  # no scores, in any dtype

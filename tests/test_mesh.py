@@ -15,7 +15,7 @@ from jlora.data.batches import plan_batches
 from jlora.data.chat import Example
 from jlora.errors import UserError
 from jlora.export import spec_of
-from jlora.model import hf
+from jlora.model import flash, hf
 from jlora.model.families import read_config
 from jlora.programs import Programs, fresh_state
 
@@ -52,7 +52,9 @@ class Run:
             max_shapes=1,
         )
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
-        compute = dataclasses.replace(train.choose_compute(config, jax.devices()[0]), mesh=self.mesh)
+        kernel = config.attn_implementation.replace("auto", "xla")
+        compute = train.choose_compute(config, jax.devices()[0])
+        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel)
         graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
         self.base = hf.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, 10)
@@ -79,9 +81,16 @@ def alone(heads):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "changes"), [*((mesh, {}) for mesh in MESHES), (MESHES[2], MORE), (MESHES[4], MORE)], ids=str
+    ("mesh", "changes"),
+    [
+        *((mesh, {}) for mesh in MESHES),
+        *((mesh, MORE) for mesh in (MESHES[2], MESHES[4])),
+        *((mesh, {"attn_implementation": "splash"}) for mesh in (MESHES[0], MESHES[4])),
+    ],
+    ids=str,
 )
-def test_every_mesh_equals_one_device(heads, alone, mesh, changes):
+def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
+    monkeypatch.setattr(flash, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.losses, many.losses)).max() < 1e-5
     assert one.losses[-1] < one.losses[0] - 0.1  # the bound means something: it learns

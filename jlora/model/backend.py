@@ -1,5 +1,7 @@
 """Which attention a run uses: the wish, the device and the shapes decide, and a kernel is tried before it is used."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,12 +16,12 @@ KERNEL_OF = {"tpu": "splash", "gpu": "pallas"}  # by jax.Device.platform
 TOLERANCE = 0.02  # of the norm: several times bfloat16's rounding, far below what a leak or a wrong mask makes
 
 
-def choose(wish: str, device: jax.Device, model: LlamaConfig, dtype: DTypeLike, longest: int) -> tuple[str, str]:
+def choose(wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int) -> tuple[str, str]:
     """The backend of attention.attention, and where that is not the one made for the device, why not.
 
     Args:
       wish: "auto", "xla", or a kernel of flash.py.
-      device: one of those that the run uses.
+      device: one of those that the run uses, a jax.Device or what stands for it.
       dtype: of activations.
       longest: tokens of the longest row.
 
@@ -42,7 +44,7 @@ def choose(wish: str, device: jax.Device, model: LlamaConfig, dtype: DTypeLike, 
     )
 
 
-def obstacle(kernel: str, device: jax.Device, head_dim: int, window: int | None, dtype: DTypeLike) -> str:
+def obstacle(kernel: str, device: Any, head_dim: int, window: int | None, dtype: DTypeLike) -> str:
     """Why a kernel cannot run, as far as that is known before it is tried; "" otherwise."""
     if KERNEL_OF.get(device.platform) != kernel:
         place = next(platform for platform, name in KERNEL_OF.items() if name == kernel).upper()

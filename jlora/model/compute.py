@@ -1,8 +1,8 @@
 """How the model is computed, which is no part of its config: dtypes, bits, and what the backward pass recomputes."""
 
 import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -37,7 +37,7 @@ KEPT = {
 }
 
 
-def compute_capability(device: jax.Device) -> float:
+def compute_capability(device: Any) -> float:
     """Of an NVIDIA card, as 7.5; 0 of any other device."""
     try:
         return float(getattr(device, "compute_capability", 0))
@@ -45,7 +45,7 @@ def compute_capability(device: jax.Device) -> float:
         return 0.0
 
 
-def default_dtype(device: jax.Device) -> DTypeLike:
+def default_dtype(device: Any) -> DTypeLike:
     """What weights and activations are, unless a config says otherwise: float32 on a CPU, else bfloat16; float16 on
     NVIDIA's cards before Ampere (T4, V100), which have no bfloat16."""
     if device.platform == "cpu":

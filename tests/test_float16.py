@@ -1,0 +1,217 @@
+"""Training in float16: its loss is scaled, steps that overflow are skipped, and only such runs pay for it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import run_module, short_run
+from safetensors.numpy import load_file, save_file
+
+from jlora import loss_scale, optim, sharding, train
+from jlora.checkpoint import Checkpoints, Progress
+from jlora.config import Config
+from jlora.data.batches import plan_batches
+from jlora.data.chat import Example
+from jlora.metrics import Logger
+from jlora.model import hf
+from jlora.model.compute import Compute, default_dtype
+from jlora.model.families import read_config
+from jlora.programs import Programs, fresh_state
+from jlora.sites import LoraConfig
+from jlora.step import Metrics
+
+SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "down_proj"))
+
+
+def test_the_scale_moves_as_torchs_does(monkeypatch):
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+    theirs = torch.amp.GradScaler("cpu", growth_interval=3)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer, ours, skipped = torch.optim.SGD([parameter], lr=1.0), loss_scale.first(), 0
+    for finite in [1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]:
+        parameter.grad = theirs.scale(torch.ones(1)) * (1 if finite else torch.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        ours, skipped = loss_scale.after(ours, jnp.array(bool(finite))), skipped + 1 - finite
+        assert float(ours.scale) == theirs.get_scale() and int(ours.skipped) == skipped
+
+
+class Run:
+    """A small base with random weights on random tokens, ready for its first step."""
+
+    def __init__(self, tiny, dtype=jnp.float16, devices=1, micro_batches=1, **changes):
+        model = dataclasses.replace(read_config(tiny), vocab_size=300, num_hidden_layers=2)
+        config = dataclasses.replace(Config(), warmup_ratio=0.0, learning_rate=5e-3, **changes)
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        graphdef, shapes, base = hf.abstract(model, SPEC, Compute(dtype, dtype, mesh=mesh))
+        keys = iter(jax.random.split(jax.random.key(0), 99))
+        base = jax.tree_util.tree_map_with_path(
+            lambda path, x: (0.08 * jax.random.normal(next(keys), x.shape) + ("norm" in str(path))).astype(dtype), base
+        )
+        adapter = jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape), shapes)
+        optimizer, random = optim.make_optimizer(config, 20), np.random.RandomState(0)
+        examples = [Example(random.randint(300, size=n), np.arange(n) > 8, "") for n in range(33, 65)]
+        sizes = {"batch_size": 8, "micro_batches": micro_batches, "devices": devices, "steps": 20}
+        self.batches = plan_batches(examples, **sizes, seed=0, linear_cost=1e4, max_shapes=1)
+        self.fresh = jax.device_get(fresh_state(adapter, optimizer, mesh, dtype))
+        self.mesh = mesh
+        self.programs = Programs(graphdef, base, optimizer, mesh, dropout=False, seed=1)
+
+    def start(self):
+        """At step 0 again, with what was compiled."""
+        self.state = jax.device_put(self.fresh, sharding.shardings(self.fresh, self.mesh, "state"))
+        return self
+
+    def losses(self, count):
+        losses = []
+        for step in range(count):
+            self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
+            losses.append(float(metrics.loss))
+        return np.array(losses)
+
+
+def taken(run, step=0, scale=None):
+    """The state before a step, the state after it and its metrics, on the host; from another loss scale if given."""
+    if scale is not None:
+        moved = jax.device_put(jnp.float32(scale), run.state.scaling.scale.sharding)
+        run.state = run.state._replace(scaling=run.state.scaling._replace(scale=moved))
+    before = jax.device_get(run.state)
+    run.state, metrics = run.programs.train_step(run.state, run.batches[step], print)
+    return before, jax.device_get(run.state), jax.device_get(metrics)
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def half(tiny):
+    return Run(tiny)
+
+
+def test_losses_are_near_float32s_and_only_float16_has_a_scale(tiny, half):
+    half, single = half.start(), Run(tiny, jnp.float32).start()
+    assert single.state.scaling is None
+    want = single.losses(12)
+    assert np.abs(half.losses(12) / want - 1).max() < 5e-3
+    assert want[-1] < want[0] - 0.1  # the bound means something: it learns
+    assert jax.device_get(half.state.scaling) == (2.0**16, 12, 0)
+
+
+def test_a_step_that_overflows_changes_nothing_but_the_scale(half):
+    taken(half.start())
+    before, after, metrics = taken(half, 1, scale=2.0**40)
+    assert same((before.lora, before.optimizer), (after.lora, after.optimizer))
+    assert after.step == 2 and after.scaling == (2.0**39, 0, 1)
+    assert not np.isfinite(metrics.grad_norm) and np.isfinite(metrics.loss) and not metrics.broken()
+    before, after, metrics = taken(half, 2, scale=2.0**10)  # the negative control
+    assert not same(before.lora, after.lora) and not same(before.optimizer, after.optimizer)
+    assert after.scaling == (2.0**10, 1, 1)
+
+
+def test_without_a_scale_small_gradients_are_lost(half, monkeypatch):
+    def smaller(path, x):
+        return x * jnp.asarray(2.0**-9, x.dtype) if "embed_tokens" in str(path) else x
+
+    base = jax.tree_util.tree_map_with_path(smaller, half.programs._base)  # a small head, and so small gradients
+    monkeypatch.setattr(half.programs, "_base", base)
+
+    def zeros(scale):
+        _, after, _ = taken(half.start(), scale=scale)
+        return np.mean([np.mean(x == 0) for x in jax.tree.leaves(after.optimizer) if x.ndim > 1])
+
+    assert zeros(1.0) > 0.1 and zeros(2.0**16) == 0
+
+
+def test_eight_devices_and_accumulation_skip_as_one(tiny):
+    one, eight = Run(tiny, micro_batches=2).start(), Run(tiny, devices=8, micro_batches=2).start()
+    for step, scale in enumerate([None, 2.0**40, 2.0**12]):
+        (_, a, x), (_, b, y) = (taken(run, step, scale) for run in (one, eight))
+        assert a.scaling == b.scaling and abs(float(x.loss) - float(y.loss)) < 2e-3
+    assert a.scaling == (2.0**12, 1, 1)
+    pairs = list(zip(jax.tree.leaves(a.lora), jax.tree.leaves(b.lora), strict=True))
+    assert all(np.abs(p - q).mean() < 5e-5 for p, q in pairs)  # of two steps of 5e-3, in which Adam takes signs
+
+
+def test_a_scale_that_fell_below_one_stops_and_so_does_a_loss_that_is_no_number():
+    def metrics(loss, grad_norm, scale):
+        return Metrics(*map(np.float32, (loss, grad_norm, 1.0, 10.0)), loss_scale.LossScale(np.float32(scale), 0, 1))
+
+    assert not metrics(2.0, 1.0, 1.0).broken() and not metrics(2.0, np.inf, 1.0).broken()
+    assert metrics(2.0, np.nan, 0.5).broken() and metrics(np.inf, np.nan, 2.0**16).broken()
+    assert Metrics(*map(np.float32, (2.0, np.nan, 1.0, 10.0))).broken()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("cpu", None, "float32"),
+        ("tpu", None, "bfloat16"),
+        ("gpu", "7.0", "float16"),
+        ("gpu", "7.5", "float16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "gfx942", "bfloat16"),
+    ],
+)
+def test_float16_is_for_cards_without_bfloat16(capsys, platform, capability, dtype):
+    device = types.SimpleNamespace(platform=platform, device_kind="this", compute_capability=capability)
+    if capability is None:
+        del device.compute_capability
+    assert default_dtype(device) == jnp.dtype(dtype)
+    compute = train.choose_compute(Config(), device)
+    assert compute == Compute(jnp.dtype(dtype).type, jnp.dtype(dtype).type)
+    said = capsys.readouterr().out
+    assert ("computing in float16, since a this has no bfloat16" in said) == (dtype == "float16")
+    compute = train.choose_compute(dataclasses.replace(Config(), fp16=True), device)
+    assert compute.compute_dtype == (jnp.float16 if dtype == "float16" else jnp.bfloat16)
+    assert ("fp16: computing in bfloat16" in capsys.readouterr().out) == (dtype != "float16")
+
+
+def test_a_saved_state_goes_on_bit_for_bit(half, tmp_path):
+    """Two steps, one of them skipped, saved; two more, and the same two from what was saved."""
+    taken(half.start())
+    taken(half, 1, scale=2.0**40)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(half.state, Progress(), None)
+    want = [taken(half, step) for step in (2, 3)]
+    half.state, _ = checkpoints.restore(2, half.start().state)
+    got = [taken(half, step) for step in (2, 3)]
+    checkpoints.close()
+    assert same(got, want)
+    assert got[1][1].scaling == (want[0][0].scaling.scale / 2 ** int(got[1][1].scaling.skipped - 1), 0, 3)
+    assert not same(got[1][1], want[0][1])  # the negative control
+
+
+def test_the_log_line_counts_skipped_steps(tmp_path, capsys):
+    with Logger(tmp_path, 0, 9) as logger:
+        logger.log(4, loss=2.0, loss_scale=1024.0, skipped_steps=3)
+    assert re.search(r"step 4 of 9: loss 2.0000, tokens/s \d+, skipped 3 steps", capsys.readouterr().out)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss_scale"] == 1024.0
+
+
+def test_a_run_in_float16_says_what_it_does_and_what_does_not_fit(tiny, pairs, tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny, base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e5
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(short_run(base, pairs, run, max_steps=1)))
+    done = run_module("jlora.train", "--config", file, "--config.compute_dtype=float16")
+    assert done.returncode == 2 and "training broke down at step 1, on " in done.stderr
+    assert "; or set compute_dtype='float32': nothing in float16 is larger than 65504" in done.stderr
+    assert "computing in float16: the loss is scaled" in done.stdout and "\nattention: xla\n" in done.stdout
+
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["compute_dtype"] = "auto"  # as if it had begun on a card without bfloat16
+    (run / "config.json").write_text(json.dumps(record))
+    done = run_module("jlora.train", "--config", file, "--config.resume_from_checkpoint=auto")
+    assert done.returncode == 2 and "it computed in float16 and now would in float32" in done.stderr
