@@ -18,7 +18,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jlora import export, lora, sharding, verify
+from jlora import export, generate, lora, sharding, verify
 from jlora.adapter_config import peft_config
 from jlora.checkpoint import read_record
 from jlora.data.batches import Batch
@@ -91,13 +91,19 @@ def test_nf4_is_that_of_bitsandbytes(weights, theirs, dtype, monkeypatch):
     assert np.all(distance[0] <= distance[1] + 1e-7) and np.mean(found[0] != found[1]) < 0.01
     monkeypatch.setattr(quant, "DYNAMIC", theirs[f"{dtype} table"])
     same = ours._replace(scales=their["scales"].reshape(300, -1), scale_mean=their["scale_mean"])
+    same = jax.tree.map(jnp.asarray, same)
     values = theirs[f"{dtype} values"]
     assert np.array_equal(np.asarray(same.astype(jnp.dtype(dtype))).astype(np.float32), values)
     compiled = np.asarray(jax.jit(lambda leaves: leaves.astype(jnp.float32))(same))  # fuses a product and a sum
     exact = np.asarray(same.astype(jnp.float32))
     np.testing.assert_allclose(compiled, exact, rtol=0, atol=2**-23 * np.abs(exact).max())
     scaled, _ = quant._scaled(weight.astype(np.float32), 64)
-    assert dtype != "float32" or np.isin(scaled, (quant.NORMAL[1:] + quant.NORMAL[:-1]) / 2).sum() >= 3 * 60  # ties
+    assert dtype != "float32" or np.isin(scaled, (quant.NORMAL[1:] + quant.NORMAL[:-1]) / 2).sum() >= 2 * 60  # ties
+
+
+def test_a_choice_between_neighbours_is_the_same_as_a_look_up():
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    assert np.array_equal(quant._choose(codes), quant.NORMAL)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -106,7 +112,7 @@ def test_int8_is_that_of_bitsandbytes(weights, theirs, dtype):
     nothing = theirs[f"{dtype} absmax"] == 0  # of which it makes what NaN is cast to
     assert np.array_equal(ours.codes[~nothing], theirs[f"{dtype} int8"][~nothing]) and not ours.codes[nothing].any()
     assert np.array_equal(ours.absmax, theirs[f"{dtype} absmax"])
-    values = np.asarray(jax.jit(lambda leaves: leaves.astype(jnp.float32))(ours))
+    values = np.asarray(jax.tree.map(jnp.asarray, ours).astype(jnp.float32))
     np.testing.assert_allclose(values[~nothing], theirs[f"{dtype} int8 values"][~nothing], rtol=3e-7)
     assert not values[nothing].any()
 
@@ -199,37 +205,35 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     places = np.tile(np.arange(TOKENS.shape[1], dtype=np.int32), (2, 1))
     batch = Batch(*map(jnp.asarray, (TOKENS, ones, places, places[:, :-1], TOKENS[:, 1:], ones[:, 1:] * 1.0)))
 
-    def temporaries(quantize):
-        config = dataclasses.replace(read_config(tiny), num_hidden_layers=16, vocab_size=1000)
-        graphdef, adapter, base = hf.abstract(config, SPEC, dataclasses.replace(FLOAT32, quantize=quantize))
+    config = dataclasses.replace(read_config(tiny), num_hidden_layers=16, vocab_size=1000)
+    graphdef, adapter, base = hf.abstract(config, SPEC, dataclasses.replace(FLOAT32, quantize="nf4"))
 
+    def temporaries():
         def loss(adapter, base):
             return loss_sum(graphdef, adapter, base, batch, None, 1)
 
         return jax.jit(jax.grad(loss)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
 
-    stack = 4 * 16 * (2 * 128 * 256 + 2 * 128 * 128 + 3 * 128 * 320)
-    limit = temporaries("none") + stack / 4
-    assert temporaries("nf4") < limit and temporaries("int8") < limit
+    stack = 4 * 16 * (2 * 128 * 256 + 2 * 128 * 128 + 3 * 128 * 320)  # bytes of the dense weights
+    without = temporaries()
     monkeypatch.setattr(jax, "checkpoint", lambda function, **options: function)
-    assert temporaries("nf4") > limit + stack / 2 and temporaries("int8") > limit + stack / 2
+    assert without < stack / 2 and temporaries() > without + stack / 2
 
 
-def test_a_run_on_four_bits_from_training_to_answers(tiny, config_file, tmp_path, monkeypatch):
-    settings = {"quantize_base": "nf4", "learning_rate": 2e-2, "use_dora": True}
-    done = run_module("jlora.train", "--config", config_file(**settings))
+def test_a_run_on_four_bits_from_training_to_answers(tiny, config_file, tmp_path, monkeypatch, capsys):
+    done = run_module("jlora.train", "--config", config_file(quantize_base="nf4", learning_rate=2e-2))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     again = run_module("jlora.train", "--config", config_file(), "--config.resume_from_checkpoint=auto")
     assert again.returncode == 2 and "quantize_base was 'nf4' and is 'none'" in again.stderr
     assert '"quantize_base": "nf4"' in (run / "adapter/README.md").read_text()
-    monkeypatch.setattr(verify, "PROMPTS", 4)
+    monkeypatch.setattr(verify, "PROMPTS", 2)
     record, step = read_record(run, "--run"), export.find_step(run, "latest")
     parity = verify.verify(record, *export.load_adapter(run, step), run / "adapter")
-    assert "and the base in nf4: 4 prompts" in parity.sentence and not parity.weaker
+    assert "and the base in nf4: 2 prompts" in parity.sentence and not parity.weaker
     monkeypatch.setattr(hf, "dense", lambda base: ())
     with pytest.raises(SystemExit, match="is not the trained one"):
         verify.verify(record, *export.load_adapter(run, step), run / "adapter")
-    command = ["--adapter", run / "adapter", "--quantize_base", "nf4", "--prompt", "Hello", "--max_new_tokens", "4"]
-    said = run_module("jlora.generate", *command)
-    assert said.returncode == 0, said.stderr
+    options = ["--quantize_base", "nf4", "--prompt", "Hello", "--max_new_tokens", "4"]
+    generate.main(["--adapter", str(run / "adapter"), *options])
+    assert capsys.readouterr().out.strip()
