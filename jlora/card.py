@@ -66,7 +66,9 @@ def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -
 def _losses(notes: dict[str, str]) -> str:
     if provenance.LOSS not in notes:
         return "No held-out loss was measured at this step."
-    return f"Held-out loss: {notes[provenance.BASE_LOSS]} of the base, {notes[provenance.LOSS]} with it (nats a token)."
+    kind = json.loads(notes[provenance.CONFIG])["quantize_base"]
+    base = "the base" if kind == "none" else f"the base in {kind}"
+    return f"Held-out loss: {notes[provenance.BASE_LOSS]} of {base}, {notes[provenance.LOSS]} with it (nats a token)."
 
 
 def _snippet(config: dict[str, Any], ask: list[str], *, own_template: bool) -> list[str]:

@@ -127,7 +127,9 @@ def forecast(job: Job) -> Forecast:
     graphdef, adapter, base = hf.abstract(job.model, spec, job.compute)
     optimizer, base = optim.make_optimizer(job.config, 1000), placed_shapes(base, job.mesh, "base")
     programs = Programs(graphdef, base, optimizer, job.mesh, dropout=spec.draws, seed=0)
-    return compiled(job, programs, state_shapes(adapter, optimizer, job.mesh), lambda line: None)
+    return compiled(
+        job, programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype), lambda line: None
+    )
 
 
 def compiled(job: Job, programs: Programs, state: TrainState, say: Callable[[str], None]) -> Forecast:

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         directory = sources.resolve(config.base_model, config.revision, weights=False)
     model = read_config(directory)
     layout, lengths = _layout(config, directory, model, arguments.tokens)
-    job = make_job(config, model, choose_compute(config), target, layout)
+    job = make_job(config, model, choose_compute(config, target.devices[0]), target, layout)
     seen = forecast(job)
     fits = seen.fits(target.limit)
     for line in report(seen, target, lengths):

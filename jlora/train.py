@@ -95,7 +95,9 @@ def train(config: Config, again: str) -> None:
     programs = Programs(graphdef, shapes, optimizer, mesh, dropout=spec.draws, seed=config.seed + 1)
     here, layout = find_target("here", devices), laid_out(model_config, examples)
     job = make_job(config, model_config, compute, here, layout)
-    ensure_fits(job, programs, state_shapes(adapter_shapes, optimizer, mesh), here, layout, print)
+    ensure_fits(
+        job, programs, state_shapes(adapter_shapes, optimizer, mesh, compute.compute_dtype), here, layout, print
+    )
     with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
         base = programs.base = hf.load_base(directory, base_shapes, mesh, bar.update)
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)

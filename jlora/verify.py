@@ -128,7 +128,7 @@ def _peft(
         if compute.quantize != "none":  # the same weights, of which the codes stand for others than the files hold
             with torch.no_grad():
                 for name, values in hf.dense(_base(directory, compute)):
-                    base.get_parameter(name).copy_(torch.from_numpy(values))
+                    base.get_parameter(name).copy_(torch.tensor(values))
         model = PeftModel.from_pretrained(base, written).eval()
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     logits, answers = [], []

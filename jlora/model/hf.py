@@ -160,10 +160,11 @@ def load_base(
 
 def dense(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """The quantised weights of a base by the file's names, as the model computes with them; float32."""
+    layer_of = jax.jit(lambda stack, layer: jax.tree.map(itemgetter(layer), stack).astype(jnp.float32))
     for path, leaf in jax.tree_util.tree_flatten_with_path(base, is_leaf=is_quantized)[0]:
         if is_quantized(leaf):
             for layer, name in enumerate(tensor_names(_keys(path), leaf.shape)):
-                yield name, np.asarray(jax.tree.map(itemgetter(layer), leaf).astype(jnp.float32))
+                yield name, np.asarray(layer_of(leaf, layer))
 
 
 def ignored(name: str, *, tied: bool) -> bool:

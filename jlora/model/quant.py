@@ -10,6 +10,7 @@ leaves keep the axes out and in, so that they can be split over either, over `in
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,9 +74,10 @@ class NF4(NamedTuple):
         """The weight, computed in float32."""
         outputs, blocks = self.scales.shape
         absmax = jnp.repeat(self.scale_absmax, SCALES)[: self.scales.size].reshape(outputs, blocks)
-        scales = jnp.asarray(DYNAMIC)[self.scales] * absmax + self.scale_mean
+        scales = _look_up(DYNAMIC, self.scales) * absmax + self.scale_mean
         codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(outputs, blocks, BLOCK)
-        return (_normal(codes) * scales[..., None]).reshape(outputs, -1).astype(dtype)
+        values = jax.lax.platform_dependent(codes, tpu=_choose, default=partial(_look_up, NORMAL))
+        return (values * scales[..., None]).reshape(outputs, -1).astype(dtype)
 
     @staticmethod
     def zeros(outputs: int, inputs: int) -> "NF4":
@@ -95,10 +97,10 @@ class NF4(NamedTuple):
         """The weight's nearest codes, in NumPy; any dtype of floats, read a few rows at a time."""
         codes, absmax = (np.concatenate(parts) for parts in zip(*_by_rows(_normal_codes, weight), strict=True))
         mean = np.float32(absmax.mean(dtype=np.float64))
-        centred = np.resize(absmax - mean, -(-absmax.size // SCALES) * SCALES)
-        centred[absmax.size :] = 0  # so that the last block may be a short one
-        scales, scale_absmax = _scaled(centred, SCALES)
-        scales = _nearest(DYNAMIC, scales).reshape(-1)[: absmax.size].reshape(absmax.shape)
+        rest = -absmax.size % SCALES  # the last block may be a short one
+        with np.errstate(invalid="ignore"):  # a value that is not finite shows in the mean
+            scaled, scale_absmax = _scaled(np.append(absmax - mean, np.zeros(rest, np.float32)), SCALES)
+        scales = _nearest(DYNAMIC, scaled).reshape(-1)[: absmax.size].reshape(absmax.shape)
         return NF4(codes, scales, scale_absmax, mean)
 
 
@@ -150,8 +152,12 @@ def linear(x: Float[Array, "B T i"], weight: Any) -> Float[Array, "B T o"]:
     return (jax.checkpoint(product, prevent_cse=False) if is_quantized(weight) else product)(x, weight)
 
 
-def _normal(codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
-    """NORMAL[codes], by a tree of choices: it fuses with what follows, and a gather of single values is slow on TPU."""
+def _look_up(table: Float[np.ndarray, " c"], codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
+    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+
+
+def _choose(codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
+    """NORMAL[codes] by choices between neighbours, bit by bit: on TPU a look-up of single values is slow."""
     values: list[Any] = [*NORMAL]
     for bit in range(4):
         odd = (codes >> bit) & 1 == 1
@@ -162,9 +168,13 @@ def _normal(codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
 def _by_rows(function: Callable[[Any], Any], weight: np.ndarray) -> list[Any]:
     """What `function` makes of groups of rows as float32, on all cores."""
     rows = max(1, CHUNK // weight.shape[1])
-    with ThreadPoolExecutor(os.cpu_count()) as pool, np.errstate(invalid="ignore"):
-        groups = (weight[first : first + rows] for first in range(0, len(weight), rows))
-        return list(pool.map(lambda group: function(np.asarray(group, np.float32)), groups))
+
+    def group(first: int) -> Any:
+        with np.errstate(invalid="ignore"):  # a value that is not finite shows in the scale
+            return function(np.asarray(weight[first : first + rows], np.float32))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(group, range(0, len(weight), rows)))
 
 
 def _normal_codes(rows: Float[np.ndarray, "o i"]) -> tuple[np.ndarray, np.ndarray]:
