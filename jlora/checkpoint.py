@@ -175,5 +175,5 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key}={run}: not the output_dir of a run (its config.json is not a run's)")
     record["config"] = {**dataclasses.asdict(Config()), **record["config"]}  # a setting newer than the run was off
     record["base"] = {"commit": "", **record["base"]}
-    record["runtime"] = {"attention": "xla", **record["runtime"]}
+    record["runtime"] = {"attention": "xla", "remat": "none", **record["runtime"]}
     return record

@@ -101,7 +101,9 @@ class Config:
     compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
     fp16: bool = False  # the seed's key: compute in bfloat16, or in float16 where the card has no bfloat16
     attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU) or "xla"; auto: the device's, if it runs here
-    remat: str = "none"  # the backward pass recomputes what is not a product ("dots"), or all of a layer ("full")
+    # What the backward pass recomputes: "none"; "dots", what is no product with a weight; "full", all of a layer. More
+    # is slower and takes less memory; auto: the first for which the memory is there.
+    remat: str = "auto"
 
 
 # Settings that may change when a run goes on: they do not touch the numbers of training.
@@ -120,7 +122,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "param_dtype": ("auto", "float32", "bfloat16", "float16"),
     "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "attn_implementation": ("auto", "xla", "splash", "pallas"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("auto", "none", "dots", "full"),
     "quantize_base": ("none", "nf4", "int8"),
     "peft_type": ("LORA", "IA3"),
     "init_lora_weights": ("true", "pissa"),

@@ -121,15 +121,18 @@ class Forecast:
         return self.memory is not None and (limit is None or self.needed <= limit)
 
 
-def forecast(job: Job) -> Forecast:
-    """Compiles the job's training step, without weights and without data."""
+def make_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
+    """The job's programs, nothing compiled yet, and its state as shapes; `steps` are those of the whole run."""
     spec = spec_of(dataclasses.asdict(job.config))
     graphdef, adapter, base = hf.abstract(job.model, spec, job.compute)
-    optimizer, base = optim.make_optimizer(job.config, 1000), placed_shapes(base, job.mesh, "base")
-    programs = Programs(graphdef, base, optimizer, job.mesh, dropout=spec.draws, seed=0)
-    return compiled(
-        job, programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype), lambda line: None
-    )
+    optimizer, base = optim.make_optimizer(job.config, steps), placed_shapes(base, job.mesh, "base")
+    programs = Programs(graphdef, base, optimizer, job.mesh, dropout=spec.draws, seed=job.config.seed + 1)
+    return programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype)
+
+
+def forecast(job: Job) -> Forecast:
+    """Compiles the job's training step, without weights and without data."""
+    return compiled(job, *make_programs(job, 1000), lambda line: None)
 
 
 def compiled(job: Job, programs: Programs, state: TrainState, say: Callable[[str], None]) -> Forecast:

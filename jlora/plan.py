@@ -16,11 +16,11 @@ from jlora.config_files import load_config
 from jlora.data.batches import Shape
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.errors import UserError, run_program
-from jlora.forecast import Forecast, Layout, forecast, laid_out, make_job
+from jlora.forecast import Forecast, Layout, laid_out
 from jlora.intake import read_examples, read_rows
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
-from jlora.search import changes, remedy, search, too_large
+from jlora.search import changes, first_fit, remedy, search, too_large
 from jlora.sharding import describe
 from jlora.targets import EXAMPLES, GIB, Target, find_target
 from jlora.train import choose_compute, find_devices
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
         directory = sources.resolve(config.base_model, config.revision, weights=False)
     model = read_config(directory)
     layout, lengths = _layout(config, directory, model, arguments.tokens)
-    job = make_job(config, model, choose_compute(config, target.devices[0]), target, layout)
-    seen = forecast(job)
+    compute = choose_compute(config, target.devices[0])
+    seen, _ = first_fit(config, model, compute, target, layout, 1000, lambda line: None)
     fits = seen.fits(target.limit)
     for line in report(seen, target, lengths):
         print(line)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jlora import lora, loss_scale, optim
+from jlora.compiling import Compiler
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.lora import Adapter
 from jlora.model.llama import Llama
@@ -74,11 +75,12 @@ class Programs:
         dropout: bool,
         seed: int,
     ) -> None:
-        self.base, self._mesh = base, mesh
+        self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
         self._key = jax.random.key(seed)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
         self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
+        self._compile = Compiler()
         self.compiled: dict[tuple[str, Shape], Any] = {}
         self.after_compiling: Callable[[], None] = lambda: None
 
@@ -123,8 +125,7 @@ class Programs:
         key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
         if key not in self.compiled:
             rows, length = batch.tokens.shape[1:]
-            say(f"compiling the {name} step for {rows} x {length} tokens")
-            self.compiled[key] = lower().compile()
+            self.compiled[key] = self._compile(f"the {name} step for {rows} x {length} tokens", lower, say)
             self.after_compiling()
         return self.compiled[key]
 

@@ -7,32 +7,47 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.config import CHOICES, Config
+from jlora.config import Config
 from jlora.errors import UserError
 from jlora.export import spec_of
-from jlora.forecast import Forecast, Job, Layout, bytes_of, compiled, forecast, make_job, work
+from jlora.forecast import Forecast, Job, Layout, bytes_of, compiled, forecast, make_job, make_programs, work
 from jlora.model import hf
+from jlora.model.compute import Compute
+from jlora.model.llama import LlamaConfig
 from jlora.programs import Programs, placed_shapes
 from jlora.sharding import row_ways
-from jlora.step import TrainState
 from jlora.targets import GIB, TPUS, Target
 
-REMATS = tuple(name for name in ("none", "dots", "full") if name in CHOICES["remat"])  # the fastest first
+REMATS = ("none", "dots", "full")  # the fastest first
 TRIES = 4  # settings that are compiled: a large one takes a minute each
 
 
-def ensure_fits(
-    job: Job, programs: Programs, state: TrainState, target: Target, layout: Layout, say: Callable[[str], None]
-) -> None:
-    """Compiles the training step that will run, and stops before it would run out of memory.
+def first_fit(
+    config: Config,
+    model: LlamaConfig,
+    compute: Compute,
+    target: Target,
+    layout: Layout,
+    steps: int,
+    say: Callable[[str], None],
+) -> tuple[Forecast, Programs]:
+    """Compiles the training step; with remat="auto" until one fits, from the fastest on. Else it is the last."""
+    on_cpu = target.devices[0].platform == "cpu"  # where to keep all is no faster than to keep the products
+    remats = REMATS[on_cpu:] if config.remat == "auto" else (config.remat,)
+    for remat in remats:
+        job = make_job(dataclasses.replace(config, remat=remat), model, compute, target, layout)
+        programs, state = make_programs(job, steps)
+        seen = compiled(job, programs, state, say)
+        if seen.fits(target.limit):
+            break
+    return seen, programs
 
-    Raises:
-      UserError: it does not fit; names a setting that does.
-    """
-    seen = compiled(job, programs, state, say)
+
+def ensure_fits(seen: Forecast, target: Target, layout: Layout, say: Callable[[str], None]) -> None:
+    """Raises UserError where a step would run out of memory; it names a setting that fits."""
     if not seen.fits(target.limit):
         say(f"{too_large(seen, target)}; looking for a setting that fits")
-        raise UserError(f"{too_large(seen, target)}. {remedy(job.config, search(seen, target, layout, say))}")
+        raise UserError(f"{too_large(seen, target)}. {remedy(seen.job.config, search(seen, target, layout, say))}")
 
 
 def too_large(seen: Forecast, target: Target) -> str:

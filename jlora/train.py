@@ -7,11 +7,11 @@ This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on
 import argparse
 import dataclasses
 import importlib.metadata
-import math
 import platform
 import shlex
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora import lora, optim, resume, sources
+from jlora import lora, resume, sources
 from jlora.adapter_config import read_spec
-from jlora.checkpoint import Checkpoints, Progress, write_record
+from jlora.checkpoint import Checkpoints, Progress, read_record, write_record
+from jlora.compiling import keep_programs
 from jlora.config import Config
 from jlora.config_files import load_config
 from jlora.data import formats
@@ -29,7 +30,7 @@ from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Reading
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
-from jlora.forecast import laid_out, make_job
+from jlora.forecast import bytes_of, laid_out
 from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Stop, overfitting
@@ -39,9 +40,9 @@ from jlora.model.compute import Compute, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS, read_adapter, written_step
-from jlora.programs import Programs, fresh_state, placed_shapes, state_shapes
+from jlora.programs import fresh_state, placed_shapes
 from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
-from jlora.search import ensure_fits
+from jlora.search import ensure_fits, first_fit
 from jlora.sharding import check_batch, make_mesh, row_ways
 from jlora.sharding import describe as describe_mesh
 from jlora.sites import LoraConfig
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
     again = [sys.executable, "-m", "jlora.train", "--config", arguments.config, *kept, f"--config.{resume.KEY}=auto"]
+    keep_programs()
     train(config, shlex.join(again))
 
 
@@ -89,19 +91,22 @@ def train(config: Config, again: str) -> None:
     spec = spec_of(record["config"])
     start = resume.decide(config, record)
     print(start.message)
-    graphdef, adapter_shapes, base_shapes = hf.abstract(model_config, spec, compute)
-    optimizer = optim.make_optimizer(config, steps)
-    shapes = placed_shapes(base_shapes, mesh, "base")
-    programs = Programs(graphdef, shapes, optimizer, mesh, dropout=spec.draws, seed=config.seed + 1)
+    if start.source and start.exact and config.remat == "auto":  # else it would not be bit for bit the same
+        config = dataclasses.replace(config, remat=read_record(start.source, resume.KEY)["runtime"]["remat"])
+    _, adapter_shapes, base_shapes = hf.abstract(model_config, spec, compute)
     here, layout = find_target("here", devices), laid_out(model_config, examples)
-    job = make_job(config, model_config, compute, here, layout)
-    ensure_fits(
-        job, programs, state_shapes(adapter_shapes, optimizer, mesh, compute.compute_dtype), here, layout, print
-    )
-    with loading_bar(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base_shapes))) as bar:
-        base = programs.base = hf.load_base(directory, base_shapes, mesh, bar.update)
+    with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
+        fitted = beside.submit(first_fit, config, model_config, compute, here, layout, steps, print)
+        size = bytes_of(placed_shapes(base_shapes, mesh, "base"))
+        if here.limit is not None and size > here.limit:
+            ensure_fits(fitted.result()[0], here, layout, print)
+        with loading_bar(size) as bar:
+            base = hf.load_base(directory, base_shapes, mesh, bar.update)
+        seen, programs = fitted.result()
+    ensure_fits(seen, here, layout, print)
+    programs.base, record["runtime"]["remat"] = base, seen.job.compute.remat
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
-    state, progress = begin(start, fresh_state(adapter, optimizer, mesh, compute.compute_dtype))
+    state, progress = begin(start, fresh_state(adapter, programs.optimizer, mesh, compute.compute_dtype))
 
     run, stop = Path(config.output_dir), Stop()
     with resume.claim(run):
@@ -127,7 +132,7 @@ def train(config: Config, again: str) -> None:
                 f"The adapter so far: {sys.executable} -m jlora.export --run {run} --step latest"
             )
             sys.exit(0 if stop.signal is signal.SIGTERM else 130)
-        generator = Generator(directory, tokenizer, graphdef, base, compute.compute_dtype)
+        generator = Generator(directory, tokenizer, programs.graphdef, base, compute.compute_dtype)
         finish(config, run, checkpoints, progress, state, generator, held_out_rows)
 
 
@@ -269,6 +274,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
             "param_dtype": jnp.dtype(compute.param_dtype).name,
             "compute_dtype": jnp.dtype(compute.compute_dtype).name,
             "attention": compute.attention,
+            **({} if compute.remat == "auto" else {"remat": compute.remat}),
         },
     }
 
