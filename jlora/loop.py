@@ -114,7 +114,7 @@ class Loop:
         targets = sum(metrics.targets for metrics in fetched)
         scaling, taken = fetched[-1].scaling, [metrics for metrics in fetched if math.isfinite(metrics.grad_norm)]
         updates = done if scaling is None else done - int(scaling.skipped)
-        values = {
+        values: dict[str, float | int] = {
             "loss": float(sum(metrics.loss * metrics.targets for metrics in fetched) / targets),
             "learning_rate": float(optim.schedule(self.config, self.steps)(max(updates - 1, 0))),
             "epoch": round(done / self.batches.steps_per_epoch, 4),

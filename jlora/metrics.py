@@ -54,7 +54,7 @@ class Logger:
         self._bar.update(1)
         self._tokens += tokens
 
-    def log(self, step: int, **values: float) -> None:
+    def log(self, step: int, **values: float | int) -> None:
         """Writes values of a step everywhere; training values get tokens/s."""
         if "loss" in values:
             seconds = time.perf_counter() - self._since

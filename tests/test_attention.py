@@ -119,7 +119,7 @@ class Wish:
     def __init__(self, directory):
         self.model = read_config(directory)
 
-    def __call__(self, wish, platform="tpu", capability="8.0", dtype=jnp.bfloat16, longest=512, **changes):
+    def __call__(self, wish, platform="tpu", capability="8.0", dtype=jnp.bfloat16, longest=150, **changes):
         device = types.SimpleNamespace(platform=platform, device_kind="T4", compute_capability=capability)
         return backend.choose(wish, device, dataclasses.replace(self.model, **changes), dtype, longest)
 
@@ -127,7 +127,7 @@ class Wish:
 def test_a_kernel_is_used_where_it_agrees_with_xla_on_the_device(tiny, monkeypatch):
     wish = Wish(tiny)
     assert wish("auto", "cpu") == wish("xla") == ("xla", "")
-    assert wish("auto") == ("splash", "")
+    assert wish("auto") == wish("splash", sliding_window=64) == ("splash", "")
     monkeypatch.setattr(flash, "INTERPRET", False)  # a CPU cannot run it then
     name, why = wish("auto")
     assert name == "xla" and re.match(r"splash: it failed on this device \(.*interpret", why)
@@ -155,7 +155,7 @@ def test_a_kernel_is_used_where_it_agrees_with_xla_on_the_device(tiny, monkeypat
         ("pallas", {"capability": "gfx90a"}, "it needs an NVIDIA card .*"),
         ("pallas", {"dtype": jnp.float32}, "it needs activations in bfloat16 or float16, and they are float32"),
         ("pallas", {"head_dim": 256}, "it needs a head_dim of at most 128, and this is 256"),
-        ("pallas", {"sliding_window": 256}, "it has no sliding window, and rows are longer than this base's of 256"),
+        ("pallas", {"sliding_window": 64}, "it has no sliding window, and rows are longer than this base's of 64"),
     ],
 )
 def test_a_wish_that_cannot_come_true_is_one_message(tiny, wish, changes, message):

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from jlora.errors import UserError
 from jlora.model.attention import attention
 from jlora.model.compute import compute_capability
+from jlora.model.flash import BLOCK
 from jlora.model.llama import LlamaConfig
 
 KERNEL_OF = {"tpu": "splash", "gpu": "pallas"}  # by jax.Device.platform
@@ -33,7 +34,7 @@ def choose(wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest
         return "xla", ""
     window = model.sliding_window
     window = None if window is None or window >= longest else window
-    reason = obstacle(kernel, device, model.head_dim, window, dtype) or trial(kernel, model, window, dtype)
+    reason = obstacle(kernel, device, model.head_dim, window, dtype) or trial(kernel, model, window, dtype, longest)
     if not reason:
         return kernel, ""
     if wish == "auto":
@@ -62,12 +63,17 @@ def obstacle(kernel: str, device: Any, head_dim: int, window: int | None, dtype:
     return ""
 
 
-def trial(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike) -> str:
-    """Runs a kernel and XLA on one short row of this base's heads, forward and backward; what went wrong, else ""."""
-    T, N, K, H = 200, model.num_attention_heads, model.num_key_value_heads, model.head_dim
+def trial(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike, longest: int) -> str:
+    """Runs a kernel and XLA on one row of this base's heads, in the run's blocks, forward and backward.
+
+    Returns:
+      What went wrong; "" where nothing did.
+    """
+    T, N, K, H = min(longest, 2 * BLOCK), model.num_attention_heads, model.num_key_value_heads, model.head_dim
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (jax.random.normal(keys[i], (1, T, heads, H), dtype) for i, heads in enumerate((N, K, K, N)))
-    segments = jnp.array([[1] * 90 + [2] * 90 + [0] * 20], jnp.int32)
+    places = jnp.arange(T)
+    segments = jnp.where(places < T // 3, 1, jnp.where(places < T - T // 8, 2, 0))[None]
 
     def run(backend: str) -> list[Array]:
         def loss(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -78,7 +84,7 @@ def trial(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike)
                 q_segments=segments,
                 k_segments=segments,
                 q_start=0,
-                window=window and min(window, 50),
+                window=window and min(window, T // 4 + 1),
                 backend=backend,
                 mesh=None,
             )
