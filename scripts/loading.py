@@ -6,7 +6,7 @@ and quantised while it is loaded.
 Each load is a process of its own, in turn; the files are in the page cache. Figures are medians of `--runs`.
 Memory is the peak of anonymous memory (RssAnon: mapped file pages do not count) over that of an idle process.
 On two cores: 0.78 of the speed of plain safetensors (which checks no value), peak 1.000 x what stays;
-quantised, of a 1.1 GB model on a busy machine, what stays and 0.12 (nf4) and 0.19 GB (int8), its largest tensor 0.13 GB.
+quantised, of a 1.1 GB model on a busy machine, what stays and 0.12 GB (nf4), 0.19 GB (int8).
 """
 
 import argparse
