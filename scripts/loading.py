@@ -1,10 +1,12 @@
-"""How fast, and in how much memory, a base is loaded: jlora beside plain safetensors on the same files, in one run.
+"""How fast, and in how much memory, a base is loaded: jlora beside plain safetensors on the same files, in one run;
+and quantised while it is loaded.
 
     python scripts/loading.py                # writes a random 4 GB bfloat16 Llama in 4 shards to a temporary directory
 
 Each load is a process of its own, in turn; the files are in the page cache. Figures are medians of `--runs`.
 Memory is the peak of anonymous memory (RssAnon: mapped file pages do not count) over that of an idle process.
-On two cores: 0.78 of the speed of plain safetensors (which checks no value), peak 1.000 x what stays.
+On two cores: 0.78 of the speed of plain safetensors (which checks no value), peak 1.000 x what stays;
+quantised, of a 1.1 GB model on a busy machine, what stays and 0.12 GB (nf4), 0.19 GB (int8).
 """
 
 import argparse
@@ -57,7 +59,7 @@ def _leaves(directory: Path) -> list[tuple[tuple[str, ...], "np.ndarray"]]:
     return list(flatten_dict(_shapes(directory)).items())
 
 
-def _shapes(directory: Path) -> dict:
+def _shapes(directory: Path, quantize: str = "none") -> dict:
     import jax.numpy as jnp
 
     from jlora.model import hf
@@ -66,7 +68,7 @@ def _shapes(directory: Path) -> dict:
     from jlora.sites import LoraConfig
 
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    return hf.abstract(read_config(directory), spec, Compute(jnp.bfloat16, jnp.bfloat16))[2]
+    return hf.abstract(read_config(directory), spec, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize))[2]
 
 
 def load(directory: Path, how: str) -> dict[str, float]:
@@ -75,9 +77,10 @@ def load(directory: Path, how: str) -> dict[str, float]:
     from safetensors.numpy import load_file
 
     from jlora.model import hf
+    from jlora.model.quant import KINDS
     from jlora.sharding import make_mesh
 
-    mesh, shapes = make_mesh(jax.devices()[:1]), _shapes(directory)
+    mesh, shapes = make_mesh(jax.devices()[:1]), _shapes(directory, how if how in KINDS else "none")
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
     files = sorted(directory.glob("*.safetensors"))
     for file in files:  # into the page cache
@@ -93,7 +96,7 @@ def load(directory: Path, how: str) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    if how == "jlora":
+    if how != "safetensors":
         base = jax.block_until_ready(hf.load_base(directory, shapes, mesh))
         stays = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     else:
@@ -121,7 +124,7 @@ def main() -> None:
     if arguments.load:
         print(json.dumps(load(Path(arguments.load[0]), arguments.load[1])))
         return
-    found: dict[str, list[dict[str, float]]] = {"jlora": [], "safetensors": []}
+    found: dict[str, list[dict[str, float]]] = {"jlora": [], "safetensors": [], "nf4": [], "int8": []}
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch), arguments.gigabytes)
         for how in list(found) * (arguments.runs + 1):

