@@ -30,7 +30,8 @@ ROOT, TOLERANCE = Path(__file__).parent.parent, 0.03
 def bytes_a_parameter(base_model: str, quantize: str) -> float:
     """Of the projections' weights."""
     nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    compute = Compute(default_dtype(), default_dtype(), quantize=quantize)
+    dtype = default_dtype(jax.devices()[0])
+    compute = Compute(dtype, dtype, quantize=quantize)
     _, _, shapes = hf.abstract(read_config(sources.resolve(base_model)), nothing, compute)
     weights = [module["weight"] for part in ("self_attn", "mlp") for module in shapes["layers"][part].values()]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
