@@ -106,7 +106,7 @@ def test_memory_is_told_by_part_and_a_larger_batch_needs_more(small):
     assert seen.memory.base == 4 * (512 * D + D + L * (matrices + 2 * D))
     assert seen.memory.adapter == adapter and adapter * 2 <= seen.memory.optimizer < adapter * 2 + 100
     assert seen.memory.batch == 4 * 8 // 2 * 128 * 6
-    assert sum(c.size * c.times for c in seen.collectives) == adapter + 8
+    assert adapter < sum(c.size * c.times for c in seen.collectives) <= adapter + 16  # and a few scalars
     longer = forecast(job_of(small, target, length=256)[0])
     assert longer.memory.rest > 1.5 * seen.memory.rest and longer.memory.base == seen.memory.base
 
