@@ -106,9 +106,13 @@ class Programs:
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """The training step for a size of batch; `state` and `batch` may be placed shapes."""
-        step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(_places(state), self._everywhere))
-        key = jax.ShapeDtypeStruct((), self._key.dtype, sharding=self._everywhere)
-        return self._program("training", batch, lambda: step.lower(state, self.base, batch, key), say)
+
+        def lower() -> jax.stages.Lowered:
+            step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(_places(state), self._everywhere))
+            key = jax.ShapeDtypeStruct((), self._key.dtype, sharding=self._everywhere)
+            return step.lower(state, self.base, batch, key)
+
+        return self._program("training", batch, lower, say)
 
     def _place(self, batch: Batch) -> Batch:
         """A host batch on the mesh, its rows split."""

@@ -133,7 +133,7 @@ def _activations(job: Job) -> float:
     if remat != "full":
         kept += (2 * heads + 2 * keys + 2 * model.intermediate_size) // job.mesh.shape["tensor"]
     tokens = job.rows // row_ways(job.mesh) * job.shape.length
-    return tokens * model.num_hidden_layers * kept * jnp.dtype(job.compute.compute_dtype).itemsize
+    return float(tokens * model.num_hidden_layers * kept * jnp.dtype(job.compute.compute_dtype).itemsize)
 
 
 def _order(job: Job, base: Any, target: Target) -> tuple[bool, float]:

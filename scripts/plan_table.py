@@ -41,7 +41,7 @@ def main(names: list[str]) -> None:
         versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "flax"))
         file.write_text(f"{shape}, {ADAPTER}; {versions}; {seconds:.0f} s\n{said}", encoding="utf-8")
         print(file.read_text(encoding="utf-8"), flush=True)
-    table()
+        table()
 
 
 def plan(shape: str, target: str, tokens: int, settings: dict[str, object]) -> str:

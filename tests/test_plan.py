@@ -106,7 +106,7 @@ def test_memory_is_told_by_part_and_a_larger_batch_needs_more(small):
     assert seen.memory.base == 4 * (512 * D + D + L * (matrices + 2 * D))
     assert seen.memory.adapter == adapter and adapter * 2 <= seen.memory.optimizer < adapter * 2 + 100
     assert seen.memory.batch == 4 * 8 // 2 * 128 * 6
-    assert sum(c.size * c.times for c in seen.collectives) == adapter + 8
+    assert adapter < sum(c.size * c.times for c in seen.collectives) <= adapter + 16  # and a few scalars
     longer = forecast(job_of(small, target, length=256)[0])
     assert longer.memory.rest > 1.5 * seen.memory.rest and longer.memory.base == seen.memory.base
 
@@ -130,9 +130,11 @@ def test_what_does_not_fit_is_told_with_a_setting_that_does(small):
 def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, tmp_path):
     from jlora import train
 
-    monkeypatch.setattr("jlora.targets.memory_limit", lambda devices: 60 << 20)  # a base of 26 MB and its logits
+    monkeypatch.setattr("jlora.targets.memory_limit", lambda devices: 1 << 20)  # less than an eighth of the base
     config = train.load_config(str(config_file(batch_size=8, target_modules="all-linear")), [])
-    with pytest.raises(UserError, match=r"needs 0\.\d+ GiB on each device, and 0.06 GiB are there\. (This fits|No)"):
+    with pytest.raises(
+        UserError, match=r"needs 0\.\d+ GiB on each device, and 0.00 GiB are there\. No batch_size.*that was"
+    ):
         train.train(config, "")
     assert not (tmp_path / "run").exists()
 
