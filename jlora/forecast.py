@@ -163,11 +163,14 @@ def bytes_of(tree: Any) -> int:
 
 
 def _refused(error: Exception) -> int:
-    """Bytes that a compiler asked for in vain, as "Used 20.1G of 15.75G hbm"; any other error is raised again."""
-    found = re.search(r"[Uu]sed (\d+(?:\.\d+)?)([MG]) of", str(error))
-    if found is None:
+    """Bytes that a compiler asked for in vain, the largest size in its message; any other error is raised again.
+
+    As "Used 20.1G of 15.75G hbm", or "required for HLO temporaries (61.30G) exceeds available HBM (15.75G)".
+    """
+    sizes = re.findall(r"\b(\d+(?:\.\d+)?)([MG])\b", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
         raise error
-    return int(float(found[1]) * {"M": 1 << 20, "G": 1 << 30}[found[2]])
+    return max(int(float(number) * {"M": 1 << 20, "G": 1 << 30}[unit]) for number, unit in sizes)
 
 
 def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:

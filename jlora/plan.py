@@ -18,6 +18,7 @@ from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.errors import UserError, run_program
 from jlora.forecast import Forecast, Layout, laid_out
 from jlora.intake import read_examples, read_rows
+from jlora.model import backend
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.search import changes, first_fit, remedy, search, too_large
@@ -47,7 +48,10 @@ def main(argv: list[str]) -> None:
         directory = sources.resolve(config.base_model, config.revision, weights=False)
     model = read_config(directory)
     layout, lengths = _layout(config, directory, model, arguments.tokens)
-    compute = choose_compute(config, target.devices[0])
+    compute, here = choose_compute(config, target.devices[0]), arguments.target == "here"
+    wish, dtype = "auto" if target.stands_in else config.attn_implementation, compute.compute_dtype
+    attention, _ = backend.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
+    compute = dataclasses.replace(compute, attention=attention)
     seen, _ = first_fit(config, model, compute, target, layout, 1000, lambda line: None)
     fits = seen.fits(target.limit)
     for line in report(seen, target, lengths):

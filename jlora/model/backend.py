@@ -17,7 +17,9 @@ KERNEL_OF = {"tpu": "splash", "gpu": "pallas"}  # by jax.Device.platform
 TOLERANCE = 0.02  # of the norm: several times bfloat16's rounding, far below what a leak or a wrong mask makes
 
 
-def choose(wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int) -> tuple[str, str]:
+def choose(
+    wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int, *, here: bool = True
+) -> tuple[str, str]:
     """The backend of attention.attention, and where that is not the one made for the device, why not.
 
     Args:
@@ -25,6 +27,7 @@ def choose(wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest
       device: one of those that the run uses, a jax.Device or what stands for it.
       dtype: of activations.
       longest: tokens of the longest row.
+      here: the device is of this machine, so that a kernel can be tried on it.
 
     Raises:
       UserError: the kernel that is wished for cannot run.
@@ -34,7 +37,9 @@ def choose(wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest
         return "xla", ""
     window = model.sliding_window
     window = None if window is None or window >= longest else window
-    reason = obstacle(kernel, device, model.head_dim, window, dtype) or trial(kernel, model, window, dtype, longest)
+    reason = obstacle(kernel, device, model.head_dim, window, dtype)
+    if not reason and here:
+        reason = trial(kernel, model, window, dtype, longest)
     if not reason:
         return kernel, ""
     if wish == "auto":
