@@ -78,7 +78,11 @@ def alone(heads):
     return get
 
 
-@pytest.mark.parametrize(("mesh", "changes"), [*((mesh, {}) for mesh in MESHES), (MESHES[4], MORE)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [*((mesh, {}) for mesh in MESHES), (MESHES[4], MORE), ({"data": 4, "fsdp": 2}, {"quantize_base": "nf4"})],
+    ids=str,
+)
 def test_every_mesh_equals_one_device(heads, alone, mesh, changes):
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.losses, many.losses)).max() < 1e-5
