@@ -76,8 +76,10 @@ def memory_limit(devices: list[jax.Device]) -> int | None:
 def _slice(kind: str, chips: str) -> list[Any]:
     """Stand-ins for the chips of a slice, from the TPU's own compiler."""
     # libtpu's own switches: this machine need not be a TPU's host, and what only compiles locks nobody out.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for switch in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(switch, "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # of any kind: without them it complains, and goes on
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     alone = {"chips_per_host_bounds": (1, 1, 1)} if chips == "1" else {}
     shape = {"1": "1x1x1" if kind in ("v4", "v5p") else "1x1"}.get(chips, chips)
     try:

@@ -68,6 +68,16 @@ def test_columns_and_prefixes_from_every_kind_of_config(python_config, yaml_conf
     assert load_config(python_config(), []).columns == {}
 
 
+def test_a_mesh_from_every_kind_of_config(python_config, yaml_config):
+    for config in (
+        load_config(python_config("c.mesh = {'fsdp': 8}"), []),
+        load_config(yaml_config("mesh: {fsdp: 8}\n"), []),
+        load_config(python_config(), ["--config.mesh={fsdp: 8}"]),
+    ):
+        assert config.mesh == {"fsdp": 8}
+    assert load_config(python_config(), []).mesh == {"data": -1, "fsdp": 1, "tensor": 1}
+
+
 def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
     config = load_config(
         yaml_config("learning_rate: 1e-4\nfp16: true\ntarget_modules: q_proj, v_proj\nresume_from_checkpoint: true\n"),
@@ -157,6 +167,9 @@ def test_mistakes_in_a_python_config(python_config, line, message):
         ("encoding: klingon", "encoding='klingon': Python knows no such encoding"),
         ("encoding: hex", "encoding='hex': Python knows no such encoding of text"),
         ("bad_rows: skip", "bad_rows='skip': expected one of error, drop"),
+        ("mesh: {fspd: 2}", "mesh has 'fspd': 2: expected a number of devices, or -1 for one axis, under data, fsdp"),
+        ("mesh: {fsdp: two}", "mesh has 'fsdp': 'two': expected a number of devices"),
+        ("mesh: {data: -1, fsdp: -1}", "expected -1, which takes the devices that are left, for one axis only"),
         ("base_model: true", "base_model=True: expected str"),
         ("lora_rnk: 8\nepochs: many", r"(?s)did you mean lora_rank.*epochs='many': expected float"),
     ],

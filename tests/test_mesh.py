@@ -85,6 +85,7 @@ def alone(heads):
     [
         *((mesh, {}) for mesh in MESHES),
         (MESHES[4], MORE),
+        ({"data": 4, "fsdp": 2}, {"quantize_base": "nf4"}),
         (MESHES[0], {"attn_implementation": "splash"}),
     ],
     ids=str,
