@@ -22,12 +22,14 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what the rows of a batch are split over
 # Projections whose output `tensor` splits, and those that take such an output in and add up what the devices have.
 SPLIT_OUT, SPLIT_IN = r".*/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)", r".*/(self_attn/o_proj|mlp/down_proj)"
-MATRIX = "weight(/codes|/scales)?"  # as it is, or quantised: codes [L, out, in or in/2], scales [L, out, in/64]
+QUANTISED = "weight/(codes|scales)"  # which lie the other way round: codes [L, in or in/2, out], scales [L, in/64, out]
 
 # Path -> spec, first match wins. The optimizer's moments lie as the adapter does: their paths end as its paths do.
 RULES: tuple[tuple[str, P], ...] = (
-    (rf"base/{SPLIT_OUT}/{MATRIX}", P(None, "tensor", "fsdp")),  # [L, out, in]
-    (rf"base/{SPLIT_IN}/{MATRIX}", P(None, "fsdp", "tensor")),
+    (rf"base/{SPLIT_OUT}/weight", P(None, "tensor", "fsdp")),  # [L, out, in]
+    (rf"base/{SPLIT_IN}/weight", P(None, "fsdp", "tensor")),
+    (rf"base/{SPLIT_OUT}/{QUANTISED}", P(None, "fsdp", "tensor")),
+    (rf"base/{SPLIT_IN}/{QUANTISED}", P(None, "tensor", "fsdp")),
     (rf"base/{SPLIT_OUT}/weight/absmax", P(None, "tensor")),  # [L, out]
     (rf"base/{SPLIT_IN}/weight/absmax", P(None, "fsdp")),
     (r"base/.*/weight/scale_(absmax|mean)", P()),  # [L, n], [L]: of blocks across rows, and few

@@ -79,18 +79,18 @@ def theirs(tmp_path_factory, weights):
 def test_nf4_is_that_of_bitsandbytes(weights, theirs, dtype, monkeypatch):
     weight, their = weights[dtype], {key: theirs[f"{dtype} {key}"] for key in quant.NF4._fields}
     ours = quant.NF4.quantized(weight)
-    assert np.array_equal(ours.codes.ravel(), their["codes"].ravel())
+    assert np.array_equal(ours.codes.T.ravel(), their["codes"].ravel())
     mean = theirs[f"{dtype} blocks"].mean(dtype=np.float64)
     np.testing.assert_allclose([ours.scale_mean, their["scale_mean"]], mean, rtol=1e-6)
     np.testing.assert_allclose(ours.scale_absmax, their["scale_absmax"], rtol=1e-6)
     np.testing.assert_allclose(quant.DYNAMIC, theirs[f"{dtype} table"], rtol=3e-7)
     # On a CPU bitsandbytes looks scales up in a coarser table of its own: a few are the second nearest there.
     scaled = (theirs[f"{dtype} blocks"] - their["scale_mean"]) / np.repeat(their["scale_absmax"], 256)[: 300 * 9]
-    found = ours.scales.ravel(), their["scales"]
+    found = ours.scales.T.ravel(), their["scales"]
     distance = [np.abs(quant.DYNAMIC[codes] - scaled) for codes in found]
     assert np.all(distance[0] <= distance[1] + 1e-7) and np.mean(found[0] != found[1]) < 0.01
     monkeypatch.setattr(quant, "DYNAMIC", theirs[f"{dtype} table"])
-    same = ours._replace(scales=their["scales"].reshape(300, -1), scale_mean=their["scale_mean"])
+    same = ours._replace(scales=their["scales"].reshape(300, -1).T, scale_mean=their["scale_mean"])
     same = jax.tree.map(jnp.asarray, same)
     values = theirs[f"{dtype} values"]
     assert np.array_equal(np.asarray(same.astype(jnp.dtype(dtype))).astype(np.float32), values)
@@ -110,7 +110,8 @@ def test_a_choice_between_neighbours_is_the_same_as_a_look_up():
 def test_int8_is_that_of_bitsandbytes(weights, theirs, dtype):
     ours = quant.Int8.quantized(weights[dtype])
     nothing = theirs[f"{dtype} absmax"] == 0  # of which it makes what NaN is cast to
-    assert np.array_equal(ours.codes[~nothing], theirs[f"{dtype} int8"][~nothing]) and not ours.codes[nothing].any()
+    codes = ours.codes.T
+    assert np.array_equal(codes[~nothing], theirs[f"{dtype} int8"][~nothing]) and not codes[nothing].any()
     assert np.array_equal(ours.absmax, theirs[f"{dtype} absmax"])
     values = np.asarray(jax.tree.map(jnp.asarray, ours).astype(jnp.float32))
     np.testing.assert_allclose(values[~nothing], theirs[f"{dtype} int8 values"][~nothing], rtol=3e-7)

@@ -4,7 +4,8 @@ NF4 with double quantisation is QLoRA's (Dettmers et al. 2023, arXiv:2305.14314,
 of LLM.int8() (arXiv:2208.07339, section 2.1), for weights alone.
 
 A quantised weight stands where an array [out, in] would: it has that `shape`, and `astype` makes that array of it. Its
-leaves keep the axes out and in, so that they can be split over either, over `in` between blocks.
+leaves lie the other way round, [in, out], so that the two values of a byte follow each other along the outer axis: a
+compiler for TPU would else turn the whole stack first. They can be split over either, over `in` between blocks.
 """
 
 import os
@@ -60,24 +61,24 @@ class NF4(NamedTuple):
     DYNAMIC[scale code] * scale_absmax + scale_mean.
     """
 
-    codes: Any  # uint8 [o, h]: two codes a byte, the first in the high bits
-    scales: Any  # uint8 [o, b]: the codes of the blocks' scales
+    codes: Any  # uint8 [h, o]: two codes a byte, the first in the high bits
+    scales: Any  # uint8 [b, o]: the codes of the blocks' scales
     scale_absmax: Any  # float32 [n]
     scale_mean: Any  # float32 []
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that this stands for."""
-        return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
+        return (*self.codes.shape[:-2], self.codes.shape[-1], 2 * self.codes.shape[-2])
 
     def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
         """The weight, computed in float32."""
-        outputs, blocks = self.scales.shape
-        absmax = jnp.repeat(self.scale_absmax, SCALES)[: self.scales.size].reshape(outputs, blocks)
+        blocks, outputs = self.scales.shape
+        absmax = jnp.repeat(self.scale_absmax, SCALES)[: self.scales.size].reshape(outputs, blocks).T
         scales = _look_up(DYNAMIC, self.scales) * absmax + self.scale_mean
-        codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(outputs, blocks, BLOCK)
+        codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=1).reshape(blocks, BLOCK, outputs)
         values = jax.lax.platform_dependent(codes, tpu=_choose, default=partial(_look_up, NORMAL))
-        return (values * scales[..., None]).reshape(outputs, -1).astype(dtype)
+        return (values * scales[:, None]).reshape(-1, outputs).astype(dtype).T
 
     @staticmethod
     def zeros(outputs: int, inputs: int) -> "NF4":
@@ -89,7 +90,7 @@ class NF4(NamedTuple):
             )
         blocks = inputs // BLOCK
         absmax = jnp.zeros(-(-outputs * blocks // SCALES), jnp.float32)
-        codes, scales = (jnp.zeros((outputs, size), jnp.uint8) for size in (inputs // 2, blocks))
+        codes, scales = (jnp.zeros((size, outputs), jnp.uint8) for size in (inputs // 2, blocks))
         return NF4(codes, scales, absmax, jnp.zeros((), jnp.float32))
 
     @staticmethod
@@ -101,33 +102,34 @@ class NF4(NamedTuple):
         with np.errstate(invalid="ignore"):  # a value that is not finite shows in the mean
             scaled, scale_absmax = _scaled(np.append(absmax - mean, np.zeros(rest, np.float32)), SCALES)
         scales = _nearest(DYNAMIC, scaled).reshape(-1)[: absmax.size].reshape(absmax.shape)
-        return NF4(codes, scales, scale_absmax, mean)
+        return NF4(codes.T, scales.T, scale_absmax, mean)
 
 
 class Int8(NamedTuple):
     """One weight in 8 bits a value, or a stack of them with a leading axis L: codes * absmax / 127."""
 
-    codes: Any  # int8 [o, i]
+    codes: Any  # int8 [i, o]
     absmax: Any  # float32 [o]: the largest value of an output's row
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that this stands for."""
-        return self.codes.shape
+        return (*self.codes.shape[:-2], self.codes.shape[-1], self.codes.shape[-2])
 
     def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
         """The weight, computed in float32."""
-        return (self.codes.astype(jnp.float32) * self.absmax[:, None] * np.float32(1 / 127)).astype(dtype)
+        return (self.codes.astype(jnp.float32) * self.absmax[None] * np.float32(1 / 127)).astype(dtype).T
 
     @staticmethod
     def zeros(outputs: int, inputs: int) -> "Int8":
         """Of these sizes."""
-        return Int8(jnp.zeros((outputs, inputs), jnp.int8), jnp.zeros(outputs, jnp.float32))
+        return Int8(jnp.zeros((inputs, outputs), jnp.int8), jnp.zeros(outputs, jnp.float32))
 
     @staticmethod
     def quantized(weight: Shaped[np.ndarray, "o i"]) -> "Int8":
         """The weight's nearest codes, in NumPy; any dtype of floats, read a few rows at a time."""
-        return Int8(*(np.concatenate(parts) for parts in zip(*_by_rows(_int8_codes, weight), strict=True)))
+        codes, absmax = (np.concatenate(parts) for parts in zip(*_by_rows(_int8_codes, weight), strict=True))
+        return Int8(codes.T, absmax)
 
 
 KINDS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
