@@ -102,7 +102,8 @@ def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Targe
     """
     mesh = make_mesh(target.devices, config.mesh)
     check_batch(mesh, config.batch_size)
-    compute = dataclasses.replace(compute, remat=config.remat, quantize=config.quantize_base, mesh=mesh)
+    remat = "none" if config.remat == "auto" else config.remat
+    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh)
     return Job(config, model, compute, *layout(config, row_ways(mesh)))
 
 

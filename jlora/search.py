@@ -113,7 +113,7 @@ def search(seen: Forecast, target: Target, layout: Layout, say: Callable[[str], 
             continue
         base = placed_shapes(base, other.mesh, "base")
         if target.limit is None or bytes_of(base) + _activations(other) <= target.limit:
-            found.append((_order(other, base, target), other))
+            found.append(((*_order(other, base, target), other.config != job.config), other))
     for _, other in sorted(found, key=lambda pair: pair[0])[:TRIES]:
         if not changes(job.config, other.config):
             result = seen

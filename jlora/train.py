@@ -201,7 +201,7 @@ def find_devices(config: Config) -> list[jax.Device]:
 
 
 def choose_compute(config: Config, device: Any) -> Compute:
-    """The dtypes of this run: `auto` resolved for a device."""
+    """The dtypes of this run: `auto` resolved for a device. What is recomputed follows from the memory, later."""
     auto = default_dtype(device)
     names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
     param = names[config.param_dtype]
@@ -213,7 +213,7 @@ def choose_compute(config: Config, device: Any) -> Compute:
     if compute == jnp.float16:
         why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
         print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
-    return Compute(param, compute, config.remat, quantize=config.quantize_base)
+    return Compute(param, compute, quantize=config.quantize_base)
 
 
 def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
@@ -274,7 +274,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
             "param_dtype": jnp.dtype(compute.param_dtype).name,
             "compute_dtype": jnp.dtype(compute.compute_dtype).name,
             "attention": compute.attention,
-            **({} if compute.remat == "auto" else {"remat": compute.remat}),
+            **({} if config.remat == "auto" else {"remat": config.remat}),
         },
     }
 

@@ -120,8 +120,8 @@ def test_without_a_scale_small_gradients_are_lost(half, monkeypatch):
     def smaller(path, x):
         return x * jnp.asarray(2.0**-9, x.dtype) if "embed_tokens" in str(path) else x
 
-    base = jax.tree_util.tree_map_with_path(smaller, half.programs._base)  # a small head, and so small gradients
-    monkeypatch.setattr(half.programs, "_base", base)
+    base = jax.tree_util.tree_map_with_path(smaller, half.programs.base)  # a small head, and so small gradients
+    monkeypatch.setattr(half.programs, "base", base)
 
     def zeros(scale):
         _, after, _ = taken(half.start(), scale=scale)

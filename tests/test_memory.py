@@ -29,8 +29,9 @@ def temporaries(smollm):
         optimizer = optim.make_optimizer(config, 100)
         programs = Programs(graphdef, placed_shapes(base, mesh, "base"), optimizer, mesh, dropout=False, seed=0)
         batch = batch_shapes(1, 1, Shape(length, length), mesh)
-        lowered = programs.lower_training(state_shapes(adapter, optimizer, mesh, FLOAT32.compute_dtype), batch)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        state = state_shapes(adapter, optimizer, mesh, FLOAT32.compute_dtype)
+        program = programs.compile_training(state, batch, lambda line: None)
+        return program.memory_analysis().temp_size_in_bytes
 
     return of
 

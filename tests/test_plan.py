@@ -143,7 +143,7 @@ def test_the_plan_reads_config_json_alone(written, capsys):
     plan.main(["--config", str(written(batch_size=8)), "--tokens", "64"])
     said = capsys.readouterr().out
     for words in (
-        "8 x cpu, data=8; remat=none, float32 base",
+        "8 x cpu, data=8; remat=dots, float32 base",
         "1 forward and backward passes of 8 x 64 tokens; every example taken as 64 tokens long (--tokens)",
         "fits: 0.0",
         "activations, temporaries, padding",
