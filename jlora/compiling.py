@@ -17,7 +17,7 @@ def keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(sources.cache_directory() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 class Compiler:

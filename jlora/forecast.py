@@ -179,7 +179,7 @@ def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:
 
     A token costs 2 FLOPs a parameter of the layers forward and 2 backward (the base has no gradient), 2 more where the
     layer is computed anew; and 4 T N H a layer for attention forward, twice that backward, once more where its blocks
-    are. A target costs 2 V D forward, 2 backward, 2 anew.
+    are. A target costs 2 V D forward and 2 backward.
     """
     model, again = job.model, job.compute.remat == "full"
     heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -188,7 +188,7 @@ def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:
     attention = 4 * length * heads * (3 + again + (length > BLOCK))
     token = model.num_hidden_layers * (matrices * (6 if again else 4) + attention)
     rows = job.micro_batches * job.rows
-    flops = rows * (length * token + targets * 6 * model.vocab_size * model.hidden_size)
+    flops = rows * (length * token + targets * 4 * model.vocab_size * model.hidden_size)
     passes = (3 if again else 2) * job.micro_batches
     read = passes * bytes_of(base) * job.mesh.shape["fsdp"]  # gathered, it is read whole
     return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent))

@@ -157,11 +157,12 @@ def pick(
 ) -> Int[Array, ""]:
     """The next token: the likeliest at temperature 0, else a draw from the smallest set of mass `top_p`
     (Holtzman et al. 2020, arXiv:1904.09751)."""
-    ranked = jnp.argsort(logits, descending=True)
-    scaled = logits[ranked] / jnp.maximum(temperature, 1e-6)
-    mass_before = jnp.cumsum(jax.nn.softmax(scaled)) - jax.nn.softmax(scaled)
-    kept = jnp.where(mass_before < top_p, scaled, -jnp.inf)
-    drawn = ranked[jax.random.categorical(key, kept)]
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    ranked = jnp.sort(scaled, descending=True)
+    mass_before = jnp.cumsum(jax.nn.softmax(ranked)) - jax.nn.softmax(ranked)
+    least = jnp.min(jnp.where(mass_before < top_p, ranked, jnp.inf))
+    # Tokens keep their places, and so their luck, where rounding makes two of them change ranks.
+    drawn = jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
