@@ -455,7 +455,7 @@ def test_pissa_of_more_ranks_than_components_is_refused(models):
 
 def test_doras_dropout_is_pefts():
     spec = LoraConfig(4, 8.0, 0.5, ("q_proj",), use_dora=True)
-    ours = Projection("self_attn.q_proj", 16, 24, spec, jnp.float32, bias=True, layers=1)
+    ours = Projection("self_attn.q_proj", 16, 24, spec, FLOAT32, bias=True, layers=1)
     theirs = torch.nn.Linear(16, 24)
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, use_dora=True, init_lora_weights=False)
     layer = peft.tuners.lora.layer.Linear(theirs, "default", config, r=4, lora_alpha=8)
