@@ -106,10 +106,10 @@ def train(config: Config, again: str) -> None:
     ensure_fits(seen, here, layout, print)
     programs.base, record["runtime"]["remat"] = base, seen.job.compute.remat
     adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
-    state, progress = begin(start, fresh_state(adapter, programs.optimizer, mesh, compute.compute_dtype))
 
     run, stop = Path(config.output_dir), Stop()
-    with resume.claim(run):
+    with resume.claim(run):  # before anything of it is read: another process there would be removing checkpoints
+        state, progress = begin(start, fresh_state(adapter, programs.optimizer, mesh, compute.compute_dtype))
         checkpoints, warm = Checkpoints(run), not start.exact and bool(start.source or config.init_adapter)
         if warm:
             checkpoints.save(state, progress, None)  # first of all, so that no restart begins from nothing
