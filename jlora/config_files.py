@@ -3,6 +3,7 @@
 Both take `--config.KEY=VALUE` overrides on the command line.
 """
 
+import argparse
 import dataclasses
 import re
 import runpy
@@ -15,6 +16,17 @@ from ml_collections import ConfigDict
 
 from jlora.config import Config, default_config, propose, validate
 from jlora.errors import UserError
+
+
+def config_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a program that takes a config; `parse_known_args` leaves the overrides for `load_config`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=description,
+        epilog="Any key of the config can be set here: --config.lora_rank=8. All keys: jlora/config.py.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    return parser
 
 
 def load_config(path: str, overrides: list[str]) -> Config:

@@ -80,6 +80,11 @@ class Job:
         assert self.compute.mesh is not None
         return self.compute.mesh
 
+    def recomputing(self, remat: str) -> "Job":
+        """The same with another, definite `remat`."""
+        config, compute = dataclasses.replace(self.config, remat=remat), dataclasses.replace(self.compute, remat=remat)
+        return dataclasses.replace(self, config=config, compute=compute)
+
 
 Layout = Callable[[Config, int], tuple[int, int, Shape]]  # config, ways to split rows -> A, R, largest shape
 
@@ -182,11 +187,10 @@ def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:
     are. A target costs 2 V D forward and 2 backward.
     """
     model, again = job.model, job.compute.remat == "full"
-    heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    matrices = model.hidden_size * (2 * heads + 2 * keys + 3 * model.intermediate_size)
+    heads = model.num_attention_heads * model.head_dim
     length, targets = job.shape
     attention = 4 * length * heads * (3 + again + (length > BLOCK))
-    token = model.num_hidden_layers * (matrices * (6 if again else 4) + attention)
+    token = model.num_hidden_layers * (model.matrices * (6 if again else 4) + attention)
     rows = job.micro_batches * job.rows
     flops = rows * (length * token + targets * 4 * model.vocab_size * model.hidden_size)
     passes = (3 if again else 2) * job.micro_batches

@@ -119,15 +119,13 @@ def plan(
 ) -> tuple[int, Batches, Batches | None]:
     """Optimizer steps of the run, its batches, and the held-out batches."""
     heads = model.num_attention_heads * model.head_dim
-    kv_heads = model.num_key_value_heads * model.head_dim
-    matrices = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
     accumulated = config.gradient_accumulation_steps
     per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
     steps = config.max_steps or math.ceil(config.epochs * per_epoch)
     shared: dict[str, Any] = {
         "batch_size": config.batch_size,
         "devices": devices,
-        "linear_cost": matrices / (2 * heads),
+        "linear_cost": model.matrices / (2 * heads),
     }
     batches = plan_batches(examples, micro_batches=accumulated, steps=steps, seed=config.seed, **shared)
     if not held_out:

@@ -4,7 +4,6 @@ Reads the base's config.json, never its weights, and compiles the real training 
 fits; 2 it does not, or something else is to change.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import jax
 
 from jlora import sources
 from jlora.config import Config
-from jlora.config_files import load_config
+from jlora.config_files import config_parser, load_config
 from jlora.data.batches import Shape
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.errors import UserError, run_program
-from jlora.forecast import Forecast, Layout, laid_out
+from jlora.forecast import Forecast, Layout, laid_out, make_job
 from jlora.intake import read_examples, read_rows
 from jlora.model import backend
 from jlora.model.families import read_config
@@ -29,20 +28,13 @@ from jlora.train import choose_compute, find_devices
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jlora.plan",
-        description="Says whether a run fits, and what it costs, before a weight is read.",
-        epilog="Any key of the config can be set here: --config.lora_rank=8. All keys: jlora/config.py.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    parser = config_parser("jlora.plan", "Says whether a run fits, and what it costs, before a weight is read.")
     parser.add_argument("--target", default="here", help=f"where it is to run: {EXAMPLES}")
     parser.add_argument("--tokens", type=int, default=0, help="length of every example, instead of the data's own")
     parser.add_argument("--only", action="store_true", help="say nothing of other settings, which each take as long")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     target = _find(arguments.target, config)
-    if config.param_dtype == "auto" and arguments.target != "here":
-        config = dataclasses.replace(config, param_dtype="bfloat16")
     directory = Path(config.base_model)
     if directory.suffix != ".json":
         directory = sources.resolve(config.base_model, config.revision, weights=False)
@@ -52,7 +44,7 @@ def main(argv: list[str]) -> None:
     wish, dtype = "auto" if target.stands_in else config.attn_implementation, compute.compute_dtype
     attention, _ = backend.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
     compute = dataclasses.replace(compute, attention=attention)
-    seen, _ = first_fit(config, model, compute, target, layout, 1000, lambda line: None)
+    seen, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
     fits = seen.fits(target.limit)
     for line in report(seen, target, lengths):
         print(line)

@@ -12,8 +12,6 @@ from jlora.errors import UserError
 from jlora.export import spec_of
 from jlora.forecast import Forecast, Job, Layout, bytes_of, compiled, forecast, make_job, make_programs, work
 from jlora.model import hf
-from jlora.model.compute import Compute
-from jlora.model.llama import LlamaConfig
 from jlora.programs import Programs, placed_shapes
 from jlora.sharding import row_ways
 from jlora.targets import GIB, TPUS, Target
@@ -22,22 +20,13 @@ REMATS = ("none", "dots", "full")  # the fastest first
 TRIES = 4  # settings that are compiled: a large one takes a minute each
 
 
-def first_fit(
-    config: Config,
-    model: LlamaConfig,
-    compute: Compute,
-    target: Target,
-    layout: Layout,
-    steps: int,
-    say: Callable[[str], None],
-) -> tuple[Forecast, Programs]:
+def first_fit(job: Job, target: Target, steps: int, say: Callable[[str], None]) -> tuple[Forecast, Programs]:
     """Compiles the training step; with remat="auto" until one fits, from the fastest on. Else it is the last."""
     on_cpu = target.devices[0].platform == "cpu"  # where to keep all is no faster than to keep the products
-    remats = REMATS[on_cpu:] if config.remat == "auto" else (config.remat,)
-    for remat in remats:
-        job = make_job(dataclasses.replace(config, remat=remat), model, compute, target, layout)
-        programs, state = make_programs(job, steps)
-        seen = compiled(job, programs, state, say)
+    for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
+        tried = job.recomputing(remat)
+        programs, state = make_programs(tried, steps)
+        seen = compiled(tried, programs, state, say)
         if seen.fits(target.limit):
             break
     return seen, programs

@@ -4,7 +4,6 @@ This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on
 130 saved on Ctrl-C.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import platform
@@ -24,13 +23,13 @@ from jlora.adapter_config import read_spec
 from jlora.checkpoint import Checkpoints, Progress, read_record, write_record
 from jlora.compiling import keep_programs
 from jlora.config import Config
-from jlora.config_files import load_config
+from jlora.config_files import config_parser, load_config
 from jlora.data import formats
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Reading
 from jlora.errors import UserError, run_program
 from jlora.export import export_run, settings_of, spec_of
-from jlora.forecast import bytes_of, laid_out
+from jlora.forecast import Job, bytes_of, laid_out
 from jlora.generator import Generator, show_answers
 from jlora.intake import plan, read_examples, read_rows
 from jlora.loop import Loop, Stop, overfitting
@@ -54,12 +53,7 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jlora.train",
-        description="Trains a LoRA adapter.",
-        epilog="Any key of the config can be set here: --config.lora_rank=8. All keys: jlora/config.py.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    parser = config_parser("jlora.train", "Trains a LoRA adapter.")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
@@ -95,8 +89,9 @@ def train(config: Config, again: str) -> None:
         config = dataclasses.replace(config, remat=read_record(start.source, resume.KEY)["runtime"]["remat"])
     _, adapter_shapes, base_shapes = hf.abstract(model_config, spec, compute)
     here, layout = find_target("here", devices), laid_out(model_config, examples)
+    job = Job(config, model_config, compute, batches.micro_batches, batches.rows, batches.shapes[-1])
     with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
-        fitted = beside.submit(first_fit, config, model_config, compute, here, layout, steps, print)
+        fitted = beside.submit(first_fit, job, here, steps, print)
         size = bytes_of(placed_shapes(base_shapes, mesh, "base"))
         if here.limit is not None and size > here.limit:
             ensure_fits(fitted.result()[0], here, layout, print)

@@ -3,12 +3,11 @@
 Reads the data and the base's tokenizer, not its weights. `--html FILE` writes the same as a page.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from jlora import intake, sources
-from jlora.config_files import load_config
+from jlora.config_files import config_parser, load_config
 from jlora.data import inspect, xray
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.errors import UserError, run_program
@@ -18,12 +17,7 @@ from jlora.whole import replace_text
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jlora.data",
-        description="Shows the rows as the model will see them, and what of them is trained on.",
-        epilog="Any key of the config can be set here: --config.max_seq_length=1024. All keys: jlora/config.py.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    parser = config_parser("jlora.data", "Shows the rows as the model will see them, and what of them is trained on.")
     parser.add_argument("--rows", type=int, default=10, metavar="N", help="rows to show (10); 0 shows all")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing the rows")
     arguments, overrides = parser.parse_known_args(argv)

@@ -6,6 +6,7 @@ beside them, so that batches can be planned without reading any.
 """
 
 import contextlib
+import copy
 import gc
 import hashlib
 import importlib.metadata
@@ -67,12 +68,12 @@ def prepare(
     Raises:
       UserError: a row that the chat template cannot take; other rows than were counted before.
     """
-    first = Fingerprint(tokenizer, ends, train_on).over(itertools.islice(rows, FIRST))
+    whole = Fingerprint(tokenizer, ends, train_on)
+    first = whole.over(itertools.islice(rows, FIRST))
     if any(cache.glob(f"{first}-*")):  # else these rows were never here, and need not be gone through to know it
-        directory = cache / f"{first}-{Fingerprint(tokenizer, ends, train_on).over(rows)}"
+        directory = cache / f"{first}-{whole.over(rows)}"
         if directory.is_dir():
             return Prepared(directory)
-    whole = Fingerprint(tokenizer, ends, train_on)
 
     def encode(some: list[Conversation]) -> list[Example]:
         return encode_batch(tokenizer, ends, some, train_on)
@@ -110,10 +111,12 @@ class Fingerprint:
             self._digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())
             yield row
 
-    def over(self, rows: Iterable[Conversation]) -> "Fingerprint":
-        """This one, after all the rows."""
-        deque(self.watch(rows), maxlen=0)
-        return self
+    def over(self, rows: Iterable[Conversation]) -> str:
+        """What the text would be after these rows."""
+        other = copy.copy(self)
+        other._digest = self._digest.copy()
+        deque(other.watch(rows), maxlen=0)
+        return str(other)
 
     def __str__(self) -> str:
         return self._digest.hexdigest()[:32]

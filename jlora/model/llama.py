@@ -45,6 +45,12 @@ class LlamaConfig:
     sliding_window: int | None  # tokens that a query sees, itself included; None is all
     tie_word_embeddings: bool
 
+    @property
+    def matrices(self) -> int:
+        """Parameters of a layer's seven projections, without biases."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.hidden_size * (heads + 3 * self.intermediate_size)
+
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, for decoding."""
@@ -262,12 +268,7 @@ class Llama(nnx.Module):
       compute: dtypes, and what the backward pass recomputes.
     """
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        spec: LoraConfig,
-        compute: Compute,
-    ) -> None:
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
