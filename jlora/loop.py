@@ -123,6 +123,8 @@ class Loop:
             values["grad_norm"] = float(taken[-1].grad_norm)
         if scaling is not None:
             values |= {"loss_scale": float(scaling.scale), "skipped_steps": int(scaling.skipped)}
+        if stats := jax.local_devices()[0].memory_stats():  # a CPU has none
+            values["device_memory_peak"] = stats["peak_bytes_in_use"]
         self.logger.log(done, **values)
 
     def _refuse(self, step: int, metrics: Metrics) -> None:

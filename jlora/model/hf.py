@@ -145,6 +145,7 @@ def load_base(
                 if part.dtype == np.float32 and not np.isfinite(part).all():  # as is a block that holds such a value
                     broken.add(name)
                 progress(part.nbytes)
+            weights.release(name)
         return jax.tree.map(
             lambda part, sharding: jax.make_array_from_callback(part.shape, sharding, part.__getitem__), host, sharding
         )
