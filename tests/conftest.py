@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,6 +25,18 @@ ROOT = Path(__file__).parent.parent
 COMPILED = tempfile.mkdtemp(prefix="jlora-compiled-")
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
+
+
+class Trains:
+    """What has `state`, `programs` and `batches`, and trains with them."""
+
+    def losses(self, count):
+        """Trains from the first batch on and returns the loss of each step."""
+        losses = []
+        for step in range(count):
+            self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
+            losses.append(float(metrics.loss))
+        return np.array(losses)
 
 
 @pytest.fixture(scope="session")

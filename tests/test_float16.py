@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import run_module, short_run
+from conftest import Trains, run_module, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora import loss_scale, optim, sharding, train
@@ -43,7 +43,7 @@ def test_the_scale_moves_as_torchs_does(monkeypatch):
         assert float(ours.scale) == theirs.get_scale() and int(ours.skipped) == skipped
 
 
-class Run:
+class Run(Trains):
     """A small base with random weights on random tokens, ready for its first step."""
 
     def __init__(self, tiny, dtype=jnp.float16, devices=1, micro_batches=1, **changes):
@@ -68,13 +68,6 @@ class Run:
         """At step 0 again, with what was compiled."""
         self.state = jax.device_put(self.fresh, sharding.shardings(self.fresh, self.mesh, "state"))
         return self
-
-    def losses(self, count):
-        losses = []
-        for step in range(count):
-            self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
-            losses.append(float(metrics.loss))
-        return np.array(losses)
 
 
 def taken(run, step=0, scale=None):

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import make_model, run_module, short_run
+from conftest import Trains, make_model, run_module, short_run
 
 from jlora import hlo, optim, sharding, train
 from jlora.config import Config
@@ -30,7 +30,7 @@ def heads(tmp_path_factory, smollm):
     return make_model(tmp_path_factory.mktemp("heads"), smollm, num_hidden_layers=2, **changes)
 
 
-class Run:
+class Run(Trains):
     """A run on random tokens."""
 
     def __init__(self, directory, devices=1, mesh=None, **changes):
@@ -61,10 +61,7 @@ class Run:
         adapter = train.first_adapter(config, spec, shapes, self.base, tied=False)
         self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(graphdef, self.base, optimizer, self.mesh, dropout=spec.draws, seed=1)
-        self.losses = []
-        for step in range(10):
-            self.state, metrics = self.programs.train_step(self.state, self.batches[step], lambda line: None)
-            self.losses.append(float(metrics.loss))
+        self.curve = self.losses(10)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +90,8 @@ def alone(heads):
 def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
     monkeypatch.setattr(flash, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
-    assert np.abs(np.subtract(one.losses, many.losses)).max() < 1e-5
-    assert one.losses[-1] < one.losses[0] - 0.1  # the bound means something: it learns
+    assert np.abs(np.subtract(one.curve, many.curve)).max() < 1e-5
+    assert one.curve[-1] < one.curve[0] - 0.1  # the bound means something: it learns
     for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(many.state.lora), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
     for leaf in jax.tree.leaves(many.base["layers"]):

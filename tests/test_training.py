@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import Trains
 
 from jlora import lora, optim, sharding, train
 from jlora.adapter_config import peft_config
@@ -23,7 +24,7 @@ from jlora.peft_format import write_adapter
 from jlora.programs import Programs, fresh_state
 
 
-class Setup:
+class Setup(Trains):
     """All the pieces of a run on some devices, from a config file; `mesh` says how they share the work."""
 
     def __init__(self, file, devices=1, attention="xla", **changes):
@@ -48,14 +49,6 @@ class Setup:
         )
         self.state = fresh_state(adapter, self.optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
-
-    def losses(self, count):
-        """Trains and returns the loss of each step."""
-        losses = []
-        for step in range(count):
-            self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
-            losses.append(float(metrics.loss))
-        return np.array(losses)
 
 
 def peft_losses(setup, initial, directory, count):
