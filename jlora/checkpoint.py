@@ -1,24 +1,31 @@
 """Orbax checkpoints of what training changes: adapter, optimizer state, step; and what the loop remembers.
 
-The latest two and the best are kept. The base is never saved.
+Each is written beside training, whole or not at all, with the hashes of its files, which are looked at before it is
+read. The latest two and the best are kept. The base is never saved. Arrays are of the host here, whole, so that any
+mesh of any number of processes can go on with them.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.config import Config
 from jlora.errors import UserError
 from jlora.lora import Adapter
 from jlora.step import TrainState
-from jlora.whole import replace_text
+from jlora.whole import UNFINISHED, new_directory, replace_text
+
+SUMS = "sha256.json"  # in a checkpoint: file -> hash of its content
 
 
 @dataclasses.dataclass
@@ -41,47 +48,68 @@ class Progress:
             self.worse += 1
 
 
-class LatestAndBest:
-    """Orbax's preservation policy: the latest two and the best. (Orbax's own forgets all losses when a run goes on.)"""
-
-    best_step: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer for each checkpoint, oldest first."""
-        latest = [checkpoint.step for checkpoint in checkpoints[-2:]]
-        return [checkpoint.step in (*latest, self.best_step) for checkpoint in checkpoints]
-
-
 class Checkpoints:
     """The checkpoints of one run, in `output_dir/checkpoints/STEP`."""
 
     def __init__(self, run: Path) -> None:
         self.directory = run.resolve() / "checkpoints"
-        self._kept = LatestAndBest()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=self._kept, enable_async_checkpointing=False),
+        me = jax.process_index()  # Orbax else waits for the other processes of the run, which have no part in this
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"of process {me}"
         )
+        items = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+        self._orbax = ocp.Checkpointer(items, multiprocessing_options=alone)
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """Complete checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Complete checkpoints, oldest first; a damaged one is among them."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def latest(self) -> int | None:
         """The newest complete checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step that evaluated best, whether or not it is still there; without evaluations the latest."""
-        latest = self.latest()
-        return None if latest is None else self.progress(latest).best_step or latest
+        """The step that evaluated best, whether or not it is still there; without evaluations the newest sound one."""
+        newest = max((step for step in self.steps() if not self.damage(step)), default=self.latest())
+        return None if newest is None else self.progress(newest).best_step or newest
+
+    def damage(self, step: int) -> str:
+        """How a checkpoint differs from what was written; "" where it does not."""
+        try:
+            sums = json.loads((self.directory / str(step) / SUMS).read_text(encoding="utf-8"))
+            for name, expected in sums.items():
+                with (self.directory / str(step) / name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                        return f"{name} is not what was written"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).relative_to(self.directory / str(step))} is missing"
+        except (OSError, ValueError, AttributeError) as error:
+            return f"{SUMS} or a file that it lists cannot be read: {error}"
+        return ""
+
+    def clear(self) -> None:
+        """Removes what a killed process left half written, and sets damaged checkpoints aside. Only under `claim`."""
+        for path in self.directory.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for step in self.steps():
+            if self.damage(step):
+                place = self.directory / str(step)
+                place.rename(next(p for n in range(1000) if not (p := Path(f"{place}.damaged-{n}")).exists()))
 
     def save(self, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
-        """Saves the state's step, unless it is saved already.
+        """Begins to write the state's step, unless it is there already; waits for the one before, but not for this.
+
+        Args:
+          state: of arrays that nobody changes from now on.
 
         Raises:
-          UserError: it could not be written; says why, and which checkpoint is safe.
+          UserError: this or the one before could not be written; says why, and which checkpoint is safe.
         """
+        self.wait()
         step = int(state.step)
         if step in self.steps():
             return
@@ -90,15 +118,38 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(_besides_adapter(state)),
             "progress": ocp.args.JsonSave(dataclasses.asdict(dataclasses.replace(progress, eval_loss=eval_loss))),
         }
-        self._kept.best_step = progress.best_step
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._writing = self._writer.submit(self._write, step, size, items, progress.best_step)
+
+    def wait(self) -> None:
+        """Until what was saved is written.
+
+        Raises:
+          UserError: as for `save`.
+        """
+        writing, self._writing = self._writing, None
         try:
-            self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+            if writing is not None:
+                writing.result()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"step {step} could not be saved in {self.directory}: {self.cannot_write(error)}"
+                f"a checkpoint could not be saved in {self.directory}: {self.cannot_write(error)}"
             ) from error
-        assert saved, f"Orbax refused step {step}; it has {self.steps()}"
+
+    def _write(self, step: int, size: int, items: dict[str, Any], best: int | None) -> None:
+        """Writes one checkpoint and then removes those that are no longer wanted."""
+        self.directory.mkdir(exist_ok=True)  # not its parents: where the run's directory has gone, that is an error
+        with new_directory(self.directory / str(step)) as made:
+            self._reserve(size)
+            self._orbax.save(made, args=ocp.args.Composite(**items), force=True)
+            files = sorted(path for path in made.rglob("*") if path.is_file())
+            sums = {str(f.relative_to(made)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+            (made / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")  # without an end that may be lost
+        steps = self.steps()
+        for old in steps:
+            if old not in (*steps[-2:], best):
+                gone = (self.directory / str(old)).rename(self.directory / f"{UNFINISHED}{old}")  # at once
+                shutil.rmtree(gone)
 
     def _reserve(self, size: int) -> None:
         """Raises OSError where `size` bytes and Orbax's files do not fit: once, where Orbax would in many threads."""
@@ -116,43 +167,41 @@ class Checkpoints:
             "--config.resume_from_checkpoint=auto"
         )
 
-    def restore(self, step: int, target: TrainState) -> tuple[TrainState, Progress]:
-        """State and progress of a step; `target` gives shapes, dtypes and shardings."""
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+    def restore(self, step: int, shapes: TrainState) -> TrainState:
+        """The state of a step; `shapes` gives shapes and dtypes."""
         found = self._read(
             step,
-            lora=ocp.args.StandardRestore(shapes.lora),
-            optimizer=ocp.args.StandardRestore(_besides_adapter(shapes)),
-            progress=ocp.args.JsonRestore(),
+            lora=ocp.args.StandardRestore(_host(shapes.lora)),
+            optimizer=ocp.args.StandardRestore(_host(_besides_adapter(shapes))),
         )
-        return TrainState(found["lora"], **found["optimizer"]), Progress(**found["progress"])
+        return TrainState(found["lora"], **found["optimizer"])
 
     def restore_adapter(self, step: int, shapes: Adapter) -> Adapter:
-        """Only the adapter of a step; `shapes` gives shapes, dtypes and, where not one device holds it, shardings."""
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # else Orbax wants the devices that saved it
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or one), shapes
-        )
-        return self._read(step, lora=ocp.args.StandardRestore(placed))["lora"]
+        """Only the adapter of a step; `shapes` gives shapes and dtypes."""
+        return self._read(step, lora=ocp.args.StandardRestore(_host(shapes)))["lora"]
 
     def progress(self, step: int) -> Progress:
         """Only what the loop remembered at a step."""
         return Progress(**self._read(step, progress=ocp.args.JsonRestore())["progress"])
 
     def _read(self, step: int, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError, TypeError) as error:  # whatever a damaged file makes of Orbax
-            reason = str(error).strip().split("\n")[0][:200]
+        if damage := self.damage(step):
             others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
             raise UserError(
-                f"the checkpoint of step {step} in {self.directory} is damaged ({reason}). Other steps there: "
-                f"{others}. Move {self.directory / str(step)} away to use the latest of them"
-            ) from error
+                f"the checkpoint of step {step} in {self.directory} is damaged ({damage}). Other steps there: {others}"
+            )
+        return self._orbax.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
-        self._manager.close()
+        """Ends the threads, after what is being written."""
+        self.wait()
+        self._writer.shutdown()
+        self._orbax.close()
+
+
+def _host(shapes: Any) -> Any:
+    """Arrays of the host for Orbax to read into."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
 
 
 def _besides_adapter(state: TrainState) -> dict[str, Any]:

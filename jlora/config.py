@@ -78,6 +78,7 @@ class Config:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # global norm of the adapter's gradient; 0 turns clipping off
+    max_loss_spike: float = 3.0  # stop where a loss is over this many times the largest of the last 50; 0: never
     loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+); 1: one rate for all
     neftune_noise_alpha: float = 0.0  # noise on embeddings in training; 5 is usual, 0 is none
     seed: int = 0  # initial A, order of examples, dropout, split
@@ -104,12 +105,18 @@ class Config:
     # What the backward pass recomputes: "none"; "dots", what is no product with a weight; "full", all of a layer. More
     # is slower and takes less memory; auto: the first for which the memory is there.
     remat: str = "auto"
+    # Several processes, as on a TPU pod or a cluster: each runs the same command. On Cloud TPU, GKE, SLURM and Open MPI
+    # they find each other; elsewhere each is given the first one's HOST:PORT, their number, and its own from 0.
+    coordinator_address: str = ""
+    num_processes: int = 0  # 0: as many as are found; 1: this one alone, whatever is found
+    process_id: int = -1
 
 
 # Settings that may change when a run goes on: they do not touch the numbers of training.
 NOT_TRAINING = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
-    "sample_questions device mesh attn_implementation remat".split()
+    "sample_questions device mesh attn_implementation remat coordinator_address num_processes process_id "
+    "max_loss_spike".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),
@@ -132,7 +139,8 @@ POSITIVE = (
     "logging_steps save_steps loraplus_lr_ratio"
 ).split()
 NOT_NEGATIVE = (
-    "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed neftune_noise_alpha"
+    "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed neftune_noise_alpha "
+    "num_processes max_loss_spike"
 ).split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
 LORA_ONLY = (

@@ -5,10 +5,14 @@ With --for it is written in the form that the loader reads rightly, and only if 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jlora import provenance, sources
 from jlora.adapter_config import base_of, peft_config, read_spec
@@ -47,9 +51,8 @@ def export_run(run: Path, step: int, target: Path, loader: str = "", max_rank: i
     base = record["base"]["hub_id"] or record["base"]["directory"]
     tied = read_config(directory).tie_word_embeddings
     config = peft_config(spec, base, record["base"]["commit"] or None, tied=tied)
-    checkpoints = Checkpoints(run)
-    progress = checkpoints.progress(step)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        progress = checkpoints.progress(step)
     notes = provenance.notes(record, step, progress.base_loss, progress.eval_loss, tokenizer)
 
     def certify(made: Path) -> str:
@@ -68,9 +71,8 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
     spec = spec_of(record["config"])
     model_config = read_config(Path(record["base"]["directory"]))
     _, shapes, _ = hf.abstract(model_config, spec, FLOAT32)
-    checkpoints = Checkpoints(run)
-    adapter = checkpoints.restore_adapter(step, shapes)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        adapter = jax.tree.map(jnp.asarray, checkpoints.restore_adapter(step, shapes))
     return adapter, spec
 
 
@@ -129,10 +131,8 @@ def find_step(run: Path, wanted: str) -> int:
     """`best`, `latest` or a number as a step that has a checkpoint; `best` without evaluations is the latest."""
     if not (run / "checkpoints").is_dir():
         raise UserError(f"--run {run}: no checkpoints there; expected the output_dir of a run")
-    checkpoints = Checkpoints(run)
-    steps, latest = checkpoints.steps(), checkpoints.latest()
-    best = checkpoints.best()
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        steps, latest, best = checkpoints.steps(), checkpoints.latest(), checkpoints.best()
     if latest is None:
         raise UserError(f"--run {run}: no checkpoint was completed")
     step = {"best": best, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)

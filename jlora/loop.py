@@ -2,45 +2,24 @@
 
 import dataclasses
 import math
-import signal
-import sys
-from types import FrameType
-from typing import Any
+from collections import deque
 
 import jax
-import numpy as np
 
-from jlora import optim
+from jlora import hosts, optim
 from jlora.checkpoint import Checkpoints, Progress
 from jlora.config import Config
 from jlora.data.batches import Batches
 from jlora.errors import UserError
+from jlora.hosts import Stop
 from jlora.loss_scale import hint
 from jlora.metrics import Logger
 from jlora.programs import Programs
 from jlora.step import Metrics, TrainState
 
-
-class Stop:
-    """Within its `with`, the first SIGINT or SIGTERM is a request that the loop answers; a second one kills."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
-        print(f"\n{self.signal.name}: stopping after this step, saved; once more stops at once", file=sys.stderr)
+RECENT = 50  # losses that a step's is held against
+GO_ON = "; max_loss_spike=0 goes on all the same"
+AHEAD = 2  # steps that are given to the devices before an earlier one is done
 
 
 @dataclasses.dataclass
@@ -51,13 +30,14 @@ class Loop:
     programs: Programs
     batches: Batches
     held_out: Batches | None
+    steps: int
     checkpoints: Checkpoints
     logger: Logger
     progress: Progress
     stop: Stop
-    steps: int
     warm: bool  # the state given is another run's adapter
     pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
+    recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=RECENT))  # losses
 
     def run(self, state: TrainState) -> TrainState:
         """Trains; every state that counts is saved on the way."""
@@ -76,12 +56,14 @@ class Loop:
         self.programs.after_compiling = self.logger.restart_clock
         self.logger.restart_clock()
         for done in range(int(state.step) + 1, self.steps + 1):
-            if self.stop.signal or self._given_up():
+            if self.stop.asked(done) or self._given_up():
                 break
             batch = self.batches[done - 1]
             state, metrics = self.programs.train_step(state, batch, self.logger.say)
             self.pending.append(metrics)
-            self.logger.step(int(np.count_nonzero(batch.segments)))
+            self.logger.step(self.batches.tokens(done - 1))
+            if len(self.pending) > AHEAD:  # else the steps under way would be many, and a signal be answered late
+                jax.block_until_ready(self.pending[-1 - AHEAD])
             last = done == self.steps
             evaluates = self.held_out is not None and (done % every == 0 or last)
             saves = done % config.save_steps == 0 or last
@@ -89,13 +71,13 @@ class Loop:
                 self._log_losses(done)
             loss = self._evaluate(state, done) if evaluates else None
             if saves or self._given_up() or (evaluates and self.progress.best_step == done):
-                self.checkpoints.save(state, self.progress, loss)
+                save(self.checkpoints, state, self.progress, loss)
             if evaluates or saves:
                 self.logger.restart_clock()
         if self.stop.signal:
             if self.pending:
                 self._log_losses(int(state.step))
-            self.checkpoints.save(state, self.progress, None)
+            save(self.checkpoints, state, self.progress, None)
         if self._given_up():
             self.logger.say(f"stopped early: {self.progress.worse} evaluations without a better one")
         return state
@@ -110,7 +92,11 @@ class Loop:
         self.pending.clear()
         for step, metrics in enumerate(fetched, start=first):
             if metrics.broken():
-                self._refuse(step, metrics)
+                self._refuse(step, metrics, f"training broke down at step {step + 1}, on ", "")
+            if self._spikes(float(metrics.loss)):
+                before = f"{max(self.recent):.2f} at most in the {len(self.recent)} steps before"
+                self._refuse(step, metrics, f"the loss, {before}, jumped at step {step + 1}, on ", GO_ON)
+            self.recent.append(float(metrics.loss))
         targets = sum(metrics.targets for metrics in fetched)
         scaling, taken = fetched[-1].scaling, [metrics for metrics in fetched if math.isfinite(metrics.grad_norm)]
         updates = done if scaling is None else done - int(scaling.skipped)
@@ -127,14 +113,19 @@ class Loop:
             values["device_memory_peak"] = stats["peak_bytes_in_use"]
         self.logger.log(done, **values)
 
-    def _refuse(self, step: int, metrics: Metrics) -> None:
+    def _spikes(self, loss: float) -> bool:
+        """Whether a loss is far above those before it; none is that is below what a guess at random costs."""
+        factor = self.config.max_loss_spike
+        return factor > 0 and len(self.recent) >= RECENT // 5 and loss > factor * max(*self.recent, 1.0)
+
+    def _refuse(self, step: int, metrics: Metrics, words: str, way_out: str) -> None:
         rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
         latest = self.checkpoints.latest()
         kept = "no checkpoint was saved before" if latest is None else f"the latest checkpoint is of step {latest}"
         raise UserError(
-            f"training broke down at step {step + 1}, on {rows}: loss {metrics.loss:g}, gradient norm "
+            f"{words}{rows}: loss {metrics.loss:g}, gradient norm "
             f"{metrics.grad_norm:g}, adapter norm {metrics.adapter_norm:g}. Nothing of it was saved; {kept}. "
-            f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}"
+            f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}{way_out}"
         )
 
     def _evaluate_start(self, state: TrainState) -> None:
@@ -163,6 +154,14 @@ class Loop:
         if self.progress.worse_since == done:
             self.logger.say(overfitting(self.progress))
         return loss
+
+
+def save(checkpoints: Checkpoints, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
+    """Begins to write a checkpoint: the first process does, of what all of them hold."""
+    held = hosts.whole(state)
+    with hosts.together():
+        if hosts.is_first():
+            checkpoints.save(held, progress, eval_loss)
 
 
 def overfitting(progress: Progress) -> str:

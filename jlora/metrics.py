@@ -1,6 +1,7 @@
 """What is shown and logged: the progress bar, TensorBoard events, metrics.jsonl."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,19 +19,22 @@ class Logger:
       run: the run's directory; lines that an interrupted run logged beyond `first` are dropped, as they come again.
       first: steps done before.
       steps: of the whole run.
+      silent: shows and writes nothing, for the processes that are not the first.
     """
 
-    def __init__(self, run: Path, first: int, steps: int) -> None:
+    def __init__(self, run: Path, first: int, steps: int, *, silent: bool = False) -> None:
         from tensorboardX import SummaryWriter  # here, as it imports PyTorch where that is installed
 
-        path = run / "metrics.jsonl"
-        if path.exists():
+        path = Path(os.devnull) if silent else run / "metrics.jsonl"
+        if not silent and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             replace_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "logs"), purge_step=first + 1)
-        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
+        self._events = SummaryWriter(str(run / "logs"), purge_step=first + 1, write_to_disk=not silent)
+        self._bar = tqdm(
+            total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1, disable=silent or None
+        )
         self._steps = steps
         self._since = time.perf_counter()
         self._tokens = 0
@@ -77,6 +81,6 @@ class Logger:
         sys.stdout.flush()
 
 
-def loading_bar(size: int) -> tqdm:
+def loading_bar(size: int, *, silent: bool) -> tqdm:
     """A bar over `size` bytes, shown on a terminal."""
-    return tqdm(total=size, unit="B", unit_scale=True, desc="loading the base", leave=False, disable=None)
+    return tqdm(total=size, unit="B", unit_scale=True, desc="loading the base", leave=False, disable=silent or None)

@@ -20,10 +20,10 @@ from jlora.intake import read_examples, read_rows
 from jlora.model import backend
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
+from jlora.ready import choose_compute, choose_platform, find_devices
 from jlora.search import changes, first_fit, remedy, search, too_large
 from jlora.sharding import describe
 from jlora.targets import EXAMPLES, GIB, Target, find_target
-from jlora.train import choose_compute, find_devices
 
 
 def main(argv: list[str]) -> None:
@@ -67,7 +67,9 @@ def _find(name: str, config: Config) -> Target:
     """The target, with the devices of this machine or stand-ins."""
     if name != "here" and not name.startswith("gpu"):
         jax.config.update("jax_platforms", "cpu")  # the slice's compiler is asked directly
-    return find_target(name, find_devices(config if name == "here" else dataclasses.replace(config, device="auto")))
+    elif name == "here":
+        choose_platform(config)
+    return find_target(name, find_devices(config))
 
 
 def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) -> tuple[Layout, str]:

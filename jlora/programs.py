@@ -1,5 +1,6 @@
 """The compiled programs of a run: from shapes alone, or with the arrays that they run on."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
 
 from jlora import lora, loss_scale, optim
 from jlora.compiling import Compiler
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.lora import Adapter
 from jlora.model.llama import Llama
-from jlora.sharding import row_ways, shardings
+from jlora.sharding import place, row_ways, shardings
 from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
 
 
@@ -24,8 +26,8 @@ def fresh_state(
     adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
 ) -> TrainState:
     """Step 0, without moments; placed on the mesh."""
-    state = _first(adapter, optimizer, compute_dtype)
-    return jax.device_put(state, shardings(state, mesh, "state"))
+    places = _places(state_shapes(adapter, optimizer, mesh, compute_dtype))
+    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=places)(adapter)
 
 
 def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
@@ -76,8 +78,8 @@ class Programs:
         seed: int,
     ) -> None:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
-        self._key = jax.random.key(seed)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._seed = seed
         self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
         self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
         self._compile = Compiler()
@@ -109,19 +111,20 @@ class Programs:
 
         def lower() -> jax.stages.Lowered:
             step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(_places(state), self._everywhere))
-            key = jax.ShapeDtypeStruct((), self._key.dtype, sharding=self._everywhere)
+            drawn = jax.eval_shape(jax.random.key, self._seed)
+            key = jax.ShapeDtypeStruct(drawn.shape, drawn.dtype, sharding=self._everywhere)
             return step.lower(state, self.base, batch, key)
 
         return self._program("training", batch, lower, say)
 
     def _place(self, batch: Batch) -> Batch:
         """A host batch on the mesh, its rows split."""
-        return Batch(
-            *(
-                jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
-                for leaf, sharding in zip(batch, shardings(batch, self._mesh, "batch"), strict=True)
-            )
-        )
+        return place(batch, shardings(batch, self._mesh, "batch"))
+
+    @functools.cached_property
+    def _key(self) -> PRNGKeyArray:
+        """Of all that is drawn in training."""
+        return jax.jit(lambda: jax.random.key(self._seed), out_shardings=self._everywhere)()
 
     def _program(
         self, name: str, batch: Batch, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]

@@ -1,5 +1,6 @@
 """Where a run begins: new; exactly where it stopped, in place; or warm, from another run's adapter, in a new place."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import IO, Any
@@ -20,17 +21,18 @@ ADAPTER_KEYS = (
     "rank_pattern alpha_pattern layers_to_transform modules_to_save"
 ).split()
 # What a run has written before its first checkpoint.
-UNFINISHED = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
+BEGUN = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The run and step to take over (none: a new run), whether to go on exactly, and that in words."""
+    """The run and step to take over (none: a new run), whether to go on exactly, that in words, and with what remat."""
 
-    source: Path | None
+    source: str  # "": none
     step: int
     exact: bool
     message: str
+    remat: str = ""  # "": as the config has it
 
 
 def check_output(config: Config) -> None:
@@ -64,6 +66,13 @@ def claim(output: Path) -> IO[str]:
     return lock
 
 
+def take(config: Config, record: dict[str, Any], held: contextlib.ExitStack) -> Start:
+    """How the run begins, as `decide` has it, and its place, claimed until `held` ends; what does not fit stays."""
+    decide(config, record)
+    held.enter_context(claim(Path(config.output_dir)))
+    return decide(config, record)  # anew: another process may have gone on until then
+
+
 def decide(config: Config, record: dict[str, Any]) -> Start:
     """How the run that `record` describes begins.
 
@@ -76,7 +85,7 @@ def decide(config: Config, record: dict[str, Any]) -> Start:
     """
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     if not wanted:
-        return Start(None, 0, False, "a new run")
+        return Start("", 0, False, "a new run")
     if wanted == "auto" or Path(wanted).expanduser().resolve() == output.resolve():
         return _continue(output, record)
     if _in_use(output):
@@ -90,59 +99,66 @@ def decide(config: Config, record: dict[str, Any]) -> Start:
     if unfit:
         raise UserError(f"{KEY}={wanted}: its adapter does not fit this config: {'; '.join(unfit)}")
     why = f", since {'; '.join(changes.values())}" if changes else ""
-    return Start(source, step, False, f"warm start: the adapter of {source}, step {step}, on a fresh schedule{why}")
+    return Start(
+        str(source), step, False, f"warm start: the adapter of {source}, step {step}, on a fresh schedule{why}"
+    )
 
 
 def _continue(output: Path, record: dict[str, Any]) -> Start:
     """Exactly on from the latest checkpoint in place; or a new run where none was completed yet."""
     if not _in_use(output):
-        return Start(None, 0, False, f"a new run: there is nothing to continue in {output}")
+        return Start("", 0, False, f"a new run: there is nothing to continue in {output}")
     old = read_record(output, f"{KEY}=auto, output_dir")
     if changes := _changes(old, record):
         raise UserError(
             f"{output} cannot go on exactly: {'; '.join(changes.values())}. To start a new run from its adapter "
             f"(a warm start), set another output_dir and --config.{KEY}={output}"
         )
-    steps = _steps(output)
+    steps, damaged = sound_steps(output)
     if not steps:
-        if other := {path.name for path in output.iterdir()} - UNFINISHED:
+        if damaged:
+            raise UserError(f"{output} has no checkpoint to continue from: {'; '.join(damaged)}. Set another one")
+        if other := {path.name for path in output.iterdir()} - BEGUN:
             raise UserError(
                 f"{output} has no checkpoint to continue from, but {', '.join(sorted(other))}: set another one"
             )
-        return Start(None, 0, False, f"a new run: {output} was stopped before its first checkpoint")
+        return Start("", 0, False, f"a new run: {output} was stopped before its first checkpoint")
     there, here = ({**r["versions"], **r["runtime"]} for r in (old, record))
     moved = [f"{key} was {there[key]} and is {here[key]}" for key in here if there.get(key, here[key]) != here[key]]
     exactly = f"but not bit for bit, since {'; '.join(moved)}" if moved else "exactly"
-    return Start(output, steps[-1], True, f"continuing {output} from step {steps[-1]}, {exactly}")
+    passed = "".join(f"{words}: passed over\n" for words in damaged)
+    message = f"{passed}continuing {output} from step {steps[-1]}, {exactly}"
+    return Start(str(output), steps[-1], True, message, old["runtime"]["remat"])
 
 
 def _in_use(output: Path) -> bool:
     return output.is_dir() and any(path.name != ".lock" for path in output.iterdir())
 
 
-def _steps(run: Path) -> list[int]:
-    """The run's complete checkpoints; none where it has no directory yet."""
-    if not (run / "checkpoints").is_dir():
-        return []
-    checkpoints = Checkpoints(run)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    return steps
+def sound_steps(run: Path) -> tuple[list[int], list[str]]:
+    """The run's checkpoints up to the newest that is not damaged, and how those after it are."""
+    damaged = []
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        steps = checkpoints.steps()
+        while steps and (damage := checkpoints.damage(steps[-1])):
+            damaged.append(f"the checkpoint of step {steps.pop()} is damaged ({damage})")
+    return steps, damaged
 
 
 def _find(path: Path) -> tuple[Path, int]:
     """A run's directory (its best step, else its latest), or `RUN/checkpoints/STEP`, as run and step."""
     run, step = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "")
-    steps = _steps(run)
-    if not steps:
-        raise UserError(f"{KEY}={path}: no checkpoints there; expected a run's output_dir, or one of its checkpoints")
-    if step and (not step.isdigit() or int(step) not in steps):
-        raise UserError(f"{KEY}={path}: no such checkpoint; there are {', '.join(map(str, steps))}")
-    if step:
-        return run, int(step)
-    checkpoints = Checkpoints(run)
-    best = checkpoints.best()
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(
+                f"{KEY}={path}: no checkpoints there; expected a run's output_dir, or one of its checkpoints"
+            )
+        if step and (not step.isdigit() or int(step) not in steps):
+            raise UserError(f"{KEY}={path}: no such checkpoint; there are {', '.join(map(str, steps))}")
+        if step:
+            return run, int(step)
+        best = checkpoints.best()
     return run, best if best in steps else steps[-1]
 
 

@@ -84,6 +84,19 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
         raise UserError(f"batch_size={batch_size} does not divide over {ways} devices{axes}: set batch_size={sizes}")
 
 
+def own_rows(mesh: Mesh, rows: int) -> frozenset[int]:
+    """Which rows of a batch this process's devices hold."""
+    places = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
+    return frozenset(row for place in places if place for row in range(*place[0].indices(rows)))
+
+
+def place(tree: Any, places: Any) -> Any:
+    """Arrays of the host, whole and the same in every process, on the mesh; `places` has a sharding for each."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), tree, places
+    )
+
+
 def describe(mesh: Mesh) -> str:
     """As "data=2 x fsdp=4"; "data=1" on one device."""
     sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]

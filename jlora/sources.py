@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from jlora.errors import UserError
 from jlora.from_gguf import convert
-from jlora.whole import new_directory
+from jlora.whole import UNFINISHED, new_directory
 
 # What is fetched of a hub model: weights without pickle, configs, tokenizer; and what is not: the same weights again.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -138,7 +138,7 @@ def _scratch() -> Iterator[Path]:
     cache = cache_directory()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as scratch:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=UNFINISHED) as scratch:
             yield Path(scratch)
     except OSError as error:
         raise UserError(f"{cache} cannot be written: {error}. Set XDG_CACHE_HOME to another place") from None

@@ -64,13 +64,14 @@ def find_target(name: str, here: list[jax.Device]) -> Target:
 
 def memory_limit(devices: list[jax.Device]) -> int | None:
     """Bytes that a device may use; on a CPU its share of the memory that is free on the host."""
-    if stats := devices[0].memory_stats():
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    if stats := own[0].memory_stats():
         return stats.get("bytes_limit")
     meminfo = Path("/proc/meminfo")
-    if devices[0].platform != "cpu" or not meminfo.exists():
+    if own[0].platform != "cpu" or not meminfo.exists():
         return None
     free = int(re.findall(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[0]) * 1024
-    return free // len(devices)
+    return free // len(own)
 
 
 def _slice(kind: str, chips: str) -> list[Any]:

@@ -1,12 +1,11 @@
 """Trains a LoRA adapter: `python -m jlora.train --config configs/law.py [--config.KEY=VALUE ...]`.
 
 This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on SIGTERM; 2 something to change;
-130 saved on Ctrl-C.
+130 saved on Ctrl-C; 1 another process of the run is gone, or a fault of ours.
 """
 
+import contextlib
 import dataclasses
-import importlib.metadata
-import platform
 import shlex
 import signal
 import sys
@@ -15,40 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-import jlora
-from jlora import lora, resume, sources
-from jlora.adapter_config import read_spec
-from jlora.checkpoint import Checkpoints, Progress, read_record, write_record
+from jlora import hosts, lora, resume
+from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.compiling import keep_programs
 from jlora.config import Config
 from jlora.config_files import config_parser, load_config
-from jlora.data import formats
-from jlora.data.chat import end_tokens, load_tokenizer
-from jlora.data.conversation import Conversation, Reading
-from jlora.errors import UserError, run_program
-from jlora.export import export_run, settings_of, spec_of
+from jlora.errors import run_program
+from jlora.export import export_run, spec_of
 from jlora.forecast import Job, bytes_of, laid_out
 from jlora.generator import Generator, show_answers
-from jlora.intake import plan, read_examples, read_rows
-from jlora.loop import Loop, Stop, overfitting
+from jlora.loop import Loop, overfitting, save
 from jlora.metrics import Logger, loading_bar
-from jlora.model import backend, hf
-from jlora.model.compute import Compute, default_dtype
-from jlora.model.families import read_config
-from jlora.model.llama import LlamaConfig
-from jlora.peft_format import WEIGHTS, read_adapter, written_step
-from jlora.programs import fresh_state, placed_shapes
-from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
+from jlora.model import hf
+from jlora.peft_format import read_adapter, written_step
+from jlora.programs import Programs, fresh_state, placed_shapes
+from jlora.ready import Ready, choose_platform, find_devices, make_ready
 from jlora.search import ensure_fits, first_fit
-from jlora.sharding import check_batch, make_mesh, row_ways
-from jlora.sharding import describe as describe_mesh
+from jlora.sharding import describe, place, row_ways
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
 from jlora.targets import find_target
-
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 
 
 def main(argv: list[str]) -> None:
@@ -58,104 +44,118 @@ def main(argv: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
     again = [sys.executable, "-m", "jlora.train", "--config", arguments.config, *kept, f"--config.{resume.KEY}=auto"]
+    choose_platform(config)
+    hosts.join(config.coordinator_address, config.num_processes, config.process_id)
+    find_devices(config)
+    hosts.hush()
     keep_programs()
-    train(config, shlex.join(again))
+    with hosts.surviving():
+        train(config, shlex.join(again))
 
 
 def train(config: Config, again: str) -> None:
     """One run, from files to an adapter; `again` is the command that would continue it."""
-    resume.check_output(config)
-    rows, held_out_rows = read_rows(config)
-    devices = find_devices(config)
-    mesh = make_mesh(devices, config.mesh)
-    check_batch(mesh, config.batch_size)
-    directory = sources.resolve(config.base_model, config.revision)
-    model_config, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
-    ends = end_tokens(directory, tokenizer)
-    examples = read_examples(config, tokenizer, ends, rows, "training")
-    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
-    steps, batches, eval_batches = plan(config, model_config, examples, held_out, row_ways(mesh))
-    device, wish = mesh.devices.flat[0], config.attn_implementation
-    compute = choose_compute(config, device)
-    longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
-    attention, why = backend.choose(wish, device, model_config, compute.compute_dtype, longest)
-    compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
-    config = take_form(config, directory, model_config)
-    record = describe(config, directory, tokenizer, mesh, compute)
-    spec = spec_of(record["config"])
-    start = resume.decide(config, record)
-    print(start.message)
-    if start.source and start.exact and config.remat == "auto":  # else it would not be bit for bit the same
-        config = dataclasses.replace(config, remat=read_record(start.source, resume.KEY)["runtime"]["remat"])
-    _, adapter_shapes, base_shapes = hf.abstract(model_config, spec, compute)
-    here, layout = find_target("here", devices), laid_out(model_config, examples)
-    job = Job(config, model_config, compute, batches.micro_batches, batches.rows, batches.shapes[-1])
+    with hosts.together():
+        ready = make_ready(config)
+    run, config, record = Path(config.output_dir), ready.config, ready.record
+    with contextlib.ExitStack() as held:  # the run's place, by the first process
+        start = resume.Start(**hosts.of_first(lambda: dataclasses.asdict(resume.take(config, record, held))))
+        print(start.message)
+        if start.remat and config.remat == "auto":  # else it would not be bit for bit the same
+            ready = ready._replace(config=dataclasses.replace(config, remat=start.remat))
+        programs, adapter = load(ready)
+        state = fresh_state(adapter, programs.optimizer, ready.mesh, ready.compute.compute_dtype)
+        state, progress = begin(start, state)
+        stop, checkpoints = hosts.Stop(), Checkpoints(run)
+        warm = not start.exact and bool(start.source or config.init_adapter)
+        if warm:
+            save(checkpoints, state, progress, None)
+        with hosts.together():
+            if hosts.is_first():
+                checkpoints.wait()  # first of all, so that no restart begins from nothing
+                checkpoints.clear()
+                write_record(run, record)
+        print(*outline(ready), sep="\n", flush=True)
+        with Logger(run, int(state.step), ready.steps, silent=not hosts.is_first()) as logger:
+            todo = (ready.batches, ready.held_out, ready.steps)
+            state = Loop(config, programs, *todo, checkpoints, logger, progress, stop, warm).run(state)
+        with hosts.together():
+            checkpoints.wait()
+        if stop.signal:
+            print(
+                f"stopped after step {int(state.step)} of {ready.steps}; it is saved. To continue"
+                f"{', in every process' if jax.process_count() > 1 else ''}:\n  {again}\n"
+                f"The adapter so far: {sys.executable} -m jlora.export --run {run} --step latest"
+            )
+            sys.exit(130 if stop.signal is signal.SIGINT else 0)
+        finish(ready, run, checkpoints, progress, state, programs)
+
+
+def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
+    """The programs, with the base in its place and the training step compiled, and the adapter of step 0.
+
+    Raises:
+      UserError: it does not fit the memory; says what would.
+    """
+    config, mesh, batches = ready.config, ready.mesh, ready.batches
+    spec = spec_of(ready.record["config"])
+    _, shapes, base_shapes = hf.abstract(ready.model, spec, ready.compute)
+    here, layout = find_target("here", mesh.devices.flatten().tolist()), laid_out(ready.model, ready.examples)
+    here = here._replace(limit=hosts.least(here.limit))
+    job = Job(config, ready.model, ready.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
     with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
-        fitted = beside.submit(first_fit, job, here, steps, print)
+        fitted = beside.submit(first_fit, job, here, ready.steps, print)
         size = bytes_of(placed_shapes(base_shapes, mesh, "base"))
         if here.limit is not None and size > here.limit:
             ensure_fits(fitted.result()[0], here, layout, print)
-        with loading_bar(size) as bar:
-            base = hf.load_base(directory, base_shapes, mesh, bar.update)
+        with hosts.together(), loading_bar(size, silent=not hosts.is_first()) as bar:
+            base = hf.load_base(ready.directory, base_shapes, mesh, bar.update)
         seen, programs = fitted.result()
     ensure_fits(seen, here, layout, print)
-    programs.base, record["runtime"]["remat"] = base, seen.job.compute.remat
-    adapter = first_adapter(config, spec, adapter_shapes, base, tied=model_config.tie_word_embeddings)
+    programs.base, ready.record["runtime"]["remat"] = base, seen.job.compute.remat
+    return programs, first_adapter(config, spec, shapes, base, tied=ready.model.tie_word_embeddings)
 
-    run, stop = Path(config.output_dir), Stop()
-    with resume.claim(run):  # before anything of it is read: another process there would be removing checkpoints
-        state, progress = begin(start, fresh_state(adapter, programs.optimizer, mesh, compute.compute_dtype))
-        checkpoints, warm = Checkpoints(run), not start.exact and bool(start.source or config.init_adapter)
-        if warm:
-            checkpoints.save(state, progress, None)  # first of all, so that no restart begins from nothing
-        write_record(run, record)
-        sizes = len(batches.shapes)
-        shapes = (
-            f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
-        )
-        axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe_mesh(mesh)})"
-        print(f"{steps} steps on {mesh.size} x {device.device_kind}{axes}; {shapes}")
-        print(f"attention: {attention}{why and f' (not {why})'}", flush=True)
-        with Logger(run, int(state.step), steps) as logger:
-            state = Loop(config, programs, batches, eval_batches, checkpoints, logger, progress, stop, steps, warm).run(
-                state
-            )
-        if stop.signal:
-            checkpoints.close()
-            print(
-                f"stopped after step {int(state.step)} of {steps}; it is saved. To continue:\n  {again}\n"
-                f"The adapter so far: {sys.executable} -m jlora.export --run {run} --step latest"
-            )
-            sys.exit(0 if stop.signal is signal.SIGTERM else 130)
-        generator = Generator(directory, tokenizer, programs.graphdef, base, compute.compute_dtype)
-        finish(config, run, checkpoints, progress, state, generator, held_out_rows)
+
+def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: Any, *, tied: bool) -> lora.Adapter:
+    """The adapter of step 0: `init_adapter`, or one that does nothing yet."""
+    if not config.init_adapter:
+        return jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(config.seed)))(base)
+    given = read_adapter(Path(config.init_adapter), spec, shapes, tied=tied)
+    return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
 
 
 def begin(start: resume.Start, fresh: TrainState) -> tuple[TrainState, Progress]:
     """The state and progress that a run begins with: fresh, restored whole, or with only the adapter restored."""
-    if start.source is None:
+    if not start.source:
         return fresh, Progress()
-    source = Checkpoints(start.source)
-    if start.exact:
-        state, progress = source.restore(start.step, fresh)
-    else:
-        state, progress = fresh._replace(lora=source.restore_adapter(start.step, fresh.lora)), Progress()
-    source.close()
-    return state, progress
+    places = jax.tree.map(lambda leaf: leaf.sharding, fresh)
+    with contextlib.closing(Checkpoints(Path(start.source))) as source:
+        if not start.exact:
+            adapter = hosts.arrays_of_first(lambda: source.restore_adapter(start.step, fresh.lora), fresh.lora)
+            return fresh._replace(lora=place(adapter, places.lora)), Progress()
+        state = hosts.arrays_of_first(lambda: source.restore(start.step, fresh), fresh)
+        progress = hosts.of_first(lambda: dataclasses.asdict(source.progress(start.step)))
+    return place(state, places), Progress(**progress)
+
+
+def outline(ready: Ready) -> list[str]:
+    """What is about to happen, in words."""
+    mesh, sizes = ready.mesh, len(ready.batches.shapes)
+    shapes = f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
+    axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
+    many = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    return [f"{ready.steps} steps on {mesh.size} x {kind}{many}{axes}; {shapes}", f"attention: {ready.attention}"]
 
 
 def finish(
-    config: Config,
-    run: Path,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    state: TrainState,
-    generator: Generator,
-    held_out: list[Conversation],
+    ready: Ready, run: Path, checkpoints: Checkpoints, progress: Progress, state: TrainState, programs: Programs
 ) -> None:
     """Exports the best adapter, says how it did, and lets base and adapter answer some held-out questions."""
-    step = progress.best_step or int(state.step)
-    adapter = state.lora if step == int(state.step) else checkpoints.restore_adapter(step, state.lora)
+    step, adapter = progress.best_step or int(state.step), state.lora
+    if step != int(state.step):
+        best = hosts.arrays_of_first(lambda: checkpoints.restore_adapter(step, adapter), adapter)
+        adapter = place(best, jax.tree.map(lambda leaf: leaf.sharding, adapter))
     checkpoints.close()
     if progress.best_loss is not None and progress.base_loss is not None:
         change = progress.best_loss / progress.base_loss - 1
@@ -164,114 +164,24 @@ def finish(
         )
     if progress.worse_since:
         print(overfitting(progress))
-    asked = [row for row in held_out if not row.plain]
-    for line in show_answers(generator, adapter, asked[: config.sample_questions]):
+    asked = [row for row in ready.asked if not row.plain]
+    generator = Generator(
+        ready.directory, ready.tokenizer, programs.graphdef, programs.base, ready.compute.compute_dtype
+    )
+    for line in show_answers(generator, adapter, asked[: ready.config.sample_questions]):
         print(line)
     target = run / "adapter"
-    if target.exists() and written_step(target) != step:  # of an earlier end of this run, gone on from since
-        target = run / f"adapter-{step}"
-    if not target.exists():
-        export_run(run, step, target)
+    with hosts.together():
+        if not hosts.is_first():
+            return
+        if target.exists() and written_step(target) != step:  # of an earlier end of this run, gone on from since
+            target = run / f"adapter-{step}"
+        if not target.exists():
+            export_run(run, step, target)
     print(f"adapter of step {step}: {target}")
-    if config.system_prompt:
-        print(f"it knows one system prompt, so ask it with the same: --system {shlex.quote(config.system_prompt)}")
-
-
-def find_devices(config: Config) -> list[jax.Device]:
-    """The devices that `device` asks for.
-
-    Raises:
-      UserError: there are none.
-    """
-    if config.device != "auto":
-        jax.config.update("jax_platforms", PLATFORMS[config.device])
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # jax asserts where the wanted platform has no plugin
-        reason = str(error).strip().split("\n")[0] or "no plugin for it"
-        raise UserError(
-            f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
-            "jlora[tpu] for this machine, or set device=auto"
-        ) from None
-
-
-def choose_compute(config: Config, device: Any) -> Compute:
-    """The dtypes of this run: `auto` resolved for a device. What is recomputed follows from the memory, later."""
-    auto = default_dtype(device)
-    names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-    param = names[config.param_dtype]
-    compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
-    if config.fp16 and config.compute_dtype == "auto":
-        compute = jnp.float16 if auto == jnp.float16 else jnp.bfloat16
-        if compute == jnp.bfloat16:
-            print("fp16: computing in bfloat16, which needs no loss scaling")
-    if compute == jnp.float16:
-        why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
-        print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
-    return Compute(param, compute, quantize=config.quantize_base)
-
-
-def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
-    """The config with the adapter's form that `init_adapter` has, where it is set.
-
-    Raises:
-      UserError: a key asks for what this base does not have.
-    """
-    layers = model.num_hidden_layers
-    if config.init_adapter:
-        check_base(Path(config.init_adapter) / WEIGHTS, directory)
-        settings = settings_of(read_spec(Path(config.init_adapter), layers))
-        form = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
-        print(f"starting from the adapter {config.init_adapter}, in its own form: {form}")
-        return dataclasses.replace(config, **settings)
-    if problems := spec_of(dataclasses.asdict(config)).problems(hf.projections(), layers):
-        raise UserError("\n  ".join([f"{config.base_model} does not fit the config:", *problems]))
-    return config
-
-
-def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: Any, *, tied: bool) -> lora.Adapter:
-    """The adapter of step 0: `init_adapter`, or one that does nothing yet."""
-    if not config.init_adapter:
-        return lora.start(spec, shapes, base, jax.random.key(config.seed))
-    return lora.complete(spec, read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), base)
-
-
-def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute) -> dict[str, Any]:
-    """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
-    questions = config.eval_data_dir or config.train_data_dir
-    reading = Reading.of(dataclasses.asdict(config))
-    held_out = config.eval_data_dir
-    return {
-        "config": dataclasses.asdict(config),
-        "data": {
-            "train": formats.hash_files(config.train_data_dir, "train_data_dir", reading),
-            "held_out": formats.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
-            "tokenizer": tokenizer_hash(tokenizer),
-            "template": source_hash(tokenizer),
-            "questions": formats.place(questions),
-        },
-        "base": {
-            "directory": str(base.resolve()),
-            "hub_id": config.base_model if sources.is_hub_id(config.base_model) else "",
-            "commit": sources.commit(base),
-            "fingerprint": fingerprint(base),
-        },
-        "versions": {
-            "jlora": jlora.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "runtime": {
-            "devices": mesh.size,
-            "mesh": describe_mesh(mesh),
-            "device_kind": mesh.devices.flat[0].device_kind,
-            "param_dtype": jnp.dtype(compute.param_dtype).name,
-            "compute_dtype": jnp.dtype(compute.compute_dtype).name,
-            "attention": compute.attention,
-            **({} if config.remat == "auto" else {"remat": config.remat}),
-        },
-    }
+    if ready.config.system_prompt:
+        asked_with = shlex.quote(ready.config.system_prompt)
+        print(f"it knows one system prompt, so ask it with the same: --system {asked_with}")
 
 
 if __name__ == "__main__":

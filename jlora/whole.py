@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".unfinished-"  # how the names begin of what a killed writer may leave
+
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one move."""
@@ -30,7 +32,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 def unnamed_directory(parent: Path) -> Iterator[Path]:
     """A directory to fill, for `give_name` to move to a place in `parent`; dropped where that does not happen."""
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".unfinished-") as scratch:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as scratch:
         made = Path(scratch) / "new"
         made.mkdir()
         yield made

@@ -4,8 +4,6 @@ Those of torch import nothing of jlora or JAX, so that their memory is their own
 """
 
 import json
-import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     """Writes `work.json` and the initial adapter: the batches that jlora would take, as lists of tokens."""
     import jax
     import numpy as np
+    from random_base import random_base
 
     from jlora import sources
     from jlora.config_files import load_config
@@ -26,12 +25,12 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     from jlora.intake import plan, read_examples, read_rows
     from jlora.model import hf
     from jlora.model.families import read_config
-    from jlora.train import choose_compute
+    from jlora.ready import choose_compute
 
     wanted = [f"--config.max_steps={steps}", "--config.eval_data_dir=", "--config.eval_share=0.0"]
     config = load_config(config_file, [*overrides, *wanted])
     tokenizer_of = sources.resolve(config.base_model, config.revision)
-    directory = random_model(Path(scratch) / shape, shape, tokenizer_of) if shape else tokenizer_of
+    directory = random_base(Path(scratch) / shape, shape, tokenizer_of) if shape else tokenizer_of
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     rows, _ = read_rows(config)
     examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
@@ -81,40 +80,6 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     }
     Path(scratch, "work.json").write_text(json.dumps(work))
     first_adapter(work)
-
-
-def random_model(directory: Path, shape: str, tokenizer_of: Path) -> Path:
-    """A model directory of a shape, weights drawn in bfloat16, with another model's tokenizer."""
-    import jax
-    import jax.numpy as jnp
-    import ml_dtypes
-    import numpy as np
-
-    from jlora.model import hf
-    from jlora.model.compute import Compute
-    from jlora.model.families import read_config
-    from jlora.model.weights import write_weights
-    from jlora.sites import LoraConfig
-
-    directory.mkdir()
-    for file in tokenizer_of.iterdir():
-        if file.suffix in (".json", ".jinja") and file.name != "config.json" and "safetensors" not in file.name:
-            shutil.copy(file, directory)
-    shutil.copy(Path(__file__).parent / "shapes" / f"{shape}.json", directory / "config.json")
-    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, shapes = hf.abstract(read_config(directory), nothing, Compute(jnp.bfloat16, jnp.bfloat16))
-    tensors = {
-        name: leaf.shape[1:] if path[0].key == "layers" else leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
-        for name in hf.tensor_names(tuple(key.key for key in path), leaf.shape)
-    }
-
-    def draw(name: str) -> np.ndarray:
-        values = np.random.default_rng(len(name)).standard_normal(tensors[name], np.float32) * 0.02
-        return (np.ones_like(values) if name.endswith("norm.weight") else values).astype(ml_dtypes.bfloat16)
-
-    write_weights(directory, {name: 2 * math.prod(size) for name, size in tensors.items()}, draw)
-    return directory
 
 
 def first_adapter(work: dict[str, Any]) -> None:

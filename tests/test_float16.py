@@ -14,7 +14,7 @@ import torch
 from conftest import Trains, run_module, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora import loss_scale, optim, sharding, train
+from jlora import hosts, loss_scale, optim, ready, sharding
 from jlora.checkpoint import Checkpoints, Progress
 from jlora.config import Config
 from jlora.data.batches import plan_batches
@@ -159,11 +159,11 @@ def test_float16_is_for_cards_without_bfloat16(capsys, platform, capability, dty
     if capability is None:
         del device.compute_capability
     assert default_dtype(device) == jnp.dtype(dtype)
-    compute = train.choose_compute(Config(), device)
+    compute = ready.choose_compute(Config(), device)
     assert compute == Compute(jnp.dtype(dtype).type, jnp.dtype(dtype).type)
     said = capsys.readouterr().out
     assert ("computing in float16, since a this has no bfloat16" in said) == (dtype == "float16")
-    compute = train.choose_compute(dataclasses.replace(Config(), fp16=True), device)
+    compute = ready.choose_compute(dataclasses.replace(Config(), fp16=True), device)
     assert compute.compute_dtype == (jnp.float16 if dtype == "float16" else jnp.bfloat16)
     assert ("fp16: computing in bfloat16" in capsys.readouterr().out) == (dtype != "float16")
 
@@ -173,9 +173,11 @@ def test_a_saved_state_goes_on_bit_for_bit(half, tmp_path):
     taken(half.start(), scale=2.0**40)
     taken(half, 1, scale=2.0**12)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(half.state, Progress(), None)
+    checkpoints.save(hosts.whole(half.state), Progress(), None)
     want = [taken(half, step) for step in (2, 3)]
-    half.state, _ = checkpoints.restore(2, half.start().state)
+    checkpoints.wait()
+    fresh = half.start().state
+    half.state = sharding.place(checkpoints.restore(2, fresh), jax.tree.map(lambda leaf: leaf.sharding, fresh))
     got = [taken(half, step) for step in (2, 3)]
     checkpoints.close()
     assert same(got, want)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import Trains, make_model, run_module, short_run
 
-from jlora import hlo, optim, sharding, train
+from jlora import hlo, optim, ready, sharding, train
 from jlora.config import Config
 from jlora.data.batches import plan_batches
 from jlora.data.chat import Example
@@ -53,7 +53,7 @@ class Run(Trains):
         )
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
         kernel = config.attn_implementation.replace("auto", "xla")
-        compute = train.choose_compute(config, jax.devices()[0])
+        compute = ready.choose_compute(config, jax.devices()[0])
         compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel)
         graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
         self.base = hf.load_base(directory, base_shapes, self.mesh)

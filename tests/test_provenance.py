@@ -12,7 +12,7 @@ from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import generate, provenance, train
+from jlora import generate, provenance, ready, train
 from jlora.checkpoint import read_record
 from jlora.config import NOT_TRAINING
 from jlora.config_files import load_config
@@ -42,7 +42,7 @@ def run(base, pairs):
     settings = short_run(base, pairs, root / "run", max_steps=2, save_steps=1, eval_steps=2, learning_rate=1e-2, **own)
     (root / "run.yaml").write_text(json.dumps(settings))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "find_devices", lambda config: jax.devices()[:1])
+        patch.setattr(ready, "find_devices", lambda config: jax.devices()[:1])
         train.train(load_config(str(root / "run.yaml"), []), "")
     return root / "run"
 

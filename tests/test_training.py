@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import Trains
 
-from jlora import lora, optim, sharding, train
+from jlora import intake, lora, optim, ready, sharding, sources, train
 from jlora.adapter_config import peft_config
 from jlora.config_files import load_config
 from jlora.data.batches import plan_batches
@@ -29,17 +29,17 @@ class Setup(Trains):
 
     def __init__(self, file, devices=1, attention="xla", **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
-        self.directory = train.sources.resolve(self.config.base_model)
+        self.directory = sources.resolve(self.config.base_model)
         self.model_config = read_config(self.directory)
         self.tokenizer = load_tokenizer(self.directory, "")
         ends = end_tokens(self.directory, self.tokenizer)
-        rows, _ = train.read_rows(self.config)
-        self.examples = train.read_examples(self.config, self.tokenizer, ends, rows, "training")
+        rows, _ = intake.read_rows(self.config)
+        self.examples = intake.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
         ways = sharding.row_ways(self.mesh)
-        self.steps, self.batches, _ = train.plan(self.config, self.model_config, self.examples, [], ways)
+        self.steps, self.batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
-        compute = train.choose_compute(self.config, jax.devices()[0])
+        compute = ready.choose_compute(self.config, jax.devices()[0])
         compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
         self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, compute)
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)

@@ -19,7 +19,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jlora import generate, lora, optim, sharding, train
+from jlora import generate, lora, optim, ready, sharding, train
 from jlora.adapter_config import peft_config, read_spec
 from jlora.config import TARGETS, Config
 from jlora.config_files import load_config
@@ -404,7 +404,7 @@ def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_r
 
 
 def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, pairs, capsys, monkeypatch):
-    monkeypatch.setattr(train, "find_devices", lambda config: jax.devices()[:1])
+    monkeypatch.setattr(ready, "find_devices", lambda config: jax.devices()[:1])
     (tmp_path / "few.txt").write_text("\n\n".join((pairs / "train.txt").read_text().split("\n\n")[:4]))
     settings = short_run(
         tiny,

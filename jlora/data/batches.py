@@ -55,6 +55,7 @@ class Batches:
     rows: int  # R
     seed: int | None  # None: always in the given order
     shapes: tuple[Shape, ...]
+    read: frozenset[int] | None = None  # rows whose tokens are read, the others stay empty; None: all
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,6 +78,10 @@ class Batches:
         """The size that a step is rounded up to."""
         return _fit(_need(self.sizes, self.layout(step)), self.shapes)
 
+    def tokens(self, step: int) -> int:
+        """How many a step takes in, all of them real."""
+        return int(self.sizes[self.chosen(step), 0].sum())
+
     def __getitem__(self, step: int) -> Batch:
         layout = self.layout(step)
         length, targets = _fit(_need(self.sizes, layout), self.shapes)
@@ -86,6 +91,8 @@ class Batches:
         weights = np.zeros((*size, targets), np.float32)
         for a, rows in enumerate(layout):
             for r, row in enumerate(rows):
+                if self.read is not None and r not in self.read:
+                    continue
                 place, filled = 0, 0
                 for segment, index in enumerate(row, start=1):
                     example = self.examples[index]

@@ -138,17 +138,28 @@ def load_base(
         return jax.make_array_from_callback(leaf.shape, sharding, read)
 
     def quantize(names: list[str], leaf: Any, sharding: Any) -> Any:
-        host = jax.tree.map(lambda part: _empty(part.shape, part.dtype), leaf)
+        parts, form = jax.tree.flatten(leaf)
+        places = jax.tree.leaves(sharding)
+        own = [  # what this process's devices hold of each part
+            {
+                _span(index, part.shape): _empty(place.shard_shape(part.shape), part.dtype)
+                for index in place.addressable_devices_indices_map(part.shape).values()
+            }
+            for part, place in zip(parts, places, strict=True)
+        ]
         for layer, name in enumerate(names):
-            for target, part in zip(host, leaf.quantized(weights.read(name)), strict=True):
-                target[layer] = part
-                if part.dtype == np.float32 and not np.isfinite(part).all():  # as is a block that holds such a value
+            for held, made in zip(own, leaf.quantized(weights.read(name)), strict=True):
+                for (_, *within), target in held.items():
+                    target[layer] = made[tuple(slice(*span) for span in within)]
+                if made.dtype == np.float32 and not np.isfinite(made).all():  # as is a block that holds such a value
                     broken.add(name)
-                progress(part.nbytes)
+                progress(made.nbytes)
             weights.release(name)
-        return jax.tree.map(
-            lambda part, sharding: jax.make_array_from_callback(part.shape, sharding, part.__getitem__), host, sharding
-        )
+        arrays = [
+            jax.make_array_from_callback(part.shape, place, lambda at: held[_span(at, part.shape)])  # noqa: B023
+            for part, place, held in zip(parts, places, own, strict=True)
+        ]
+        return jax.tree.unflatten(form, arrays)
 
     base = jax.tree_util.tree_map_with_path(place, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
     if broken:
@@ -208,6 +219,11 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _span(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """A part of an array as (start, stop) by axis: slices can be no keys."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:

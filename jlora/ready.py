@@ -1,0 +1,194 @@
+"""What is known of a run before a weight is read: its rows, its batches, its model, and what computes it."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jlora
+from jlora import hosts, resume, sources
+from jlora.adapter_config import read_spec
+from jlora.config import Config
+from jlora.data import formats
+from jlora.data.batches import Batches
+from jlora.data.chat import Measured, end_tokens, load_tokenizer
+from jlora.data.conversation import Conversation, Reading
+from jlora.errors import UserError
+from jlora.export import settings_of, spec_of
+from jlora.intake import plan, read_examples, read_rows
+from jlora.model import backend, hf
+from jlora.model.compute import Compute, default_dtype
+from jlora.model.families import read_config
+from jlora.model.llama import LlamaConfig
+from jlora.peft_format import WEIGHTS
+from jlora.provenance import check_base, fingerprint, source_hash, tokenizer_hash
+from jlora.sharding import check_batch, make_mesh, own_rows, row_ways
+from jlora.sharding import describe as describe_mesh
+
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
+# What each process of a run may have in its own way; of data and base the contents are compared.
+OWN = "process_id base_model train_data_dir eval_data_dir questions output_dir chat_template python".split()
+
+
+class Ready(NamedTuple):
+    """All that is known."""
+
+    config: Config
+    directory: Path  # of the base
+    tokenizer: Any
+    model: LlamaConfig
+    compute: Compute
+    mesh: jax.sharding.Mesh
+    attention: str  # in words
+    examples: Measured
+    steps: int
+    batches: Batches
+    held_out: Batches | None
+    asked: list[Conversation]  # the held-out rows themselves
+    record: dict[str, Any]  # config.json of the run
+
+
+def make_ready(config: Config) -> Ready:
+    """Reads all but the weights, and refuses what cannot be trained on; for every process of a run.
+
+    Raises:
+      UserError: what must change.
+    """
+    if hosts.is_first():
+        resume.check_output(config)
+    rows, held_out_rows = read_rows(config)
+    mesh = make_mesh(find_devices(config), config.mesh)
+    check_batch(mesh, config.batch_size)
+    directory = hosts.in_turn(lambda: sources.resolve(config.base_model, config.revision))
+    model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
+    ends = end_tokens(directory, tokenizer)
+    examples = hosts.in_turn(lambda: read_examples(config, tokenizer, ends, rows, "training"))
+    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
+    steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh))
+    longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
+    batches = dataclasses.replace(batches, read=own_rows(mesh, batches.rows))
+    if eval_batches:
+        eval_batches = dataclasses.replace(eval_batches, read=own_rows(mesh, eval_batches.rows))
+    device, wish = jax.local_devices()[0], config.attn_implementation
+    compute = choose_compute(config, device)
+    attention, why = hosts.of_first(lambda: backend.choose(wish, device, model, compute.compute_dtype, longest))
+    compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
+    words = f"{attention}{why and f' (not {why})'}"
+    config = take_form(config, directory, model)
+    record = describe(config, directory, tokenizer, mesh, compute)
+    shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}
+    hosts.agree({key: value for key, value in shared.items() if key not in OWN})
+    return Ready(
+        config,
+        directory,
+        tokenizer,
+        model,
+        compute,
+        mesh,
+        words,
+        examples,
+        steps,
+        batches,
+        eval_batches,
+        held_out_rows,
+        record,
+    )
+
+
+def choose_platform(config: Config) -> None:
+    """Tells JAX, before it is first used, what `device` asks for."""
+    if config.device != "auto":
+        jax.config.update("jax_platforms", PLATFORMS[config.device])
+
+
+def find_devices(config: Config) -> list[jax.Device]:
+    """The devices that `device` asks for, of all processes.
+
+    Raises:
+      UserError: there are none.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts where the wanted platform has no plugin
+        reason = str(error).strip().split("\n")[0] or "no plugin for it"
+        raise UserError(
+            f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
+            "jlora[tpu] for this machine, or set device=auto"
+        ) from None
+
+
+def choose_compute(config: Config, device: Any) -> Compute:
+    """The dtypes of this run: `auto` resolved for a device. What is recomputed follows from the memory, later."""
+    auto = default_dtype(device)
+    names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+    param = names[config.param_dtype]
+    compute = param if config.compute_dtype == "auto" else names[config.compute_dtype]
+    if config.fp16 and config.compute_dtype == "auto":
+        compute = jnp.float16 if auto == jnp.float16 else jnp.bfloat16
+        if compute == jnp.bfloat16:
+            print("fp16: computing in bfloat16, which needs no loss scaling")
+    if compute == jnp.float16:
+        why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
+        print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
+    return Compute(param, compute, quantize=config.quantize_base)
+
+
+def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
+    """The config with the adapter's form that `init_adapter` has, where it is set.
+
+    Raises:
+      UserError: a key asks for what this base does not have.
+    """
+    layers = model.num_hidden_layers
+    if config.init_adapter:
+        check_base(Path(config.init_adapter) / WEIGHTS, directory)
+        settings = settings_of(read_spec(Path(config.init_adapter), layers))
+        form = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
+        print(f"starting from the adapter {config.init_adapter}, in its own form: {form}")
+        return dataclasses.replace(config, **settings)
+    if problems := spec_of(dataclasses.asdict(config)).problems(hf.projections(), layers):
+        raise UserError("\n  ".join([f"{config.base_model} does not fit the config:", *problems]))
+    return config
+
+
+def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute) -> dict[str, Any]:
+    """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+    questions = config.eval_data_dir or config.train_data_dir
+    reading = Reading.of(dataclasses.asdict(config))
+    held_out = config.eval_data_dir
+    return {
+        "config": dataclasses.asdict(config),
+        "data": {
+            "train": formats.hash_files(config.train_data_dir, "train_data_dir", reading),
+            "held_out": formats.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
+            "tokenizer": tokenizer_hash(tokenizer),
+            "template": source_hash(tokenizer),
+            "questions": formats.place(questions),
+        },
+        "base": {
+            "directory": str(base.resolve()),
+            "hub_id": config.base_model if sources.is_hub_id(config.base_model) else "",
+            "commit": sources.commit(base),
+            "fingerprint": fingerprint(base),
+        },
+        "versions": {
+            "jlora": jlora.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "runtime": {
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+            "mesh": describe_mesh(mesh),
+            "device_kind": mesh.devices.flat[0].device_kind,
+            "param_dtype": jnp.dtype(compute.param_dtype).name,
+            "compute_dtype": jnp.dtype(compute.compute_dtype).name,
+            "attention": compute.attention,
+            **({} if config.remat == "auto" else {"remat": config.remat}),
+        },
+    }

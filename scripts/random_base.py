@@ -1,0 +1,43 @@
+"""A base of a given shape with random weights: what needs a model's sizes, and not its answers, needs no download."""
+
+import math
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jlora.model import hf
+from jlora.model.compute import Compute
+from jlora.model.families import read_config
+from jlora.model.weights import write_weights
+from jlora.sites import LoraConfig
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def random_base(directory: Path, shape: str, tokenizer_of: Path) -> Path:
+    """Writes a model directory of a shape in shapes/, weights drawn in bfloat16, with another model's tokenizer."""
+    directory.mkdir(parents=True)
+    for file in tokenizer_of.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name != "config.json" and "safetensors" not in file.name:
+            shutil.copy(file, directory)
+    shutil.copy(SHAPES / f"{shape}.json", directory / "config.json")
+    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    _, _, shapes = hf.abstract(read_config(directory), nothing, Compute(jnp.bfloat16, jnp.bfloat16))
+    tensors = {
+        name: leaf.shape[1:] if path[0].key == "layers" else leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
+        for name in hf.tensor_names(tuple(key.key for key in path), leaf.shape)
+    }
+
+    def draw(name: str) -> np.ndarray:
+        generator = np.random.default_rng(zlib.crc32(name.encode()))
+        values = generator.standard_normal(tensors[name], np.float32) * 0.02
+        return (np.ones_like(values) if name.endswith("norm.weight") else values).astype(ml_dtypes.bfloat16)
+
+    write_weights(directory, {name: 2 * math.prod(size) for name, size in tensors.items()}, draw)
+    return directory

@@ -1,0 +1,173 @@
+"""What breaks under a run: storage, processes, losses. Nothing is lost but what came after the last checkpoint."""
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_module, short_run, start_module
+from safetensors.numpy import load_file
+
+from jlora import resume
+from jlora.checkpoint import SUMS, Checkpoints, Progress
+from jlora.errors import UserError
+from jlora.step import TrainState
+
+
+def state_of(step):
+    """A state as the loop hands it over, with another value at every step."""
+    lora = {"layers": {"q_proj": {"lora_A": np.full((2, 4, 8), step, np.float32)}}}
+    return TrainState(lora, {"mu": np.full(3, step, np.float32)}, np.array(step, np.int32))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's directory with checkpoints of steps 1 and 2."""
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state_of(step), Progress(base_loss=float(step)), None)
+    return tmp_path
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_is_what_was_saved(saved):
+    with contextlib.closing(Checkpoints(saved)) as checkpoints:
+        assert checkpoints.steps() == [1, 2] and not any(map(checkpoints.damage, (1, 2)))
+        found = checkpoints.restore(2, state_of(0))
+        assert found.step == 2 and (found.optimizer["mu"] == 2).all()
+        assert (found.lora["layers"]["q_proj"]["lora_A"] == 2).all() and checkpoints.progress(1).base_loss == 1
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_every_file_that_is_harmed_is_noticed_and_its_checkpoint_passed_over(saved, harm):
+    kept, place = saved / "kept", saved / "checkpoints/2"
+    shutil.copytree(place, kept)
+    files = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
+    assert len(files) > 8 and Path(SUMS) in files
+    for file in files:
+        if not (place / file).stat().st_size and harm is not Path.unlink:
+            continue
+        harm(place / file)
+        with contextlib.closing(Checkpoints(saved)) as checkpoints:
+            assert file.name == SUMS or str(file) in checkpoints.damage(2)
+            assert checkpoints.damage(2) and not checkpoints.damage(1)
+            for read in (checkpoints.progress, lambda step: checkpoints.restore(step, state_of(0))):
+                with pytest.raises(UserError, match=r"the checkpoint of step 2 .* is damaged .* Other steps there: 1"):
+                    read(2)
+            assert checkpoints.best() == 1
+        assert resume.sound_steps(saved)[0] == [1]
+        shutil.rmtree(place)
+        shutil.copytree(kept, place)
+    assert resume.sound_steps(saved) == ([1, 2], [])
+
+
+def test_what_is_damaged_or_half_written_is_set_aside_before_training_goes_on(saved):
+    flip(saved / "checkpoints/2/sha256.json")
+    (saved / "checkpoints/.unfinished-abc/new").mkdir(parents=True)
+    with contextlib.closing(Checkpoints(saved)) as checkpoints:
+        checkpoints.clear()
+        checkpoints.save(state_of(2), Progress(), None)  # the step is trained again
+        checkpoints.wait()
+        assert not checkpoints.damage(2)
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["1", "2", "2.damaged-0"]
+
+
+def test_a_save_waits_for_the_one_before_and_not_for_itself(saved, monkeypatch):
+    with contextlib.closing(Checkpoints(saved)) as checkpoints:
+        goes_on, write = threading.Event(), checkpoints._orbax.save
+        monkeypatch.setattr(checkpoints._orbax, "save", lambda *a, **k: (goes_on.wait(60), write(*a, **k)))
+        checkpoints.save(state_of(3), Progress(), None)
+        assert checkpoints.steps() == [1, 2]  # training goes on while it is written
+        threading.Timer(0.5, goes_on.set).start()
+        checkpoints.save(state_of(4), Progress(), None)
+        assert goes_on.is_set() and checkpoints.steps()[-1] >= 3
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints._orbax, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("the disk left")))
+        checkpoints.save(state_of(5), Progress(), None)
+        with pytest.raises(UserError, match=r"the disk left.* The checkpoint of step 4 is safe"):
+            checkpoints.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny, pairs):
+    """A run of 12 steps, saved at 6 and 12, and a function that writes its config for another place."""
+    directory = tmp_path_factory.mktemp("faults")
+
+    def write(place, **changes):
+        file = directory / f"{len(list(directory.iterdir()))}.yaml"
+        file.write_text(json.dumps(short_run(tiny, pairs, place, lora_dropout=0.1, **changes)))
+        return file
+
+    done = run_module("jlora.train", "--config", write(directory / "run"))
+    assert done.returncode == 0, done.stderr
+    return directory / "run", write
+
+
+def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(finished, tmp_path):
+    run, write = finished
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    shutil.rmtree(place / "adapter")
+    flip(max((place / "checkpoints/12/lora").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()))
+    done = run_module("jlora.train", "--config", write(place), "--config.resume_from_checkpoint=auto")
+    assert done.returncode == 0, done.stderr
+    assert "the checkpoint of step 12 is damaged (lora/" in done.stdout and "is not what was written" in done.stdout
+    assert f"passed over\ncontinuing {place} from step 6, exactly" in done.stdout
+    ours, theirs = (load_file(r / "adapter/adapter_model.safetensors") for r in (place, run))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    for step in ("6", "12", "12.damaged-0"):
+        flip(place / "checkpoints" / step / "_CHECKPOINT_METADATA")
+    done = run_module("jlora.train", "--config", write(place), "--config.resume_from_checkpoint=auto")
+    assert done.returncode == 2 and "the checkpoint of step 6 is damaged" in done.stderr, done.stderr
+
+
+def test_a_place_that_vanishes_is_not_made_anew(finished, tmp_path):
+    _, write = finished
+    place = tmp_path / "run"
+    process = start_module("jlora.train", "--config", write(place, max_steps=5000, save_steps=20))
+    while not (place / "checkpoints/20").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    place.rename(tmp_path / "elsewhere")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "could not be saved in" in err and "No such file" in err, err
+    assert "Traceback" not in err and not place.exists()
+
+
+def test_a_loss_that_jumps_stops_and_names_the_rows(finished, tmp_path):
+    """The loss of random weights hardly moves: a spike is here what is over 0.9 of those before."""
+    _, write = finished
+    done = run_module("jlora.train", "--config", write(tmp_path / "run", max_loss_spike=0.9, save_steps=3))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    for words in (
+        "at most in the 10 steps before, jumped at step 11, on ",
+        "train.txt:",
+        "the latest checkpoint is of step",
+        "max_loss_spike=0 goes on all the same",
+    ):
+        assert words in done.stderr, done.stderr
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_killed_at_random_it_ends_as_if_undisturbed(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts/faults.py")
+    faults = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faults)
+    monkeypatch.setattr(sys, "argv", ["faults.py", "--kills", "3", "--terms", "1", "--processes", "1"])
+    assert faults.main() == 0, capsys.readouterr().out

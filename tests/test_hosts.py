@@ -1,0 +1,206 @@
+"""Several processes of one run: real ones, over loopback; the same numbers, and nobody waits for ever."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import command, make_model, process_options, short_run
+from safetensors.numpy import load_file
+
+STEPS = 10
+
+
+def start(config, count, *overrides, devices=1, last=()):
+    """Starts `python -m jlora.train` in so many processes; the last of them with more overrides."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = [f"--config.coordinator_address=127.0.0.1:{port}", f"--config.num_processes={count}"]
+    processes = []
+    for index in range(count):
+        own = [*told, f"--config.process_id={index}"] if count > 1 else []
+        more = last if index == count - 1 else ()
+        processes.append(
+            subprocess.Popen(
+                command("jlora.train", "--config", config, *own, *overrides, *more),
+                **process_options(devices),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    return processes
+
+
+def ended(processes, seconds=300):
+    """Exit codes, and what each process printed and complained of."""
+    texts = [process.communicate(timeout=seconds) for process in processes]
+    return [process.returncode for process in processes], [out for out, _ in texts], [err for _, err in texts]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert [step for step, _ in found] == sorted({step for step, _ in found}), "a step is logged twice"
+    return np.array([loss for _, loss in found])
+
+
+def adapter(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_close(one, other):
+    """The curves and the adapters of two runs, within 1e-5."""
+    assert len(losses(one)) == len(losses(other)) == STEPS
+    assert np.abs(losses(one) - losses(other)).max() < 1e-5
+    a, b = adapter(one), adapter(other)
+    assert a.keys() == b.keys() and max(np.abs(a[name] - b[name]).max() for name in a) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny, pairs):
+    """A directory of runs, and what writes their configs."""
+    directory = tmp_path_factory.mktemp("hosts")
+
+    def write(name, **changes):
+        own = {"max_steps": STEPS, "save_steps": 100, "learning_rate": 1e-2, "eval_share": 0.1, "eval_steps": 5}
+        file = directory / f"{name}.yaml"
+        file.write_text(json.dumps(short_run(tiny, pairs, directory / name, **{**own, **changes})))
+        return file
+
+    return directory, write
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """One process, one device."""
+    directory, write = place
+    (code,), _, (err,) = ended(start(write("alone"), 1))
+    assert code == 0, err
+    curve = losses(directory / "alone")
+    assert curve[-1] < curve[0] - 0.1  # the bounds mean something: it learns
+    return directory / "alone"
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "devices", "mesh"),
+    [("two", 2, 1, {}), ("four", 4, 1, {"data": 2, "fsdp": 2}), ("split", 2, 2, {"fsdp": 2, "tensor": 2})],
+)
+def test_processes_equal_one(place, alone, name, count, devices, mesh):
+    directory, write = place
+    asked = int(name == "two")
+    codes, outs, errs = ended(start(write(name, mesh=mesh, sample_questions=asked), count, devices=devices))
+    assert codes == [0] * count, errs
+    assert_close(alone, directory / name)
+    assert f"of {count} processes" in outs[0] and "adapter of step" in outs[0] and outs[0].count("question: ") == asked
+    assert not re.sub(r"\[Gloo\].*\n", "", "".join(outs[1:]))  # which is XLA's own
+    assert not any("Traceback" in err for err in errs)
+
+
+def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(place, alone):
+    directory, write = place
+    run, config = directory / "stopped", write("stopped")
+    processes = start(config, 2)
+    while not ((run / "metrics.jsonl").exists() and '{"step": 2,' in (run / "metrics.jsonl").read_text()):
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outs, errs = ended(processes)
+    assert codes == [0, 0], errs
+    step = int(re.search(r"stopped after step (\d+) of", outs[0])[1])
+    assert 2 <= step < STEPS and [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
+    assert len(losses(run)) == step  # none of them is lost, none is logged twice
+    (code,), (out,), (err,) = ended(start(config, 1, "--config.resume_from_checkpoint=auto"))
+    assert code == 0, err
+    assert f"from step {step}, but not bit for bit, since devices was 2 and is 1; processes was 2 and is 1" in out
+    assert_close(alone, run)
+
+
+def test_what_one_cannot_do_all_say(place, pairs, tmp_path):
+    directory, write = place
+    (tmp_path / "train.txt").write_text((pairs / "train.txt").read_text() + "\n\nUser: More?\nLawyer: Yes.\n")
+    for other, words in [
+        (f"--config.train_data_dir={tmp_path}", "must have the same before them: train is"),
+        ("--config.train_data_dir=/nowhere", "train_data_dir=/nowhere: no such file or directory"),
+    ]:
+        codes, _, errs = ended(start(write("refused"), 2, last=[other]), 120)
+        assert codes == [2, 2] and all(words in err and "Traceback" not in err for err in errs), errs
+        assert "error: process 1: " in errs[0]
+    assert not (directory / "refused").exists()
+
+
+def test_a_dead_process_ends_the_others_at_once(place):
+    directory, write = place
+    processes = start(write("dead", max_steps=5000, eval_share=0), 2)
+    log = directory / "dead/metrics.jsonl"
+    while not (log.exists() and '{"step": 2,' in log.read_text()):
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.02)
+    processes[1].kill()
+    killed = time.monotonic()
+    codes, _, errs = ended(processes, 60)
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 30
+    assert "another process of this run is gone" in errs[0] and "resume_from_checkpoint=auto" in errs[0]
+    assert "Traceback" not in errs[0]
+
+
+def test_what_is_not_said_of_the_others_is_asked_for(config_file):
+    for told in (["--config.num_processes=2"], ["--config.process_id=0"], ["--config.coordinator_address=127.0.0.1:9"]):
+        ((code,), _, (err,)) = ended(start(config_file(), 1, *told))
+        assert code == 2 and "did not find each other" in err and "num_processes=1 runs this one alone" in err, err
+
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jlora import hosts, sharding
+from jlora.model import hf
+from jlora.model.compute import Compute
+from jlora.model.families import read_config
+from jlora.sites import LoraConfig
+
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+hosts.join(f"127.0.0.1:{port}", 2, index)
+mesh = sharding.make_mesh(sizes={"fsdp": 2})
+compute = Compute(jnp.float32, jnp.float32, mesh=mesh)
+_, _, shapes = hf.abstract(read_config(directory), LoraConfig(1, 1.0, 0.0, ()), compute)
+before = peak()
+base = jax.block_until_ready(hf.load_base(directory, shapes, mesh))
+own = sum(shard.data.nbytes for leaf in jax.tree.leaves(base) for shard in leaf.addressable_shards)
+print(json.dumps([peak() - before, own, sum(leaf.nbytes for leaf in jax.tree.leaves(base))]))
+"""
+
+
+def test_a_process_holds_its_share_of_the_base_and_one_tensor(tmp_path, smollm):
+    """The peak of its memory while it reads; the rest of the base would be seen."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 16384}
+    directory = make_model(tmp_path / "base", smollm, **sizes, num_attention_heads=16, num_key_value_heads=16)
+    largest = 4 * 16384 * 1024
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD, str(index), str(port), directory],
+            **process_options(1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    codes, outs, errs = ended(processes)
+    assert codes == [0, 0], errs
+    for out in outs:
+        grown, own, whole = json.loads(out.splitlines()[-1])
+        assert own < 0.52 * whole
+        assert grown < own + largest + (16 << 20) < 0.8 * whole, (grown, own, whole, largest)
