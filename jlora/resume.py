@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jlora.checkpoint import Checkpoints, read_record
 from jlora.config import NOT_TRAINING, Config
@@ -51,19 +52,28 @@ def check_output(config: Config) -> None:
         )
 
 
-def claim(output: Path) -> IO[str]:
-    """Makes the run's directory and keeps every other process out of it until the file returned is closed."""
+@contextlib.contextmanager
+def claim(output: Path) -> Iterator[None]:
+    """Makes the run's directory and keeps every other process out of it; where nothing came into it, it goes again."""
+    file = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        lock = file.open("w")
     except OSError as error:
         raise UserError(f"output_dir={output} cannot be written: {error.strerror}") from None
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"output_dir={output}: another process is training there; set another output_dir") from None
-    return lock
+    with lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"output_dir={output}: another process is training there; set another output_dir") from None
+        try:
+            yield
+        finally:
+            if not _in_use(output):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+                    output.rmdir()
 
 
 def take(config: Config, record: dict[str, Any], held: contextlib.ExitStack) -> Start:

@@ -21,9 +21,18 @@ ADAPTER = "LoRA r16 on q_proj and v_proj"
 # Row -> shape, target, tokens a row, settings.
 ROWS: dict[str, tuple[str, str, int, dict[str, object]]] = {
     "7b-v5e-8": ("llama-2-7b", "v5e:2x4", 512, {"batch_size": 8, "remat": "full"}),
+    "7b-v5e-64": ("llama-2-7b", "v5e:8x8", 512, {"batch_size": 64, "remat": "full"}),
+    "7b-v5e-256": ("llama-2-7b", "v5e:16x16", 512, {"batch_size": 256, "remat": "full"}),
     "7b-v5e-1-nf4": ("llama-2-7b", "v5e:1", 512, {"batch_size": 4, "remat": "full", "quantize_base": "nf4"}),
     "8b-8192-v5e-8": ("llama-3.1-8b", "v5e:2x4", 8192, {"batch_size": 8, "remat": "full", "mesh": "{fsdp: 8}"}),
+    "70b-v5p-8": ("llama-3-70b", "v5p:2x2x2", 4096, {"batch_size": 8, "remat": "full", "mesh": "{fsdp: 8}"}),
     "70b-v5p-64": ("llama-3-70b", "v5p:4x4x4", 4096, {"batch_size": 64, "remat": "full", "mesh": "{fsdp: 64}"}),
+    "70b-v5p-256": (
+        "llama-3-70b",
+        "v5p:4x8x8",
+        4096,
+        {"batch_size": 256, "remat": "full", "mesh": "{data: 4, fsdp: 64}"},
+    ),
     "7b-gpu-24": ("llama-2-7b", "gpu:24GiB", 512, {"batch_size": 4, "remat": "full"}),
     "7b-gpu-8-nf4": ("llama-2-7b", "gpu:8GiB", 512, {"batch_size": 1, "remat": "full", "quantize_base": "nf4"}),
 }

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
-import shutil
+import re
+import signal
+import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import Trains, make_model, run_module, short_run
+from conftest import Trains, make_model, run_module, short_run, start_module
+from safetensors.numpy import load_file
 
 from jlora import hlo, optim, ready, sharding, train
 from jlora.config import Config
@@ -139,28 +142,37 @@ def test_an_unknown_leaf_has_no_place():
         sharding.shardings({"layers": {"self_attn": {"q_proj": {"bits": np.zeros(8)}}}}, mesh, "base")
 
 
-def test_a_run_moves_from_one_mesh_to_another(tiny, pairs, tmp_path):
-    """Four steps with evaluation and export; two of them again, on devices that share in another way; and on one."""
-    values = short_run(tiny, pairs, tmp_path / "run", eval_share=0.1, eval_steps=2, save_steps=2, max_steps=4)
-    file = tmp_path / "config.yaml"
-    file.write_text(json.dumps(values))
-    run = tmp_path / "run"
+def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
+    """Stopped twice on the way, on devices that share in three ways; the curve is that of one device alone."""
 
-    def losses():
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return [line.get("loss", line.get("eval_loss")) for line in lines]
+    def config(name):
+        values = {"save_steps": 100, "max_steps": 40, "batch_size": 8}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / name, learning_rate=1e-3, **values)))
+        return file
 
-    done = run_module("jlora.train", "--config", file, "--config.mesh={tensor: 2}", devices=2)
+    def losses(name):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines]
+
+    done = run_module("jlora.train", "--config", config("still"))
     assert done.returncode == 0, done.stderr
-    assert "4 steps on 2 x cpu (tensor=2)" in done.stdout and "adapter of step 4: " in done.stdout
-    want = losses()
-    shutil.rmtree(run / "checkpoints/4")
-    shutil.rmtree(run / "adapter")
-    again = ["--config.mesh={fsdp: 2}", "--config.resume_from_checkpoint=auto"]
-    done = run_module("jlora.train", "--config", file, *again, devices=2)
-    assert done.returncode == 0, done.stderr
-    assert "from step 2, but not bit for bit" in done.stdout
-    assert "mesh was tensor=2 and is fsdp=2" in done.stdout
-    assert np.abs(np.subtract(want, losses())).max() < 1e-5
-    done = run_module("jlora.export", "--run", run, "--step", "2", "--output", tmp_path / "adapter")
-    assert done.returncode == 0, done.stderr
+    file, log, at = config("moving"), tmp_path / "moving/metrics.jsonl", 0
+    for devices, mesh, until in [(8, "{fsdp: 2, tensor: 2}", 5), (1, "{}", 20), (4, "{fsdp: 4}", 40)]:
+        told = ["--config", file, f"--config.mesh={mesh}", "--config.resume_from_checkpoint=auto"]
+        process = start_module("jlora.train", *told, devices=devices)
+        while until < 40 and not (log.exists() and f'{{"step": {until},' in log.read_text()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        if until < 40:
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert f"40 steps on {devices} x cpu" in out and (at == 0 or f"from step {at}, but not bit for bit" in out)
+        if until < 40:
+            at = int(re.search(r"stopped after step (\d+) of 40", out)[1])
+    assert len(losses("moving")) == len(losses("still"))
+    assert np.abs(np.subtract(losses("moving"), losses("still"))).max() < 1e-5
+    assert losses("still")[-1] < losses("still")[0] - 0.1
+    ours, theirs = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("moving", "still"))
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-5

@@ -93,7 +93,7 @@ def job_of(file, target, length=128, **changes):
     def layout(config, ways):
         return config.gradient_accumulation_steps, config.batch_size, Shape(length, length)
 
-    config = dataclasses.replace(Config(), batch_size=8, mesh={}, **changes)
+    config = dataclasses.replace(Config(), **{"batch_size": 8, "mesh": {}, **changes})
     return make_job(config, read_config(file), FLOAT32, target, layout), layout
 
 
@@ -176,6 +176,20 @@ def test_seven_billion_parameters_on_a_tpu_slice():
     travels = re.search(r"MB sent \(all-reduce of (\S+) MB\)", said)  # no other collective is named
     gradients = 32 * 2 * 16 * (4096 + 4096)  # A and B of q and v
     assert travels and float(travels[1]) * 1e6 <= 4 * gradients + 100, said
+
+
+def test_what_travels_does_not_grow_with_the_slice(small):
+    """On 8 and on 256 chips, by the TPU's compiler: each sends the adapter's gradients once, with the same memory."""
+    heads, keys, D, L = 256, 128, 256, 2
+    gradients, needed = 4 * L * 16 * (D + heads + D + keys), []
+    for name, chips in (("v5e:2x4", 8), ("v5e:16x16", 256)):
+        target = targets.find_target(name, jax.devices())
+        assert len(target.devices) == chips
+        seen = forecast(job_of(small, target, batch_size=chips, remat="full")[0])
+        assert {c.kind for c in seen.collectives} == {"all-reduce"}
+        assert gradients < sum(c.size * c.times for c in seen.collectives) <= gradients + 100
+        needed.append(seen.needed - seen.memory.code)
+    assert abs(needed[1] / needed[0] - 1) < 0.01
 
 
 def test_seven_billion_parameters_in_four_bits_on_one_chip():
