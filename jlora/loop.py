@@ -12,6 +12,7 @@ from jlora.config import Config
 from jlora.data.batches import Batches
 from jlora.errors import UserError
 from jlora.hosts import Stop
+from jlora.known import Known
 from jlora.loss_scale import hint
 from jlora.metrics import Logger
 from jlora.programs import Programs
@@ -35,6 +36,7 @@ class Loop:
     logger: Logger
     progress: Progress
     stop: Stop
+    base_loss: Known  # of the base alone on the held-out examples
     warm: bool  # the state given is another run's adapter
     pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
     recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=RECENT))  # losses
@@ -130,12 +132,16 @@ class Loop:
 
     def _evaluate_start(self, state: TrainState) -> None:
         assert self.held_out is not None
-        nothing = self.programs.neutral(state.lora)
-        self.progress.base_loss = self.programs.held_out_loss(nothing, self.held_out, self.logger.say)
-        if not math.isfinite(self.progress.base_loss):
-            raise UserError(f"the base's own held-out loss is {self.progress.base_loss}{hint(state.scaling)}")
-        self.logger.say(f"held-out loss of the base, before training: {self.progress.base_loss:.4f}")
-        loss = self.progress.base_loss
+        loss = known = hosts.of_first(self.base_loss.get)
+        if loss is None:
+            loss = self.programs.held_out_loss(self.programs.neutral(state.lora), self.held_out, self.logger.say)
+            if not math.isfinite(loss):
+                raise UserError(f"the base's own held-out loss is {loss}{hint(state.scaling)}")
+            if hosts.is_first():
+                self.base_loss.put(loss)
+        self.progress.base_loss = loss
+        again = ", as an earlier run had it" if known is not None else ""
+        self.logger.say(f"held-out loss of the base, before training: {loss:.4f}{again}")
         if self.warm:
             loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
             self.logger.say(f"held-out loss of the adapter that it starts from: {loss:.4f}")

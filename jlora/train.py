@@ -24,6 +24,7 @@ from jlora.errors import run_program
 from jlora.export import export_run, spec_of
 from jlora.forecast import Job, bytes_of, laid_out
 from jlora.generator import Generator, show_answers
+from jlora.known import Known
 from jlora.loop import Loop, overfitting, save
 from jlora.metrics import Logger, loading_bar
 from jlora.model import hf
@@ -78,7 +79,9 @@ def train(config: Config, again: str) -> None:
         print(*outline(ready), sep="\n", flush=True)
         with Logger(run, int(state.step), ready.steps, silent=not hosts.is_first()) as logger:
             todo = (ready.batches, ready.held_out, ready.steps)
-            state = Loop(config, programs, *todo, checkpoints, logger, progress, stop, warm).run(state)
+            state = Loop(config, programs, *todo, checkpoints, logger, progress, stop, base_loss(ready), warm).run(
+                state
+            )
         with hosts.together():
             checkpoints.wait()
         if stop.signal:
@@ -122,6 +125,20 @@ def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: 
         return jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(config.seed)))(base)
     given = read_adapter(Path(config.init_adapter), spec, shapes, tied=tied)
     return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
+
+
+def base_loss(ready: Ready) -> Known:
+    """The base's own held-out loss, which many runs have in common."""
+    record, files = ready.record, sorted(ready.directory.glob("*.safetensors"))
+    follows = {
+        "base": [record["base"]["fingerprint"], [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]],
+        "adapter": str(spec_of(record["config"])),
+        "computed": [ready.compute.quantize, record["versions"], record["runtime"]],
+    }
+    if ready.held_out is None:
+        return Known(follows, ())
+    whole = dataclasses.replace(ready.held_out, read=None)
+    return Known(follows, (array for step in range(whole.steps_per_epoch) for array in whole[step]))
 
 
 def begin(start: resume.Start, fresh: TrainState) -> tuple[TrainState, Progress]:

@@ -31,7 +31,7 @@ ROOMS = [
     ["jlora.data.chat", "jlora.data.pii", "jlora.model.hf", "jlora.model.families", "jlora.model.backend"],
     ["jlora.from_gguf"],
     ["jlora.sources"],
-    ["jlora.config", "jlora.compiling"],
+    ["jlora.config", "jlora.compiling", "jlora.known"],
     ["jlora.config_files", "jlora.adapter_config", "jlora.provenance"],
     ["jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
     ["jlora.data.overlong", "jlora.data.report", "jlora.data.xray"],

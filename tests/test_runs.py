@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jlora import peft_format
 from jlora.checkpoint import Checkpoints, Progress
+from jlora.known import Known
 from jlora.step import TrainState
 
 
@@ -204,13 +205,16 @@ def test_auto_touches_nothing_that_is_not_this_run(whole, tmp_path):
 
 
 def test_two_runs_in_one_place_are_refused(whole):
-    run, write, _ = whole
+    run, write, said = whole
     config, shared = write("shared", max_steps=5000), run.parent / "shared"
     process = start_module("jlora.train", "--config", config)
     wait_for(logged(shared, 1), process)
     second = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     process.terminate()
-    assert process.communicate(timeout=240) and process.returncode == 0
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    before = next(line for line in said.splitlines() if "held-out loss of the base, before" in line)
+    assert f"{before}, as an earlier run had it" in out  # the same base and rows need not be computed again
     assert second.returncode == 2 and "another process is training there" in second.stderr, second.stderr
 
 
@@ -238,6 +242,22 @@ def test_the_best_checkpoint_stays_when_a_run_goes_on(tmp_path):
         assert checkpoints.steps() == [1, step - 1, step] and checkpoints.best() == 1
         assert [checkpoints.progress(n).eval_loss for n in (1, step - 1, step)] == [1.0, losses[step - 1], None]
         checkpoints.close()
+
+
+def test_a_number_is_known_again_where_all_it_follows_from_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = Known({"base": "a"}, [np.arange(3)])
+    assert known.get() is None
+    known.put(1 / 3)
+    assert Known({"base": "a"}, [np.arange(3)]).get() == 1 / 3
+    for values, array in [
+        ({"base": "b"}, np.arange(3)),
+        ({"base": "a"}, np.arange(4)),
+        ({"base": "a"}, np.arange(3.0)),
+    ]:
+        assert Known(values, [array]).get() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    Known({}, []).put(1.0)  # a cache that cannot be written is none
 
 
 def test_early_stopping_keeps_the_best_and_says_overfitting(whole):
