@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from jax.experimental import multihost_utils
 from jlora.errors import UserError
 
 T = TypeVar("T")
+# What stands in JAX's errors where a process is lost.
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 MESSAGE = 4096  # bytes of an error's text that reach the other processes
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead
 FAREWELL = 30  # seconds that a process waits at its end for the others to end
@@ -164,20 +167,28 @@ def whole(tree: Any) -> Any:
 
 @contextmanager
 def surviving() -> Iterator[None]:
-    """Ends this process with a message where another one of the run is gone, instead of waiting for it."""
+    """Ends this process at once, with a message, where it cannot go on and the others do not know, or are gone.
+
+    JAX's own end would wait for them.
+    """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
+    except Exception as error:
+        if isinstance(error, AgreedError) or jax.process_count() == 1:
             raise
-        print(
-            f"error: another process of this run is gone, or cannot be reached ({_reason(error)}). What it said "
-            "last tells why. The checkpoints are safe: start all processes again with the same command, and "
-            "--config.resume_from_checkpoint=auto",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # JAX's own end would wait for the other
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif any(sign in str(error) for sign in LOST):
+            print(
+                f"error: another process of this run is gone, or cannot be reached ({_reason(error)}). What it said "
+                "last tells why. The checkpoints are safe: start all processes again with the same command, and "
+                "--config.resume_from_checkpoint=auto",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The training loop: steps, logging, evaluation, saving, stopping."""
 
+import contextlib
 import dataclasses
 import math
 from collections import deque
@@ -46,10 +47,12 @@ class Loop:
         try:
             with self.stop:
                 return self._run(state)
-        except BrokenPipeError:
+        except BaseException as error:
+            with contextlib.suppress(UserError):
+                self.checkpoints.wait()  # what is being written when all else fails is to be whole
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise UserError(f"the run could not be written: {self.checkpoints.cannot_write(error)}") from error
             raise
-        except OSError as error:
-            raise UserError(f"the run could not be written: {self.checkpoints.cannot_write(error)}") from error
 
     def _run(self, state: TrainState) -> TrainState:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
@@ -122,6 +125,7 @@ class Loop:
 
     def _refuse(self, step: int, metrics: Metrics, words: str, way_out: str) -> None:
         rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
+        self.checkpoints.wait()
         latest = self.checkpoints.latest()
         kept = "no checkpoint was saved before" if latest is None else f"the latest checkpoint is of step {latest}"
         raise UserError(

@@ -159,6 +159,8 @@ def disturb(run: Run, number: signal.Signals, phase: str, chance: random.Random)
         problems.append(f"began anew, with a checkpoint of step {had} there")
     if number is signal.SIGTERM:
         stopped = re.search(r"stopped after step (\d+)", said)
+        if not stopped and run.logged() == STEPS:  # it came after the last step
+            return False, []
         if codes != [0] * run.processes or not stopped or not int(stopped[1]) == run.saved() == run.logged():
             problems.append(f"SIGTERM: exit codes {codes}, step {run.saved()} saved, {run.logged()} logged")
     elif 99 in others or (0 in others and phase != "export"):

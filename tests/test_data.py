@@ -1,5 +1,7 @@
 """Files to conversations, conversations to tokens and masks, examples to rows without padding."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -172,6 +174,25 @@ def test_order_is_a_pure_function_of_seed_and_step():
     assert [list(one.chosen(s)) for s in range(3)] != [list(other.chosen(s)) for s in range(3)]
     # fixed for ever: a checkpoint of today resumes on the same examples under any NumPy
     assert batches.order(8, 0, 0).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]
+
+
+def test_a_process_reads_its_own_rows_alone():
+    class Watched(list):
+        def __getitem__(self, index):
+            seen.add(int(index))
+            return super().__getitem__(index)
+
+    seen: set[int] = set()
+    examples = Watched(Example(np.arange(n, n + 20, dtype=np.int32), np.ones(20, bool), "") for n in range(1, 33))
+    shared = {"batch_size": 8, "micro_batches": 2, "devices": 4, "steps": 4, "seed": 0, "linear_cost": 100.0}
+    planned = batches.plan_batches(examples, **shared)
+    whole = planned[1]
+    seen.clear()
+    part = dataclasses.replace(planned, read=frozenset({1, 2}))[1]
+    assert seen == {index for micro in planned.layout(1) for row in (1, 2) for index in micro[row]}
+    for ours, theirs in zip(part, whole, strict=True):
+        assert (ours[:, 1:3] == theirs[:, 1:3]).all() and not ours[:, [0, *range(3, ours.shape[1])]].any()
+    assert planned.tokens(1) == np.count_nonzero(whole.segments) == 16 * 20
 
 
 def test_shapes_leave_the_least_padding():
