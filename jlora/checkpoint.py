@@ -5,6 +5,7 @@ read. The latest two and the best are kept. The base is never saved. Arrays are 
 mesh of any number of processes can go on with them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -91,14 +92,26 @@ class Checkpoints:
             return f"{SUMS} or a file that it lists cannot be read: {error}"
         return ""
 
-    def clear(self) -> None:
-        """Removes what a killed process left half written, and sets damaged checkpoints aside. Only under `claim`."""
+    def clear(self, *, keep: bool) -> list[str]:
+        """Removes what a killed process left half written, and sets damaged checkpoints aside; only under `claim`.
+
+        Args:
+          keep: the run goes on from what is there; else all of it is of a start that was never recorded, and set aside.
+
+        Returns:
+          What was set aside, in words.
+        """
         for path in self.directory.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
+        said = []
         for step in self.steps():
-            if self.damage(step):
+            why = self.damage(step) if keep else "of a start that was not recorded"
+            if why:
                 place = self.directory / str(step)
-                place.rename(next(p for n in range(1000) if not (p := Path(f"{place}.damaged-{n}")).exists()))
+                aside = next(p for n in range(1000) if not (p := Path(f"{place}.damaged-{n}")).exists())
+                place.rename(aside)
+                said.append(f"the checkpoint of step {step} ({why}) is now {aside}")
+        return said
 
     def save(self, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
         """Begins to write the state's step, unless it is there already; waits for the one before, but not for this.
@@ -143,13 +156,15 @@ class Checkpoints:
             self._reserve(size)
             self._orbax.save(made, args=ocp.args.Composite(**items), force=True)
             files = sorted(path for path in made.rglob("*") if path.is_file())
-            sums = {str(f.relative_to(made)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+            sums = {str(file.relative_to(made)): _settled(file) for file in files}
             (made / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")  # without an end that may be lost
+            _settled(made / SUMS)
         steps = self.steps()
         for old in steps:
             if old not in (*steps[-2:], best):
-                gone = (self.directory / str(old)).rename(self.directory / f"{UNFINISHED}{old}")  # at once
-                shutil.rmtree(gone)
+                with contextlib.suppress(OSError):  # what cannot be removed now is so at the next start
+                    gone = (self.directory / str(old)).rename(self.directory / f"{UNFINISHED}{old}")  # at once
+                    shutil.rmtree(gone)
 
     def _reserve(self, size: int) -> None:
         """Raises OSError where `size` bytes and Orbax's files do not fit: once, where Orbax would in many threads."""
@@ -181,8 +196,12 @@ class Checkpoints:
         return self._read(step, lora=ocp.args.StandardRestore(_host(shapes)))["lora"]
 
     def progress(self, step: int) -> Progress:
-        """Only what the loop remembered at a step."""
-        return Progress(**self._read(step, progress=ocp.args.JsonRestore())["progress"])
+        """Only what the loop remembered at a step; without a best step whose checkpoint is lost or damaged."""
+        progress = Progress(**self._read(step, progress=ocp.args.JsonRestore())["progress"])
+        best = progress.best_step
+        if best is None or best == step or (best in self.steps() and not self.damage(best)):
+            return progress
+        return dataclasses.replace(progress, best_loss=None, best_step=None, worse_since=None, worse=0)
 
     def _read(self, step: int, **items: Any) -> Any:
         if damage := self.damage(step):
@@ -197,6 +216,13 @@ class Checkpoints:
         self.wait()
         self._writer.shutdown()
         self._orbax.close()
+
+
+def _settled(file: Path) -> str:
+    """A file's hash, once its content is on the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _host(shapes: Any) -> Any:

@@ -13,7 +13,12 @@ LARGEST = 2 << 30  # bytes of kept programs; the ones longest unused make room
 
 
 def keep_programs() -> None:
-    """Compiled programs are kept in the user's cache directory, unless JAX was told where to, or not to, keep them."""
+    """Compiled programs are kept in the user's cache directory, unless JAX was told where to, or not to, keep them.
+
+    Not for several processes on GPUs: they tune programs together, and one that has its own does not take part.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "gpu":
+        return
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(sources.cache_directory() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)

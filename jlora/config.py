@@ -78,7 +78,7 @@ class Config:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # global norm of the adapter's gradient; 0 turns clipping off
-    max_loss_spike: float = 3.0  # stop where a loss is over this many times the largest of the last 50; 0: never
+    max_loss_spike: float = 3.0  # stop at a loss over this many times the largest of the last 50, and 1; 0: never
     loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+); 1: one rate for all
     neftune_noise_alpha: float = 0.0  # noise on embeddings in training; 5 is usual, 0 is none
     seed: int = 0  # initial A, order of examples, dropout, split

@@ -24,6 +24,8 @@ from jlora.errors import UserError
 T = TypeVar("T")
 # What stands in JAX's errors where a process is lost.
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
+# SLURM's and Open MPI's number of processes, where JAX looks for it too.
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 MESSAGE = 4096  # bytes of an error's text that reach the other processes
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead
 FAREWELL = 30  # seconds that a process waits at its end for the others to end
@@ -44,8 +46,8 @@ def join(coordinator: str, count: int, index: int) -> None:
     Raises:
       UserError: there are to be several, and they did not find each other.
     """
-    if count == 1:
-        return
+    if count == 1 or (not (coordinator or count) and any(os.environ.get(name) == "1" for name in TASKS)):
+        return  # of one task JAX would use one device alone
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator or None,

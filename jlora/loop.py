@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
+from collections.abc import Callable
 
 import jax
 
@@ -37,7 +38,7 @@ class Loop:
     logger: Logger
     progress: Progress
     stop: Stop
-    base_loss: Known  # of the base alone on the held-out examples
+    base_loss: Callable[[], Known]  # of the base alone on the held-out examples
     warm: bool  # the state given is another run's adapter
     pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
     recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=RECENT))  # losses
@@ -125,24 +126,28 @@ class Loop:
 
     def _refuse(self, step: int, metrics: Metrics, words: str, way_out: str) -> None:
         rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
-        self.checkpoints.wait()
-        latest = self.checkpoints.latest()
+        with hosts.together():
+            self.checkpoints.wait()
+        latest = hosts.of_first(self.checkpoints.latest)
         kept = "no checkpoint was saved before" if latest is None else f"the latest checkpoint is of step {latest}"
-        raise UserError(
-            f"{words}{rows}: loss {metrics.loss:g}, gradient norm "
-            f"{metrics.grad_norm:g}, adapter norm {metrics.adapter_norm:g}. Nothing of it was saved; {kept}. "
-            f"Look at these rows, or lower learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}{way_out}"
-        )
+        with hosts.together():  # all have these numbers
+            raise UserError(
+                f"{words}{rows}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}, adapter norm "
+                f"{metrics.adapter_norm:g}. Nothing of it was saved; {kept}. Look at these rows, or lower "
+                f"learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}{way_out}"
+            )
 
     def _evaluate_start(self, state: TrainState) -> None:
         assert self.held_out is not None
-        loss = known = hosts.of_first(self.base_loss.get)
+        kept = self.base_loss()
+        loss = known = hosts.of_first(kept.get)
         if loss is None:
             loss = self.programs.held_out_loss(self.programs.neutral(state.lora), self.held_out, self.logger.say)
-            if not math.isfinite(loss):
-                raise UserError(f"the base's own held-out loss is {loss}{hint(state.scaling)}")
+            with hosts.together():
+                if not math.isfinite(loss):
+                    raise UserError(f"the base's own held-out loss is {loss}{hint(state.scaling)}")
             if hosts.is_first():
-                self.base_loss.put(loss)
+                kept.put(loss)
         self.progress.base_loss = loss
         again = ", as an earlier run had it" if known is not None else ""
         self.logger.say(f"held-out loss of the base, before training: {loss:.4f}{again}")
@@ -154,9 +159,10 @@ class Loop:
     def _evaluate(self, state: TrainState, done: int) -> float:
         assert self.held_out is not None
         loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
-        if not math.isfinite(loss):
-            rate = f"{self.config.learning_rate:g}{hint(state.scaling)}"
-            raise UserError(f"the held-out loss of step {done} is {loss}: lower learning_rate={rate}")
+        with hosts.together():
+            if not math.isfinite(loss):
+                rate = f"{self.config.learning_rate:g}{hint(state.scaling)}"
+                raise UserError(f"the held-out loss of step {done} is {loss}: lower learning_rate={rate}")
         self.progress.record(done, loss)
         self.logger.log(done, eval_loss=loss)
         best = " (best so far)" if self.progress.best_step == done else ""

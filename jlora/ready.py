@@ -1,6 +1,7 @@
 """What is known of a run before a weight is read: its rows, its batches, its model, and what computes it."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -67,7 +68,9 @@ def make_ready(config: Config) -> Ready:
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
     examples = hosts.in_turn(lambda: read_examples(config, tokenizer, ends, rows, "training"))
-    held_out = read_examples(config, tokenizer, ends, held_out_rows, "held out") if held_out_rows else []
+    held_out: Any = []
+    if held_out_rows:
+        held_out = hosts.in_turn(lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out"))
     steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh))
     longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
     batches = dataclasses.replace(batches, read=own_rows(mesh, batches.rows))
@@ -81,6 +84,7 @@ def make_ready(config: Config) -> Ready:
     config = take_form(config, directory, model)
     record = describe(config, directory, tokenizer, mesh, compute)
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}
+    shared |= {"end tokens": sorted(ends), "lengths": hashlib.sha256(batches.sizes.tobytes()).hexdigest()}
     hosts.agree({key: value for key, value in shared.items() if key not in OWN})
     return Ready(
         config,

@@ -70,8 +70,8 @@ def claim(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not _in_use(output):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if [path.name for path in output.iterdir()] == [file.name]:
                     file.unlink()
                     output.rmdir()
 
@@ -117,6 +117,10 @@ def decide(config: Config, record: dict[str, Any]) -> Start:
 def _continue(output: Path, record: dict[str, Any]) -> Start:
     """Exactly on from the latest checkpoint in place; or a new run where none was completed yet."""
     if not _in_use(output):
+        if (output / "checkpoints").exists() and not record["config"]["init_adapter"]:
+            raise UserError(
+                f"{output} was stopped before it had begun: start it with the {KEY} that it was first started with"
+            )
         return Start("", 0, False, f"a new run: there is nothing to continue in {output}")
     old = read_record(output, f"{KEY}=auto, output_dir")
     if changes := _changes(old, record):
@@ -138,11 +142,12 @@ def _continue(output: Path, record: dict[str, Any]) -> Start:
     exactly = f"but not bit for bit, since {'; '.join(moved)}" if moved else "exactly"
     passed = "".join(f"{words}: passed over\n" for words in damaged)
     message = f"{passed}continuing {output} from step {steps[-1]}, {exactly}"
-    return Start(str(output), steps[-1], True, message, old["runtime"]["remat"])
+    return Start(str(output), steps[-1], True, message, "" if moved else old["runtime"]["remat"])
 
 
 def _in_use(output: Path) -> bool:
-    return output.is_dir() and any(path.name != ".lock" for path in output.iterdir())
+    """Is anything there but what is left of a start that was killed before config.json was written?"""
+    return output.is_dir() and not {path.name for path in output.iterdir()} <= {".lock", "checkpoints"}
 
 
 def sound_steps(run: Path) -> tuple[list[int], list[str]]:

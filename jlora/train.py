@@ -6,9 +6,11 @@ This file is the wiring; the loop is in loop.py. Exit codes: 0 done, or saved on
 
 import contextlib
 import dataclasses
+import functools
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.compiling import keep_programs
 from jlora.config import Config
 from jlora.config_files import config_parser, load_config
-from jlora.errors import run_program
+from jlora.errors import UserError, run_program
 from jlora.export import export_run, spec_of
 from jlora.forecast import Job, bytes_of, laid_out
 from jlora.generator import Generator, show_answers
@@ -43,7 +45,10 @@ def main(argv: list[str]) -> None:
     parser = config_parser("jlora.train", "Trains a LoRA adapter.")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
-    kept = [word for word in overrides if not word.startswith(f"--config.{resume.KEY}=")]
+    own = tuple(f"--config.{key}=" for key in (resume.KEY, "process_id"))
+    kept = [word for word in overrides if not word.startswith(own)]
+    if config.process_id >= 0:
+        kept.append("--config.process_id=N")
     again = [sys.executable, "-m", "jlora.train", "--config", arguments.config, *kept, f"--config.{resume.KEY}=auto"]
     choose_platform(config)
     hosts.join(config.coordinator_address, config.num_processes, config.process_id)
@@ -69,19 +74,22 @@ def train(config: Config, again: str) -> None:
         state, progress = begin(start, state)
         stop, checkpoints = hosts.Stop(), Checkpoints(run)
         warm = not start.exact and bool(start.source or config.init_adapter)
+        with hosts.together(), writable(checkpoints):
+            if hosts.is_first():
+                for line in checkpoints.clear(keep=start.exact):
+                    print(line)
         if warm:
             save(checkpoints, state, progress, None)
-        with hosts.together():
+        with hosts.together(), writable(checkpoints):
+            checkpoints.wait()  # before the run has a record, so that no restart begins from nothing
             if hosts.is_first():
-                checkpoints.wait()  # first of all, so that no restart begins from nothing
-                checkpoints.clear()
                 write_record(run, record)
+            logger = Logger(run, int(state.step), ready.steps, silent=not hosts.is_first())
         print(*outline(ready), sep="\n", flush=True)
-        with Logger(run, int(state.step), ready.steps, silent=not hosts.is_first()) as logger:
+        with logger:
             todo = (ready.batches, ready.held_out, ready.steps)
-            state = Loop(config, programs, *todo, checkpoints, logger, progress, stop, base_loss(ready), warm).run(
-                state
-            )
+            known = functools.partial(base_loss, ready)
+            state = Loop(config, programs, *todo, checkpoints, logger, progress, stop, known, warm).run(state)
         with hosts.together():
             checkpoints.wait()
         if stop.signal:
@@ -110,11 +118,13 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
         fitted = beside.submit(first_fit, job, here, ready.steps, print)
         size = bytes_of(placed_shapes(base_shapes, mesh, "base"))
         if here.limit is not None and size > here.limit:
-            ensure_fits(fitted.result()[0], here, layout, print)
+            with hosts.together():
+                ensure_fits(fitted.result()[0], here, layout, print)
         with hosts.together(), loading_bar(size, silent=not hosts.is_first()) as bar:
             base = hf.load_base(ready.directory, base_shapes, mesh, bar.update)
         seen, programs = fitted.result()
-    ensure_fits(seen, here, layout, print)
+    with hosts.together():
+        ensure_fits(seen, here, layout, print)
     programs.base, ready.record["runtime"]["remat"] = base, seen.job.compute.remat
     return programs, first_adapter(config, spec, shapes, base, tied=ready.model.tie_word_embeddings)
 
@@ -123,8 +133,17 @@ def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: 
     """The adapter of step 0: `init_adapter`, or one that does nothing yet."""
     if not config.init_adapter:
         return jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(config.seed)))(base)
-    given = read_adapter(Path(config.init_adapter), spec, shapes, tied=tied)
+    given = hosts.arrays_of_first(lambda: read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), shapes)
     return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
+
+
+@contextlib.contextmanager
+def writable(checkpoints: Checkpoints) -> Iterator[None]:
+    """What cannot be written within is said, with the checkpoint that is safe."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the run could not be written: {checkpoints.cannot_write(error)}") from error
 
 
 def base_loss(ready: Ready) -> Known:

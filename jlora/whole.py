@@ -1,5 +1,6 @@
 """Files and directories that are written whole or not at all, whatever stops the writer."""
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,4 +47,9 @@ def give_name(made: Path, target: Path) -> None:
     """
     if target.exists():
         raise FileExistsError(f"{target} exists")
-    made.rename(target)
+    try:
+        made.rename(target)
+    except OSError as error:  # it came to be in between
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(f"{target} exists") from None

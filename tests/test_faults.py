@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jlora import resume
 from jlora.checkpoint import SUMS, Checkpoints, Progress
+from jlora.config import Config
 from jlora.errors import UserError
 from jlora.step import TrainState
 
@@ -80,7 +83,7 @@ def test_what_is_damaged_or_half_written_is_set_aside_before_training_goes_on(sa
     flip(saved / "checkpoints/2/sha256.json")
     (saved / "checkpoints/.unfinished-abc/new").mkdir(parents=True)
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
-        checkpoints.clear()
+        checkpoints.clear(keep=True)
         checkpoints.save(state_of(2), Progress(), None)  # the step is trained again
         checkpoints.wait()
         assert not checkpoints.damage(2)
@@ -101,6 +104,26 @@ def test_a_save_waits_for_the_one_before_and_not_for_itself(saved, monkeypatch):
         checkpoints.save(state_of(5), Progress(), None)
         with pytest.raises(UserError, match=r"the disk left.* The checkpoint of step 4 is safe"):
             checkpoints.wait()
+
+
+def test_a_directory_that_became_read_only_is_said(saved):
+    place = saved / "checkpoints"
+    if os.geteuid():
+        place.chmod(0o555)
+    else:  # root may write anywhere but on what is mounted so
+        subprocess.run(["mount", "--bind", place, place], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+    try:
+        with contextlib.closing(Checkpoints(saved)) as checkpoints:
+            checkpoints.save(state_of(3), Progress(), None)
+            with pytest.raises(UserError, match=r"(Read-only|denied).* The checkpoint of step 2 is safe"):
+                checkpoints.wait()
+            assert checkpoints.steps() == [1, 2]
+    finally:
+        if os.geteuid():
+            place.chmod(0o755)
+        else:
+            subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +194,26 @@ def test_killed_at_random_it_ends_as_if_undisturbed(monkeypatch, capsys):
     spec.loader.exec_module(faults)
     monkeypatch.setattr(sys, "argv", ["faults.py", "--kills", "3", "--terms", "1", "--processes", "1"])
     assert faults.main() == 0, capsys.readouterr().out
+
+
+def test_a_best_checkpoint_that_is_lost_is_best_no_more(saved):
+    best = Progress(base_loss=3.0, best_loss=1.0, best_step=2, worse_since=3, worse=1)
+    with contextlib.closing(Checkpoints(saved)) as checkpoints:
+        checkpoints.save(state_of(3), best, None)
+        checkpoints.wait()
+        assert checkpoints.progress(3) == best and checkpoints.best() == 2
+        flip(saved / "checkpoints/2/sha256.json")
+        assert checkpoints.progress(3) == Progress(base_loss=3.0) and checkpoints.best() == 3
+        (words,) = checkpoints.clear(keep=True)
+        assert words.startswith("the checkpoint of step 2 (") and words.endswith("2.damaged-0")
+
+
+def test_a_start_that_left_no_record_is_started_again(saved):
+    record = {"config": {"init_adapter": ""}}
+    again = Config(output_dir=str(saved), resume_from_checkpoint="auto")
+    with pytest.raises(UserError, match="stopped before it had begun: start it with the resume_from_checkpoint that"):
+        resume.decide(again, record)
+    record["config"]["init_adapter"] = "adapter"
+    assert resume.decide(again, record).source == ""
+    with contextlib.closing(Checkpoints(saved)) as checkpoints:
+        assert len(checkpoints.clear(keep=False)) == 2 and checkpoints.steps() == []

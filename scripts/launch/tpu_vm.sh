@@ -8,8 +8,9 @@ set -euo pipefail
 name=$1 zone=$2 config=$3
 shift 3
 tpu() { gcloud compute tpus tpu-vm "$1" --zone="$zone" --worker=all "${@:2}"; }
-packed=$(mktemp -d)/jlora.tar.gz
-tar -czf "$packed" --exclude=.git --exclude=.venv --exclude=./output -C "$(dirname "$0")/../.." .
+packed=$(mktemp --suffix=.tar.gz)
+trap 'rm "$packed"' EXIT
+tar -czf "$packed" --exclude=.git --exclude=.venv --exclude=./output --exclude=./models -C "$(dirname "$0")/../.." .
 tpu scp "$packed" "$name":jlora.tar.gz
 tpu ssh "$name" --command="
   set -e
@@ -17,5 +18,5 @@ tpu ssh "$name" --command="
   python3 -m pip install --quiet --user uv
   [ -d .venv ] || python3 -m uv venv --quiet --python 3.12 .venv
   python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'
-  exec .venv/bin/python -m jlora.train --config $(printf '%q' "$config") --config.resume_from_checkpoint=auto $(printf '%q ' "$@")
+  exec .venv/bin/python -m jlora.train --config $(printf '%q' "$config") --config.resume_from_checkpoint=auto ${*:+$(printf '%q ' "$@")}
 "
