@@ -120,7 +120,7 @@ class Loop:
         self.logger.log(done, **values)
 
     def _spikes(self, loss: float) -> bool:
-        """Whether a loss is far above those before it; none is that is below what a guess at random costs."""
+        """Is a loss far above those before it, and above the factor itself? Near zero, losses jump by chance."""
         factor = self.config.max_loss_spike
         return factor > 0 and len(self.recent) >= RECENT // 5 and loss > factor * max(*self.recent, 1.0)
 
