@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step that evaluated best, whether or not it is still there; without evaluations the newest sound one."""
-        newest = max((step for step in self.steps() if not self.damage(step)), default=self.latest())
+        steps, _ = self.sound_steps()
+        newest = steps[-1] if steps else self.latest()
         return None if newest is None else self.progress(newest).best_step or newest
 
     def damage(self, step: int) -> str:
@@ -91,6 +93,13 @@ class Checkpoints:
         except (OSError, ValueError, AttributeError) as error:
             return f"{SUMS} or a file that it lists cannot be read: {error}"
         return ""
+
+    def sound_steps(self) -> tuple[list[int], list[str]]:
+        """The checkpoints up to the newest that is not damaged, and how those after it are."""
+        steps, damaged = self.steps(), []
+        while steps and (damage := self.damage(steps[-1])):
+            damaged.append(f"the checkpoint of step {steps.pop()} is damaged ({damage})")
+        return steps, damaged
 
     def clear(self, *, keep: bool) -> list[str]:
         """Removes what a killed process left half written, and sets damaged checkpoints aside; only under `claim`.
@@ -146,7 +155,7 @@ class Checkpoints:
                 writing.result()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"a checkpoint could not be saved in {self.directory}: {self.cannot_write(error)}"
+                f"a checkpoint could not be saved in {self.directory}: {self._cannot_write(error)}"
             ) from error
 
     def _write(self, step: int, size: int, items: dict[str, Any], best: int | None) -> None:
@@ -172,7 +181,17 @@ class Checkpoints:
             if hasattr(os, "posix_fallocate"):  # macOS lacks it
                 os.posix_fallocate(probe.fileno(), 0, size + size // 4 + (1 << 18))
 
-    def cannot_write(self, error: Exception) -> str:
+    @contextlib.contextmanager
+    def writable(self) -> Iterator[None]:
+        """What of the run cannot be written within is said, with the checkpoint that is safe."""
+        try:
+            yield
+        except BrokenPipeError:  # of what is printed
+            raise
+        except OSError as error:
+            raise UserError(f"the run could not be written: {self._cannot_write(error)}") from error
+
+    def _cannot_write(self, error: Exception) -> str:
         """Why a write failed, which checkpoint is safe, and how to go on."""
         reason = str(error).strip().split("\n")[0]
         latest = self.latest()

@@ -132,9 +132,10 @@ def find_step(run: Path, wanted: str) -> int:
     if not (run / "checkpoints").is_dir():
         raise UserError(f"--run {run}: no checkpoints there; expected the output_dir of a run")
     with contextlib.closing(Checkpoints(run)) as checkpoints:
-        steps, latest, best = checkpoints.steps(), checkpoints.latest(), checkpoints.best()
-    if latest is None:
-        raise UserError(f"--run {run}: no checkpoint was completed")
+        steps, latest = checkpoints.steps(), checkpoints.latest()
+        if latest is None:
+            raise UserError(f"--run {run}: no checkpoint was completed")
+        best = checkpoints.best() if wanted == "best" else None
     step = {"best": best, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)
     if step not in steps:
         raise UserError(f"--step {wanted}: there are {', '.join(map(str, steps))} (or best, latest)")

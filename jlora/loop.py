@@ -45,15 +45,14 @@ class Loop:
 
     def run(self, state: TrainState) -> TrainState:
         """Trains; every state that counts is saved on the way."""
-        try:
-            with self.stop:
-                return self._run(state)
-        except BaseException as error:
-            with contextlib.suppress(UserError):
-                self.checkpoints.wait()  # what is being written when all else fails is to be whole
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise UserError(f"the run could not be written: {self.checkpoints.cannot_write(error)}") from error
-            raise
+        with self.checkpoints.writable():
+            try:
+                with self.stop:
+                    return self._run(state)
+            except BaseException:
+                with contextlib.suppress(UserError):
+                    self.checkpoints.wait()  # what is being written when all else fails is to be whole
+                raise
 
     def _run(self, state: TrainState) -> TrainState:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch

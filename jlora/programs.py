@@ -18,7 +18,7 @@ from jlora.compiling import Compiler
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.lora import Adapter
 from jlora.model.llama import Llama
-from jlora.sharding import place, row_ways, shardings
+from jlora.sharding import place, places_of, row_ways, shardings
 from jlora.step import Metrics, TrainState, make_eval_step, make_train_step
 
 
@@ -26,7 +26,7 @@ def fresh_state(
     adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
 ) -> TrainState:
     """Step 0, without moments; placed on the mesh."""
-    places = _places(state_shapes(adapter, optimizer, mesh, compute_dtype))
+    places = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
     return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=places)(adapter)
 
 
@@ -104,13 +104,13 @@ class Programs:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """An adapter of the same form and place that does nothing."""
-        return jax.jit(lora.neutral, out_shardings=_places(adapter))(adapter, self.base)
+        return jax.jit(lora.neutral, out_shardings=places_of(adapter))(adapter, self.base)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """The training step for a size of batch; `state` and `batch` may be placed shapes."""
 
         def lower() -> jax.stages.Lowered:
-            step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(_places(state), self._everywhere))
+            step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(places_of(state), self._everywhere))
             drawn = jax.eval_shape(jax.random.key, self._seed)
             key = jax.ShapeDtypeStruct(drawn.shape, drawn.dtype, sharding=self._everywhere)
             return step.lower(state, self.base, batch, key)
@@ -135,7 +135,3 @@ class Programs:
             self.compiled[key] = self._compile(f"the {name} step for {rows} x {length} tokens", lower, say)
             self.after_compiling()
         return self.compiled[key]
-
-
-def _places(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -128,7 +128,8 @@ def _continue(output: Path, record: dict[str, Any]) -> Start:
             f"{output} cannot go on exactly: {'; '.join(changes.values())}. To start a new run from its adapter "
             f"(a warm start), set another output_dir and --config.{KEY}={output}"
         )
-    steps, damaged = sound_steps(output)
+    with contextlib.closing(Checkpoints(output)) as checkpoints:
+        steps, damaged = checkpoints.sound_steps()
     if not steps:
         if damaged:
             raise UserError(f"{output} has no checkpoint to continue from: {'; '.join(damaged)}. Set another one")
@@ -148,16 +149,6 @@ def _continue(output: Path, record: dict[str, Any]) -> Start:
 def _in_use(output: Path) -> bool:
     """Is anything there but what is left of a start that was killed before config.json was written?"""
     return output.is_dir() and not {path.name for path in output.iterdir()} <= {".lock", "checkpoints"}
-
-
-def sound_steps(run: Path) -> tuple[list[int], list[str]]:
-    """The run's checkpoints up to the newest that is not damaged, and how those after it are."""
-    damaged = []
-    with contextlib.closing(Checkpoints(run)) as checkpoints:
-        steps = checkpoints.steps()
-        while steps and (damage := checkpoints.damage(steps[-1])):
-            damaged.append(f"the checkpoint of step {steps.pop()} is damaged ({damage})")
-    return steps, damaged
 
 
 def _find(path: Path) -> tuple[Path, int]:

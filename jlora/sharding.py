@@ -97,6 +97,11 @@ def place(tree: Any, places: Any) -> Any:
     )
 
 
+def places_of(tree: Any) -> Any:
+    """Where the arrays of a tree lie."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def describe(mesh: Mesh) -> str:
     """As "data=2 x fsdp=4"; "data=1" on one device."""
     sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]

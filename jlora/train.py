@@ -10,7 +10,6 @@ import functools
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.compiling import keep_programs
 from jlora.config import Config
 from jlora.config_files import config_parser, load_config
-from jlora.errors import UserError, run_program
+from jlora.errors import run_program
 from jlora.export import export_run, spec_of
 from jlora.forecast import Job, bytes_of, laid_out
 from jlora.generator import Generator, show_answers
@@ -34,7 +33,7 @@ from jlora.peft_format import read_adapter, written_step
 from jlora.programs import Programs, fresh_state, placed_shapes
 from jlora.ready import Ready, choose_platform, find_devices, make_ready
 from jlora.search import ensure_fits, first_fit
-from jlora.sharding import describe, place, row_ways
+from jlora.sharding import describe, place, places_of, row_ways
 from jlora.sites import LoraConfig
 from jlora.step import TrainState
 from jlora.targets import find_target
@@ -74,13 +73,13 @@ def train(config: Config, again: str) -> None:
         state, progress = begin(start, state)
         stop, checkpoints = hosts.Stop(), Checkpoints(run)
         warm = not start.exact and bool(start.source or config.init_adapter)
-        with hosts.together(), writable(checkpoints):
+        with hosts.together(), checkpoints.writable():
             if hosts.is_first():
                 for line in checkpoints.clear(keep=start.exact):
                     print(line)
         if warm:
             save(checkpoints, state, progress, None)
-        with hosts.together(), writable(checkpoints):
+        with hosts.together(), checkpoints.writable():
             checkpoints.wait()  # before the run has a record, so that no restart begins from nothing
             if hosts.is_first():
                 write_record(run, record)
@@ -137,15 +136,6 @@ def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: 
     return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
 
 
-@contextlib.contextmanager
-def writable(checkpoints: Checkpoints) -> Iterator[None]:
-    """What cannot be written within is said, with the checkpoint that is safe."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the run could not be written: {checkpoints.cannot_write(error)}") from error
-
-
 def base_loss(ready: Ready) -> Known:
     """The base's own held-out loss, which many runs have in common."""
     record, files = ready.record, sorted(ready.directory.glob("*.safetensors"))
@@ -164,7 +154,7 @@ def begin(start: resume.Start, fresh: TrainState) -> tuple[TrainState, Progress]
     """The state and progress that a run begins with: fresh, restored whole, or with only the adapter restored."""
     if not start.source:
         return fresh, Progress()
-    places = jax.tree.map(lambda leaf: leaf.sharding, fresh)
+    places = places_of(fresh)
     with contextlib.closing(Checkpoints(Path(start.source))) as source:
         if not start.exact:
             adapter = hosts.arrays_of_first(lambda: source.restore_adapter(start.step, fresh.lora), fresh.lora)
@@ -191,7 +181,7 @@ def finish(
     step, adapter = progress.best_step or int(state.step), state.lora
     if step != int(state.step):
         best = hosts.arrays_of_first(lambda: checkpoints.restore_adapter(step, adapter), adapter)
-        adapter = place(best, jax.tree.map(lambda leaf: leaf.sharding, adapter))
+        adapter = place(best, places_of(adapter))
     checkpoints.close()
     if progress.best_loss is not None and progress.base_loss is not None:
         change = progress.best_loss / progress.base_loss - 1

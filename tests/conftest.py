@@ -4,9 +4,11 @@ import atexit
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from jlora import sources
 
@@ -164,3 +167,37 @@ def process_options(devices: int) -> dict:
         "text": True,
         "env": {**os.environ, **cache, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
     }
+
+
+def wait_for(condition, *processes, seconds=240) -> None:
+    """Until it holds; not longer than a process lives, nor than so many seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes if p.poll() is not None]
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.02)
+
+
+def logged(run: Path, step: int):
+    """Whether a run has logged a step, as a condition."""
+    return lambda: (run / "metrics.jsonl").exists() and f'{{"step": {step},' in (run / "metrics.jsonl").read_text()
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    """Step -> loss, as logged: in order, and none twice."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert [step for step, _ in steps] == sorted({step for step, _ in steps}), "a step is logged twice"
+    return dict(steps)
+
+
+def adapter_of(run: Path) -> dict[str, np.ndarray]:
+    """The tensors that a run exported."""
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_module, short_run, start_module
-from safetensors.numpy import load_file
+from conftest import ROOT, adapter_of, run_module, short_run, start_module, wait_for
 
 from jlora import resume
 from jlora.checkpoint import SUMS, Checkpoints, Progress
@@ -73,10 +71,11 @@ def test_every_file_that_is_harmed_is_noticed_and_its_checkpoint_passed_over(sav
                 with pytest.raises(UserError, match=r"the checkpoint of step 2 .* is damaged .* Other steps there: 1"):
                     read(2)
             assert checkpoints.best() == 1
-        assert resume.sound_steps(saved)[0] == [1]
+            assert checkpoints.sound_steps()[0] == [1]
         shutil.rmtree(place)
         shutil.copytree(kept, place)
-    assert resume.sound_steps(saved) == ([1, 2], [])
+    with contextlib.closing(Checkpoints(saved)) as checkpoints:
+        assert checkpoints.sound_steps() == ([1, 2], [])
 
 
 def test_what_is_damaged_or_half_written_is_set_aside_before_training_goes_on(saved):
@@ -151,7 +150,7 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(finished, tmp_
     assert done.returncode == 0, done.stderr
     assert "the checkpoint of step 12 is damaged (lora/" in done.stdout and "is not what was written" in done.stdout
     assert f"passed over\ncontinuing {place} from step 6, exactly" in done.stdout
-    ours, theirs = (load_file(r / "adapter/adapter_model.safetensors") for r in (place, run))
+    ours, theirs = adapter_of(place), adapter_of(run)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     for step in ("6", "12", "12.damaged-0"):
         flip(place / "checkpoints" / step / "_CHECKPOINT_METADATA")
@@ -163,9 +162,7 @@ def test_a_place_that_vanishes_is_not_made_anew(finished, tmp_path):
     _, write = finished
     place = tmp_path / "run"
     process = start_module("jlora.train", "--config", write(place, max_steps=5000, save_steps=20))
-    while not (place / "checkpoints/20").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for(lambda: (place / "checkpoints/20").exists(), process)
     place.rename(tmp_path / "elsewhere")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "could not be saved in" in err and "No such file" in err, err

@@ -177,7 +177,7 @@ def test_a_saved_state_goes_on_bit_for_bit(half, tmp_path):
     want = [taken(half, step) for step in (2, 3)]
     checkpoints.wait()
     fresh = half.start().state
-    half.state = sharding.place(checkpoints.restore(2, fresh), jax.tree.map(lambda leaf: leaf.sharding, fresh))
+    half.state = sharding.place(checkpoints.restore(2, fresh), sharding.places_of(fresh))
     got = [taken(half, step) for step in (2, 3)]
     checkpoints.close()
     assert same(got, want)

@@ -3,24 +3,20 @@
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import command, make_model, process_options, short_run
-from safetensors.numpy import load_file
+from conftest import adapter_of, command, free_port, logged, losses_of, make_model, process_options, short_run, wait_for
 
 STEPS = 10
 
 
 def start(config, count, *overrides, devices=1, last=()):
     """Starts `python -m jlora.train` in so many processes; the last of them with more overrides."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     told = [f"--config.coordinator_address=127.0.0.1:{port}", f"--config.num_processes={count}"]
     processes = []
     for index in range(count):
@@ -44,21 +40,14 @@ def ended(processes, seconds=300):
 
 
 def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    assert [step for step, _ in found] == sorted({step for step, _ in found}), "a step is logged twice"
-    return np.array([loss for _, loss in found])
-
-
-def adapter(run):
-    return load_file(run / "adapter" / "adapter_model.safetensors")
+    return np.array(list(losses_of(run).values()))
 
 
 def assert_close(one, other):
     """The curves and the adapters of two runs, within 1e-5."""
     assert len(losses(one)) == len(losses(other)) == STEPS
     assert np.abs(losses(one) - losses(other)).max() < 1e-5
-    a, b = adapter(one), adapter(other)
+    a, b = adapter_of(one), adapter_of(other)
     assert a.keys() == b.keys() and max(np.abs(a[name] - b[name]).max() for name in a) < 1e-5
 
 
@@ -106,9 +95,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(place, al
     directory, write = place
     run, config = directory / "stopped", write("stopped")
     processes = start(config, 2)
-    while not ((run / "metrics.jsonl").exists() and '{"step": 2,' in (run / "metrics.jsonl").read_text()):
-        assert all(process.poll() is None for process in processes), ended(processes)
-        time.sleep(0.02)
+    wait_for(logged(run, 2), *processes)
     processes[1].send_signal(signal.SIGTERM)
     codes, outs, errs = ended(processes)
     assert codes == [0, 0], errs
@@ -137,10 +124,7 @@ def test_what_one_cannot_do_all_say(place, pairs, tmp_path):
 def test_a_dead_process_ends_the_others_at_once(place):
     directory, write = place
     processes = start(write("dead", max_steps=5000, eval_share=0), 2)
-    log = directory / "dead/metrics.jsonl"
-    while not (log.exists() and '{"step": 2,' in log.read_text()):
-        assert all(process.poll() is None for process in processes), ended(processes)
-        time.sleep(0.02)
+    wait_for(logged(directory / "dead", 2), *processes)
     processes[1].kill()
     killed = time.monotonic()
     codes, _, errs = ended(processes, 60)
@@ -186,9 +170,7 @@ def test_a_process_holds_its_share_of_the_base_and_one_tensor(tmp_path, smollm):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 16384}
     directory = make_model(tmp_path / "base", smollm, **sizes, num_attention_heads=16, num_key_value_heads=16)
     largest = 4 * 16384 * 1024
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", LOAD, str(index), str(port), directory],

@@ -4,13 +4,11 @@ import dataclasses
 import json
 import re
 import signal
-import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import Trains, make_model, run_module, short_run, start_module
-from safetensors.numpy import load_file
+from conftest import Trains, adapter_of, logged, losses_of, make_model, run_module, short_run, start_module, wait_for
 
 from jlora import hlo, optim, ready, sharding, train
 from jlora.config import Config
@@ -152,19 +150,16 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
         return file
 
     def losses(name):
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines]
+        return list(losses_of(tmp_path / name).values())
 
     done = run_module("jlora.train", "--config", config("still"))
     assert done.returncode == 0, done.stderr
-    file, log, at = config("moving"), tmp_path / "moving/metrics.jsonl", 0
+    file, at = config("moving"), 0
     for devices, mesh, until in [(8, "{fsdp: 2, tensor: 2}", 5), (1, "{}", 20), (4, "{fsdp: 4}", 40)]:
         told = ["--config", file, f"--config.mesh={mesh}", "--config.resume_from_checkpoint=auto"]
         process = start_module("jlora.train", *told, devices=devices)
-        while until < 40 and not (log.exists() and f'{{"step": {until},' in log.read_text()):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
         if until < 40:
+            wait_for(logged(tmp_path / "moving", until), process)
             process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
@@ -174,5 +169,5 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
     assert len(losses("moving")) == len(losses("still"))
     assert np.abs(np.subtract(losses("moving"), losses("still"))).max() < 1e-5
     assert losses("still")[-1] < losses("still")[0] - 0.1
-    ours, theirs = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("moving", "still"))
+    ours, theirs = adapter_of(tmp_path / "moving"), adapter_of(tmp_path / "still")
     assert max(np.abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-5

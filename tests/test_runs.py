@@ -8,29 +8,16 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import process_options, run_module, short_run, start_module
-from safetensors.numpy import load_file
+from conftest import adapter_of, logged, losses_of, process_options, run_module, short_run, start_module, wait_for
 
 from jlora import peft_format
 from jlora.checkpoint import Checkpoints, Progress
 from jlora.known import Known
 from jlora.step import TrainState
-
-
-def adapter_of(run):
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
-def losses_of(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    assert len({step for step, _ in steps}) == len(steps), "a step is logged twice"
-    return dict(steps)
 
 
 def assert_same(one, other):
@@ -41,18 +28,6 @@ def assert_same(one, other):
         assert np.array_equal(a[name], b[name]), name
     shared = losses_of(one).keys() & losses_of(other).keys()
     assert shared and all(losses_of(one)[s] == losses_of(other)[s] for s in shared)
-
-
-def wait_for(condition, process, seconds=240):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.05)
-
-
-def logged(run, step):
-    return lambda: (run / "metrics.jsonl").exists() and f'{{"step": {step},' in (run / "metrics.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
