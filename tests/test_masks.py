@@ -161,6 +161,20 @@ def test_exactly_the_answers_and_their_ends_are_trained(kind, name, answer, syst
     assert encode(kind, ends, row, "all").trained.all()
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("kind_of", KINDS.values(), ids=KINDS)
+def test_special_tokens_may_swallow_the_blanks_beside_them(kind_of, side):
+    backend = kind_of()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False, **{side: True}) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for name in TEMPLATES:
+        ends, truth = with_template(tokenizer, name)
+        example = encode(tokenizer, ends, conversation("pay", "first 一", "What is due?", "pay"))
+        trained, _ = runs(tokenizer, example)
+        expected = [truth.format(words) for words in ("first 一", "pay")]
+        assert [text.replace(" ", "") for text in trained] == [text.replace(" ", "") for text in expected]
+
+
 def test_masks_are_those_of_the_generation_tag(kind):
     kind.chat_template = WITH_GENERATION
     ends = frozenset([kind.convert_tokens_to_ids("<|im_end|>")])

@@ -1,12 +1,14 @@
 """Conversations -> token ids and loss mask, through the model's own chat template.
 
 The mask needs no change to the template: the conversation is rendered up to each assistant turn without and with the
-answer; the characters that were added, up to the end token, are trained; offsets carry them over to tokens.
+answer; the characters that were added, up to the end token, are trained. They are the tokens between those of the
+prompt alone and the end token that stands after them in the text.
 """
 
+import bisect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,21 +130,23 @@ def encode_batch(
         if len(conversations) > 1:  # which one is it?
             return [encode(tokenizer, ends, conversation, train_on) for conversation in conversations]
         raise UserError(f"{conversations[0].where}: the model's chat template refuses it: {error}") from None
-    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_attention_mask=False)
+    encoded = _ids(tokenizer, [text for text, _ in rendered])
+    stops = _Stops(tokenizer, ends)
     examples = []
-    for i, (conversation, (text, spans)) in enumerate(zip(conversations, rendered, strict=True)):
-        ids = encoded["input_ids"][i]
-        trained = np.zeros(len(ids), bool)
-        for span in spans:
-            first, closing = _trained(tokenizer, ends, text, span, ids, encoded[i], conversation.where)
-            trained[first : closing + 1] = True
+    for conversation, (text, spans), ids in zip(conversations, rendered, encoded, strict=True):
+        tokens = np.array(ids, np.int32)
         whole = train_on == "all" or conversation.plain
-        if whole:
-            trained[:] = True
-        example = Example(np.array(ids, np.int32), trained, conversation.where)
-        _gate(tokenizer, example, whole)
-        examples.append(example)
+        trained = np.full(len(ids), whole)
+        for first, last in stops.answers(text, spans, tokens, conversation.where):
+            trained[first : last + 1] = True
+        examples.append(Example(tokens, trained, conversation.where))
+        _gate(tokenizer, examples[-1], whole)
     return examples
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text as it is: none added, none cut off."""
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class _Span(NamedTuple):
@@ -208,49 +212,55 @@ def _span(conversation: Conversation, turn: int, before: str, after: str, text: 
     return _Span(len(before), said + len(words), len(after))
 
 
-def _trained(
-    tokenizer: Any, ends: frozenset[int], text: str, span: _Span, ids: list[int], encoding: Any, where: str
-) -> tuple[int, int]:
-    """The first token of an answer, and the token that ends it."""
-    first = _prompt_tokens(tokenizer, text, span.start, ids, encoding)
-    if first is None:
+class _Stops:
+    """The tokens at which the model stops, in a text and among its tokens: the answers are found by them.
+
+    Offsets, which would say it too, cost a third of the tokenizer's time and leave blanks out as some please.
+    """
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
+        added = tokenizer.added_tokens_decoder  # tokens that no word can be part of
+        self._tokenizer, self._named = tokenizer, [tokenizer.decode([token]) for token in sorted(ends)]
+        self._ends = np.array([token for token in ends if token in added], np.int32)
+        self._text = re.compile("|".join(re.escape(added[token].content) for token in self._ends.tolist()) or r"(?!)")
+        self._openings: dict[str, list[int]] = {}
+
+    def answers(self, text: str, spans: list[_Span], tokens: np.ndarray, where: str) -> Iterator[tuple[int, int]]:
+        """The first token of each answer, and the token that ends it."""
+        spelled = [stop.span() for stop in self._text.finditer(text)] if spans else []
+        places = np.flatnonzero((tokens[:, None] == self._ends).any(1)).tolist()
+        if len(places) != len(spelled):  # the tokenizer reads them otherwise: none can be relied on
+            spelled = []
+        for span in spans:
+            earlier = bisect.bisect_left(spelled, (span.start, 0))
+            begin, token = (spelled[earlier - 1][0], places[earlier - 1]) if earlier else (0, 0)
+            opening = text[begin : span.start]
+            if opening not in self._openings:
+                (self._openings[opening],) = _ids(self._tokenizer, [opening])
+            found = bisect.bisect_left(spelled, (span.said, 0))
+            if found == len(spelled) or spelled[found][1] > span.end:
+                named = ", ".join(map(repr, self._named)) or "no token"
+                raise UserError(
+                    f"{where}: the model's chat template puts no end token after the answer (it puts "
+                    f"{text[span.said : span.end]!r}; the model stops at {named}), so the tuned model would not know "
+                    "when to stop"
+                )
+            yield self._first(opening, tokens[token : places[found]].tolist(), where) + token, places[found]
+
+    def _first(self, opening: str, ids: list[int], where: str) -> int:
+        """How many of the first tokens are the opening."""
+        expected = self._openings[opening]
+        if ids[: len(expected)] == expected:
+            return len(expected)
+        agreed = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
+        decode = self._tokenizer.backend_tokenizer.decode
+        for count in range(agreed, len(ids) + 1):  # its last blanks may be other tokens where words follow
+            if decode(ids[:count], skip_special_tokens=False).lstrip() == opening.lstrip():
+                return count
         raise UserError(
-            f"{where}: the end of the chat template's prompt, {text[: span.start][-12:]!r}, and the beginning of the "
-            "answer become one token, so the served model would never be asked for it; let the prompt end without a "
-            "space"
+            f"{where}: the end of the chat template's prompt, {opening[-12:]!r}, and the beginning of the answer "
+            "become one token, so the served model would never be asked for it; let the prompt end without a space"
         )
-    last = _token_before(encoding, span.said, span.start)
-    for place in range(max(first, last or 0), len(ids)):
-        begin, end = encoding.token_to_chars(place)
-        if begin >= span.said and end <= span.end and ids[place] in ends:
-            return first, place
-    named = ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "no token"
-    raise UserError(
-        f"{where}: the model's chat template puts no end token after the answer (it puts "
-        f"{text[span.said : span.end]!r}; the model stops at {named}), so the tuned model would not know when to stop"
-    )
-
-
-def _prompt_tokens(tokenizer: Any, text: str, start: int, ids: list[int], encoding: Any) -> int | None:
-    """How many tokens the first `start` characters are; None where a token stands on both sides."""
-    token = _token_before(encoding, start, 0)
-    if token is None:
-        return None if start else 0
-    begin, first = encoding.token_to_chars(token)[0], token + 1
-    if encoding.char_to_token(start - 1) is not None:
-        while first < len(ids) and encoding.token_to_chars(first)[0] < start:  # one character may be several tokens
-            first += 1
-        return None if encoding.token_to_chars(first - 1)[1] > start else first
-    for first in range(token + 1, min(token + 1 + start - begin, len(ids)) + 1):  # offsets leave these blanks out
-        if tokenizer.decode(ids[token:first]).lstrip() == text[begin:start].lstrip():
-            return first
-    return None
-
-
-def _token_before(encoding: Any, stop: int, start: int) -> int | None:
-    """The first token of the last character before `stop`, from `start` on, that is in any."""
-    tokens = (encoding.char_to_token(place) for place in range(stop - 1, start - 1, -1))
-    return next((token for token in tokens if token is not None), None)
 
 
 def _gate(tokenizer: Any, example: Example, whole: bool) -> None:

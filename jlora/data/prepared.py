@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import json
 import operator
+import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -126,6 +127,7 @@ def _ahead(
     encode: Callable[[list[Conversation]], list[Example]], rows: Iterable[Conversation]
 ) -> Iterator[list[Example]]:
     """Encoded rows in order, some at a time; the tokenizer, which is not Python, works beside what writes them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would only be in the way of these
     source = iter(rows)
     under_way: deque[Future[list[Example]]] = deque()
     with ThreadPoolExecutor(AHEAD) as workers:
