@@ -5,8 +5,8 @@
 Generates JSON lines of random words of the sample data (about 250 tokens a row), prepares them in their own process as
 training does, tokenizes the same texts in batches with nothing around it, and prints both rates and the peak memory.
 
-On two cores: 77% of the bare tokenizer's rate for a million rows, 83% for 100,000; 0.63 GB. Short rows (--words 45) come
-to less.
+On two cores: 77% of the bare tokenizer's rate for a million rows, 83% for 100,000; 0.63 GB. Short rows (--words 45)
+come to less.
 """
 
 import argparse
