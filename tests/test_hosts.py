@@ -100,7 +100,8 @@ def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(place, al
     codes, outs, errs = ended(processes)
     assert codes == [0, 0], errs
     step = int(re.search(r"stopped after step (\d+) of", outs[0])[1])
-    assert 2 <= step < STEPS and max(int(path.name) for path in (run / "checkpoints").iterdir()) == step
+    saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert 2 <= step < STEPS and saved == [*range(5, step, 5), step]  # at each evaluation, and at its end
     assert len(losses(run)) == step  # none of them is lost, none is logged twice
     (code,), (out,), (err,) = ended(start(config, 1, "--config.resume_from_checkpoint=auto"))
     assert code == 0, err
