@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import ROOT
+from tokenizers import Tokenizer
 
 from jlora.data import batches, formats, prepared
 from jlora.data.chat import Example, encode_prompt, end_tokens, load_tokenizer
@@ -248,3 +249,15 @@ def test_rows_that_get_lost_on_the_way_stop_everything(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"rows.txt:1100: the user's text spells"):
         rows[1100] = Conversation((Message("user", "<|im_end|>"), PAIR[1]), "rows.txt:1100")
         prepared.prepare(tokenizer, END, rows, tmp_path)
+
+
+def test_a_tokenizer_whose_file_cuts_off_and_pads_does_neither(smollm, tmp_path):
+    for file in smollm.glob("*.json*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes((smollm / "chat_template.jinja").read_bytes())
+    backend = Tokenizer.from_file(str(smollm / "tokenizer.json"))
+    backend.enable_truncation(8)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    theirs, ours = (encode(load_tokenizer(d, ""), Conversation(PAIR, "rows.txt:1")) for d in (smollm, tmp_path))
+    assert len(ours.tokens) > 8 and ours.tokens.tolist() == theirs.tokens.tolist()

@@ -8,7 +8,7 @@ prompt alone and the end token that stands after them in the text.
 import bisect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,7 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
         raise UserError(f"base_model {directory}: expected a fast tokenizer (tokenizer.json)")
     if chat_template:
         tokenizer.chat_template = find_template(chat_template)
+    tokenizer("")  # from then on it neither cuts off nor pads, also where its file says so
     return tokenizer
 
 
@@ -158,8 +159,7 @@ class _Span(NamedTuple):
 
 
 def _refuse_markup(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
-    special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    markup = re.compile("|".join(special) or r"(?!)")
+    markup = _pattern(token for token in tokenizer.added_tokens_decoder.values() if token.special)
     for conversation in conversations:
         for message in conversation.messages:
             if spelled := markup.search(message.content):
@@ -167,6 +167,11 @@ def _refuse_markup(tokenizer: Any, conversations: Sequence[Conversation]) -> Non
                     f"{conversation.where}: the {message.role}'s text spells {spelled[0]!r}, which is markup of the "
                     "model"
                 )
+
+
+def _pattern(tokens: Iterable[Any]) -> re.Pattern[str]:
+    """Finds any of some added tokens in a text; of none, nothing."""
+    return re.compile("|".join(re.escape(str(token)) for token in tokens) or r"(?!)")
 
 
 def _render_all(
@@ -222,12 +227,14 @@ class _Stops:
         added = tokenizer.added_tokens_decoder  # tokens that no word can be part of
         self._tokenizer, self._named = tokenizer, [tokenizer.decode([token]) for token in sorted(ends)]
         self._ends = np.array([token for token in ends if token in added], np.int32)
-        self._text = re.compile("|".join(re.escape(added[token].content) for token in self._ends.tolist()) or r"(?!)")
+        self._text = _pattern(added[token] for token in self._ends.tolist())
         self._openings: dict[str, list[int]] = {}
 
     def answers(self, text: str, spans: list[_Span], tokens: np.ndarray, where: str) -> Iterator[tuple[int, int]]:
         """The first token of each answer, and the token that ends it."""
-        spelled = [stop.span() for stop in self._text.finditer(text)] if spans else []
+        if not spans:
+            return
+        spelled = [stop.span() for stop in self._text.finditer(text)]
         places = np.flatnonzero((tokens[:, None] == self._ends).any(1)).tolist()
         if len(places) != len(spelled):  # the tokenizer reads them otherwise: none can be relied on
             spelled = []
