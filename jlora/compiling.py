@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jlora import sources
+from jlora import heap, sources
 
 FIRST = {"cpu": "about 10 s", "gpu": "about a minute", "tpu": "about a minute"}  # by platform, for any size of model
 LARGEST = 2 << 30  # bytes of kept programs; the ones longest unused make room
@@ -38,5 +38,6 @@ class Compiler:
         start = time.perf_counter()
         program = lower().compile()
         self._seconds = time.perf_counter() - start
+        heap.give_back()
         say(f"compiled in {self._seconds:.1f} s")
         return program

@@ -89,11 +89,11 @@ class Job:
 Layout = Callable[[Config, int], tuple[int, int, Shape]]  # config, ways to split rows -> A, R, largest shape
 
 
-def laid_out(model: LlamaConfig, examples: Sequence[Example]) -> Layout:
-    """Batches of real examples."""
+def laid_out(model: LlamaConfig, examples: Sequence[Example], *, share: bool) -> Layout:
+    """Batches of real examples; `share` as intake.plan has it."""
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape]:
-        _, batches, _ = plan(config, model, examples, [], ways)
+        _, batches, _ = plan(config, model, examples, [], ways, share=share)
         return batches.micro_batches, batches.rows, batches.shapes[-1]
 
     return layout

@@ -115,23 +115,38 @@ def _other_prompts(tokenizer: Any, rows: Iterable[Conversation], examples: Measu
 
 
 def plan(
-    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
+    config: Config,
+    model: LlamaConfig,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    devices: int,
+    *,
+    share: bool,
 ) -> tuple[int, Batches, Batches | None]:
-    """Optimizer steps of the run, its batches, and the held-out batches."""
+    """Optimizer steps of the run, its batches, and the held-out batches.
+
+    Args:
+      share: what all examples begin with may be laid once in a row. It is where each example would make the same of
+        it: not with dropout or noise, and not where a window would hide it from an example's end.
+    """
     heads = model.num_attention_heads * model.head_dim
     accumulated = config.gradient_accumulation_steps
     per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
     steps = config.max_steps or math.ceil(config.epochs * per_epoch)
-    shared: dict[str, Any] = {
+    share = share and (model.sliding_window is None or config.max_seq_length <= model.sliding_window)
+    alike: dict[str, Any] = {
         "batch_size": config.batch_size,
         "devices": devices,
         "linear_cost": model.matrices / (2 * heads),
     }
-    batches = plan_batches(examples, micro_batches=accumulated, steps=steps, seed=config.seed, **shared)
+    draws = config.lora_dropout > 0 or config.neftune_noise_alpha > 0
+    batches = plan_batches(
+        examples, micro_batches=accumulated, steps=steps, seed=config.seed, share=share and not draws, **alike
+    )
     if not held_out:
         return steps, batches, None
     return (
         steps,
         batches,
-        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, **shared),
+        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, share=share, **alike),
     )

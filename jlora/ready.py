@@ -71,17 +71,18 @@ def make_ready(config: Config) -> Ready:
     held_out: Any = []
     if held_out_rows:
         held_out = hosts.in_turn(lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out"))
-    steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh))
+    config = take_form(config, directory, model)
+    device, wish = jax.local_devices()[0], config.attn_implementation
+    share = backend.wanted(wish, device) == "xla"
+    steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh), share=share)
     longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
     batches = dataclasses.replace(batches, read=own_rows(mesh, batches.rows))
     if eval_batches:
         eval_batches = dataclasses.replace(eval_batches, read=own_rows(mesh, eval_batches.rows))
-    device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
     attention, why = hosts.of_first(lambda: backend.choose(wish, device, model, compute.compute_dtype, longest))
     compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
     words = f"{attention}{why and f' (not {why})'}"
-    config = take_form(config, directory, model)
     record = describe(config, directory, tokenizer, mesh, compute)
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}
     shared |= {"end tokens": sorted(ends), "lengths": hashlib.sha256(batches.sizes.tobytes()).hexdigest()}
@@ -104,7 +105,8 @@ def make_ready(config: Config) -> Ready:
 
 
 def choose_platform(config: Config) -> None:
-    """Tells JAX, before it is first used, what `device` asks for."""
+    """Tells JAX, before it is first used, what `device` asks for, and a CPU to run programs where they are called."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # for heap.keep_freed; nothing else is to be done beside
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
 

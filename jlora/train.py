@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jlora import hosts, lora, resume
+from jlora import heap, hosts, lora, resume
 from jlora.checkpoint import Checkpoints, Progress, write_record
 from jlora.compiling import keep_programs
 from jlora.config import Config
@@ -110,7 +110,10 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
     config, mesh, batches = ready.config, ready.mesh, ready.batches
     spec = spec_of(ready.record["config"])
     _, shapes, base_shapes = hf.abstract(ready.model, spec, ready.compute)
-    here, layout = find_target("here", mesh.devices.flatten().tolist()), laid_out(ready.model, ready.examples)
+    here, layout = (
+        find_target("here", mesh.devices.flatten().tolist()),
+        laid_out(ready.model, ready.examples, share=bool(batches.prefix)),
+    )
     here = here._replace(limit=hosts.least(here.limit))
     job = Job(config, ready.model, ready.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
     with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
@@ -125,6 +128,8 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
     with hosts.together():
         ensure_fits(seen, here, layout, print)
     programs.base, ready.record["runtime"]["remat"] = base, seen.job.compute.remat
+    if jax.default_backend() == "cpu":
+        heap.keep_freed()
     return programs, first_adapter(config, spec, shapes, base, tied=ready.model.tie_word_embeddings)
 
 

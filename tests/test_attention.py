@@ -41,7 +41,8 @@ def plain(q, k, v, segments, window):
     out = np.zeros((B, T, N, H))
     for b, t, n in np.ndindex(B, T, N):
         first = 0 if window is None else max(0, t - window + 1)
-        seen = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
+        own = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
+        seen = sorted({*own, *(s for s in range(t + 1) if segments[b, s] < 0)})
         group = n // (N // k.shape[2])
         scores = k[b, seen, group] @ q[b, t, n] / np.sqrt(H)
         weights = np.exp(scores - scores.max())
@@ -95,6 +96,18 @@ def test_a_kernel_is_the_formula_and_leaks_nothing(kernel, T, N, K, H, window):
             assert not np.allclose(a[inside], b[inside])
     leaking = run(kernel, loud, jnp.ones_like(segments), window)[3]  # dv, before the padding: what a leak would do
     assert not np.array_equal(leaking[~inside], run(kernel, arrays, jnp.ones_like(segments), window)[3][~inside])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_row_sees_what_it_begins_with_however_far(window):
+    arrays, segments = inputs(150, 4, 2, 64)
+    segments = segments.at[:, :12].set(-1)
+    got = run("xla", arrays, segments, window)
+    assert np.abs(got[0] - plain(*arrays[:3], segments, window)).max() < 1e-5
+    loud = [arrays[0], *(jnp.where((segments == 1)[..., None, None], 1e3 * x, x) for x in arrays[1:])]
+    other, last = run("xla", loud, segments, window), np.asarray(segments == 2)
+    assert np.array_equal(other[0][last], got[0][last])
+    assert np.abs(got[2][:, :12]).min(axis=(0, 2, 3)).max() > 0  # what comes after tells the beginning what to become
 
 
 def test_eight_devices_equal_one_without_communication():  # splash: in test_mesh.py, within the whole step

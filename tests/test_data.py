@@ -155,6 +155,39 @@ def test_batches_hold_every_token_and_target_once_an_epoch(devices, micro_batche
     assert sorted(seen) == list(range(61))
 
 
+def test_what_all_begin_with_is_laid_once_in_a_row():
+    prefix, own = np.arange(500, 509, dtype=np.int32), make_examples(23)
+    examples = [
+        Example(np.concatenate([prefix, e.tokens]), np.concatenate([prefix % 3 == i % 2, e.trained]), e.where)
+        for i, e in enumerate(own)  # some train on the prefix too
+    ]
+    options = {"batch_size": 6, "micro_batches": 2, "devices": 2, "steps": 8, "seed": 3, "linear_cost": 3000.0}
+    plan, apart = (batches.plan_batches(examples, share=share, **options) for share in (True, False))
+    assert (plan.prefix, apart.prefix) == (9, 0)
+    for step in range(plan.steps_per_epoch):
+        batch, chosen = plan[step], [examples[i] for i in plan.chosen(step)]
+        found, pairs = [], []
+        for leaves in zip(*(leaf.reshape(-1, leaf.shape[2]) for leaf in batch), strict=True):
+            row = batches.Batch(*leaves)
+            beginning = row.segments == batches.PREFIX
+            for segment in sorted(set(row.segments) - {batches.PREFIX, 0}):
+                inside = beginning | (row.segments == segment)
+                found.append(tuple(row.tokens[inside]))
+                assert np.array_equal(row.positions[inside], np.arange(inside.sum()))
+            assert not beginning.any() or np.array_equal(np.flatnonzero(beginning), np.arange(9))
+            kept = row.weights > 0
+            pairs += zip(row.tokens[row.predict_at[kept]].tolist(), row.targets[kept].tolist(), strict=True)
+        assert sorted(found) == sorted(tuple(e.tokens) for e in chosen)
+        assert sorted(pairs) == sorted(
+            (int(e.tokens[at - 1]), int(e.tokens[at])) for e in chosen for at in np.flatnonzero(e.trained) if at
+        )
+        assert plan.tokens(step) == apart.tokens(step) == sum(len(e.tokens) for e in chosen)
+        assert plan.laid(step) == np.count_nonzero(batch.segments) < apart.laid(step) == plan.tokens(step)
+    whole = Example(prefix, prefix > 0, "rows.txt:24")  # is nothing but the prefix: its last token is its own
+    assert batches.plan_batches([*examples, whole], share=True, **options).prefix == 8
+    assert batches.plan_batches([*examples, own[0]], share=True, **options).prefix == 0
+
+
 def test_order_is_a_pure_function_of_seed_and_step():
     def plan(seed):
         return batches.plan_batches(
@@ -219,8 +252,17 @@ def test_prepared_sizes_are_the_examples_own_and_lay_the_same_batches(tokenizer,
     rows = [Conversation((Message("user", f"第{i}?" * i), PAIR[1]), f"rows.txt:{i}") for i in range(1, 20)]
     examples = [encode(tokenizer, row) for row in rows]
     stored = prepared.prepare(tokenizer, END, rows, tmp_path)
+    assert tokenizer.decode(examples[0].tokens[: stored.prefix]).endswith("<|im_start|>user\n第")
     assert stored.sizes.tolist() == [[len(e.tokens), int(e.trained[1:].sum())] for e in examples]
-    options = {"batch_size": 4, "micro_batches": 1, "devices": 1, "steps": 5, "seed": 0, "linear_cost": 3000.0}
+    options = {
+        "batch_size": 4,
+        "micro_batches": 1,
+        "devices": 1,
+        "steps": 5,
+        "seed": 0,
+        "linear_cost": 3000.0,
+        "share": True,
+    }
     one, other = (batches.plan_batches(given, **options) for given in (stored, examples))
     assert all(np.array_equal(a, b) for step in range(5) for a, b in zip(one[step], other[step], strict=True))
 

@@ -37,6 +37,7 @@ class Listed(Measured):
             for i, n in enumerate(lengths, start=1)
         ]
         self.sizes = np.array([[len(e.tokens), e.trained[1:].sum()] for e in self.examples], np.int32)
+        self.prefix = min(lengths)
 
     def __len__(self):
         return len(self.examples)
@@ -73,6 +74,7 @@ def test_over_long_rows_are_an_error_that_names_them_and_the_length():
 
 def test_dropped_rows_are_counted():
     examples, said = overlong.fit(Listed(10, 50, 20, 60), 20, "drop", "training")
+    assert examples.prefix == 10
     check(examples, 20)
     assert [e.where for e in examples] == ["rows.txt:1", "rows.txt:3"]
     assert "2 of 4 examples are longer than 20 tokens: left out (overlong=drop): rows.txt:2 (50), rows.txt:4" in said
@@ -92,6 +94,7 @@ def test_truncated_rows_are_counted_and_so_are_answers_that_lose_their_end():
 def test_split_rows_keep_every_target_exactly_once(limit):
     whole = Listed(10, 30, 1 + limit, 60)
     examples, said = overlong.fit(whole, limit, "split", "training")
+    assert examples.prefix == 0  # some parts begin elsewhere
     check(examples, limit)
     assert targets(examples) == targets(whole)
     long = sum(len(e.tokens) > limit for e in whole)

@@ -1,12 +1,14 @@
 """The memory of the training step, as the compiler counts it, for SmolLM2's shapes; no weight is read."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import pytest
 from conftest import ROOT
 
-from jlora import optim, sharding
+from jlora import heap, optim, sharding
 from jlora.config_files import load_config
 from jlora.data.batches import Shape
 from jlora.export import spec_of
@@ -40,6 +42,32 @@ def test_a_long_row_takes_memory_that_grows_with_its_length_alone(temporaries):
     short, long, longest = (temporaries(length, "full") for length in (1024, 4096, 8192))
     assert long < 900 * MIB
     assert long <= 4 * short and longest <= 2 * long
+
+
+FAULTS = """
+import resource
+from jlora import heap
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * (64 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+heap.keep_freed()
+faults()
+print(faults())
+heap.give_back()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(heap.GLIBC is None, reason="not glibc")
+def test_a_freed_block_stays_until_it_is_given_back():
+    said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    before, kept, given_back = map(int, said.split())
+    assert min(before, given_back) > 10_000 and kept < 100  # of 16,384 pages
 
 
 def test_recomputing_more_keeps_less(temporaries):

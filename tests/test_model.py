@@ -107,6 +107,26 @@ def test_packed_examples_do_not_see_each_other(tiny):
     assert np.abs(leaking[:, 40:65] - packed[:, 40:65]).max() > 1e-2
 
 
+def test_packed_examples_see_what_both_begin_with_and_not_each_other(tiny):
+    graphdef, adapter, base = load(tiny)
+    adapter = full(adapter)
+    prefix, a, b = TOKENS[:1, :9], TOKENS[:1, 9:40], TOKENS[1:, :25]
+    row = np.concatenate([prefix, a, b, np.zeros((1, 7), np.int32)], axis=1)
+    segments = np.array([[-1] * 9 + [1] * 31 + [2] * 25 + [0] * 7], np.int32)
+    positions = np.array([[*range(40), *range(9, 34), *[0] * 7]], np.int32)
+    packed = logits(graphdef, adapter, base, row, segments, positions)
+    assert np.abs(packed[:, :40] - logits(graphdef, adapter, base, row[:, :40])).max() < 1e-5
+    alone = logits(graphdef, adapter, base, np.concatenate([prefix, b], axis=1))[:, 9:]
+    assert np.abs(packed[:, 40:65] - alone).max() < 1e-5
+    for place, heard in ((20, False), (4, True)):
+        other = row.copy()
+        other[0, place] += 1
+        changed = logits(graphdef, adapter, base, other, segments, positions)
+        assert np.array_equal(changed[:, 40:65], packed[:, 40:65]) != heard
+    hidden = logits(graphdef, adapter, base, row, np.where(segments < 0, 3, segments), positions)  # negative control
+    assert np.abs(hidden[:, 40:65] - packed[:, 40:65]).max() > 1e-2
+
+
 def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     T = 200

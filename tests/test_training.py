@@ -37,7 +37,7 @@ class Setup(Trains):
         self.examples = intake.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
         ways = sharding.row_ways(self.mesh)
-        self.steps, self.batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways)
+        self.steps, self.batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways, share=True)
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = ready.choose_compute(self.config, jax.devices()[0])
         compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
@@ -132,6 +132,34 @@ def test_the_loss_without_padding_is_the_padded_one(config_file):
     order["seed"] = 1
     fewer = plan_batches(list(setup.examples)[:-1], devices=1, **order)  # the negative control: one example less
     assert abs(setup.programs.held_out_loss(adapter, fewer, print) / other - 1) > 1e-5
+
+
+def test_what_all_begin_with_trains_the_same_when_it_is_laid_once(config_file):
+    file = config_file(learning_rate=1e-2)
+    once, each = Setup(file), Setup(file)
+    order = {"batch_size": 4, "micro_batches": 1, "steps": each.steps, "seed": 0, "linear_cost": 1e4}
+    each.batches = plan_batches(each.examples, devices=1, **order)
+    assert once.batches.prefix > 8 and each.batches.prefix == 0
+    assert np.abs(once.losses(6) / each.losses(6) - 1).max() < 1e-5
+    for a, b in zip(jax.tree.leaves(once.state.lora), jax.tree.leaves(each.state.lora), strict=True):
+        assert np.abs(a - b).max() < 1e-4 * np.abs(b).max()
+
+
+def test_it_is_laid_once_only_where_each_example_would_make_the_same_of_it(config_file):
+    setup = Setup(config_file())
+
+    def prefixes(model=setup.model_config, *, share=True, **changes):
+        config = dataclasses.replace(setup.config, **changes)
+        _, *both = intake.plan(config, model, setup.examples, setup.examples, 1, share=share)
+        return [batches.prefix for batches in both]
+
+    prefix = setup.batches.prefix
+    assert prefixes() == [prefix, prefix] and prefix > 8
+    assert prefixes(lora_dropout=0.1) == prefixes(neftune_noise_alpha=5.0) == [0, prefix]  # none where it is evaluated
+    assert prefixes(share=False) == [0, 0]
+    window = dataclasses.replace(setup.model_config, sliding_window=setup.config.max_seq_length)
+    assert prefixes(window) == [prefix, prefix]
+    assert prefixes(window, max_seq_length=setup.config.max_seq_length + 1) == [0, 0]
 
 
 def test_frozen_means_free(config_file):

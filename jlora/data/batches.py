@@ -4,6 +4,10 @@ An optimizer step takes exactly `batch_size` x `gradient_accumulation_steps` exa
 told apart by segment ids, each with positions from 0; a row is then rounded up to one of a few lengths, chosen ahead
 from all steps of the run, so that few programs are compiled.
 
+What all examples begin with (the template's opening, a system prompt) may be laid once in a row, before them, for all
+of them to see: a causal model makes the same of it each time. Then a target's prediction is still read where it was:
+that of an example's first own token at the prefix's last place, for each example anew.
+
 Axes: A micro-batch, R row, T place in a row, S target in a row.
 """
 
@@ -14,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.data.chat import Example, Measured
+from jlora.data.chat import Example, Measured, common
 
 ROUND = 16  # lengths are multiples of this
+PREFIX = -1  # the segment that all others of its row see
 Rows = list[list[int]]  # the examples of each row
 
 
@@ -24,7 +29,7 @@ class Batch(NamedTuple):
     """One optimizer step's input, on the host or on devices; a weight of 0 is filling."""
 
     tokens: Any  # [A, R, T] int32
-    segments: Any  # [A, R, T] int32, from 1; 0 is padding
+    segments: Any  # [A, R, T] int32, from 1; 0 is padding, PREFIX what the examples of a row begin with
     positions: Any  # [A, R, T] int32
     predict_at: Any  # [A, R, S] int32: the place whose hidden state predicts the target
     targets: Any  # [A, R, S] int32
@@ -49,7 +54,8 @@ class Batches:
     """All batches of a run over `examples`; `shapes` are the sizes they come in, ascending."""
 
     examples: Sequence[Example]
-    sizes: np.ndarray  # [N, 2]: tokens and targets of each example
+    sizes: np.ndarray  # [N, 2]: tokens after the prefix, and targets, of each example
+    prefix: int  # tokens that all examples begin with, laid once in a row
     micro_batches: int  # A
     batch_size: int  # examples in a micro-batch
     rows: int  # R
@@ -76,15 +82,20 @@ class Batches:
 
     def shape(self, step: int) -> Shape:
         """The size that a step is rounded up to."""
-        return _fit(_need(self.sizes, self.layout(step)), self.shapes)
+        return _fit(_need(self.sizes, self.prefix, self.layout(step)), self.shapes)
 
     def tokens(self, step: int) -> int:
-        """How many a step takes in, all of them real."""
-        return int(self.sizes[self.chosen(step), 0].sum())
+        """How many the examples of a step have, all of them real."""
+        return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * len(self.chosen(step))
+
+    def laid(self, step: int) -> int:
+        """How many places of a step's rows are no padding."""
+        rows = sum(bool(row) for micro in self.layout(step) for row in micro)
+        return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * rows
 
     def __getitem__(self, step: int) -> Batch:
-        layout = self.layout(step)
-        length, targets = _fit(_need(self.sizes, layout), self.shapes)
+        layout, prefix = self.layout(step), self.prefix
+        length, targets = _fit(_need(self.sizes, prefix, layout), self.shapes)
         size = (self.micro_batches, self.rows)
         tokens, segments, positions = (np.zeros((*size, length), np.int32) for _ in range(3))
         predict_at, target = (np.zeros((*size, targets), np.int32) for _ in range(2))
@@ -93,19 +104,20 @@ class Batches:
             for r, row in enumerate(rows):
                 if self.read is not None and r not in self.read:
                     continue
-                place, filled = 0, 0
+                place, filled = prefix, 0
                 for segment, index in enumerate(row, start=1):
                     example = self.examples[index]
-                    span = slice(place, place + len(example.tokens))
-                    tokens[a, r, span] = example.tokens
-                    segments[a, r, span] = segment
-                    positions[a, r, span] = np.arange(len(example.tokens))
+                    own = np.arange(place, place + len(example.tokens) - prefix)
+                    places = np.concatenate([np.arange(prefix), own])  # in the row, of the example's tokens
+                    tokens[a, r, places] = example.tokens
+                    segments[a, r, :prefix], segments[a, r, own] = PREFIX, segment
+                    positions[a, r, places] = np.arange(len(places))
                     trained = np.flatnonzero(example.trained[1:]) + 1  # nothing predicts a first token
                     into = slice(filled, filled + len(trained))
-                    predict_at[a, r, into] = place + trained - 1
+                    predict_at[a, r, into] = places[trained - 1]
                     target[a, r, into] = example.tokens[trained]
                     weights[a, r, into] = 1.0
-                    place, filled = span.stop, into.stop
+                    place, filled = place + len(own), into.stop
         return Batch(tokens, segments, positions, predict_at, target, weights)
 
 
@@ -119,6 +131,7 @@ def plan_batches(
     seed: int | None,
     linear_cost: float,
     max_shapes: int = 4,
+    share: bool = False,
 ) -> Batches:
     """Chooses rows and row lengths from the real lengths of all steps.
 
@@ -129,17 +142,21 @@ def plan_batches(
       seed: of the order; None keeps the given order.
       linear_cost: row length at which attention costs as much as the matrices; it decides how many rows there are.
       max_shapes: compiled sizes at most.
+      share: what all examples begin with is laid once in a row.
     """
     if isinstance(examples, Measured):
-        sizes = np.asarray(examples.sizes)
+        sizes, prefix = np.asarray(examples.sizes), examples.prefix
     else:
         sizes = np.array([(len(e.tokens), np.count_nonzero(e.trained[1:])) for e in examples])
-    rough = Batches(examples, sizes, micro_batches, batch_size, devices, seed, ())
+        prefix = len(functools.reduce(common, (example.tokens for example in examples)))
+    prefix = min(prefix, int(sizes[:, 0].min()) - 1) if share else 0
+    sizes = sizes - (prefix, 0)
+    rough = Batches(examples, sizes, prefix, micro_batches, batch_size, devices, seed, ())
     steps = rough.steps_per_epoch if steps is None else steps
     chosen = [rough.chosen(step) for step in range(steps)]
 
     def needs(rows: int, some: list[np.ndarray]) -> np.ndarray:
-        return np.array([_need(sizes, _layout(sizes, c, micro_batches, batch_size, rows)) for c in some])
+        return np.array([_need(sizes, prefix, _layout(sizes, c, micro_batches, batch_size, rows)) for c in some])
 
     def cost(rows: int) -> float:
         lengths = needs(rows, chosen[:100])[:, 0].astype(float)
@@ -148,7 +165,7 @@ def plan_batches(
     most = max(1, batch_size // devices)
     rows = min((devices * m for m in range(1, most + 1)), key=cost)
     shapes = choose_shapes(needs(rows, chosen), max_shapes)
-    return Batches(examples, sizes, micro_batches, batch_size, rows, seed, shapes)
+    return Batches(examples, sizes, prefix, micro_batches, batch_size, rows, seed, shapes)
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
@@ -196,10 +213,10 @@ def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_siz
     return layout
 
 
-def _need(sizes: np.ndarray, layout: list[Rows]) -> tuple[int, int]:
+def _need(sizes: np.ndarray, prefix: int, layout: list[Rows]) -> tuple[int, int]:
     """Row length and targets a row that a layout takes."""
     needs = np.array([sizes[row].sum(axis=0) for micro in layout for row in micro])
-    return int(needs[:, 0].max()), int(needs[:, 1].max())
+    return prefix + int(needs[:, 0].max()), int(needs[:, 1].max())
 
 
 def _fit(need: tuple[int, int], shapes: tuple[Shape, ...]) -> Shape:

@@ -35,6 +35,14 @@ class Measured(Sequence[Example]):
     """Examples whose sizes are known without reading them."""
 
     sizes: np.ndarray  # [N, 2] int32: tokens and targets of each example
+    prefix: int  # tokens that all of them begin with
+
+
+def common(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The tokens that both begin with."""
+    length = min(len(some), len(others))
+    same = some[:length] == others[:length]
+    return some[: length if same.all() else int(np.argmin(same))]
 
 
 def load_tokenizer(directory: Path, chat_template: str) -> Any:

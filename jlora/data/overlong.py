@@ -1,6 +1,5 @@
 """Examples longer than `max_seq_length`: an error, cut, left out, or split; always counted."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ class Pieces(Measured):
       sizes: [N, 2] tokens and targets of each part.
     """
 
-    def __init__(self, source: Sequence[Example], bounds: np.ndarray, sizes: np.ndarray) -> None:
+    def __init__(self, source: Measured, bounds: np.ndarray, sizes: np.ndarray) -> None:
         self._source, self._bounds, self.sizes = source, bounds, sizes
+        self.prefix = 0 if bounds[:, 1].any() else source.prefix  # a later part begins with anything
 
     def __len__(self) -> int:
         return len(self._bounds)

@@ -1,8 +1,8 @@
 """Tokens and masks on disk: a TFDS directory (array_record), written once, read at random without TensorFlow.
 
 Its name is a hash of the rows, the tokenizer and the chat template, so a change of any of them makes a new one; it
-begins with the hash of the first rows alone, so that new rows need not be read twice. The sizes of the examples lie
-beside them, so that batches can be planned without reading any.
+begins with the hash of the first rows alone, so that new rows need not be read twice. The sizes of the examples, and
+the tokens that all begin with, lie beside them, so that batches can be planned without reading any.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jlora.data.chat import Example, Measured, encode_batch
+from jlora.data.chat import Example, Measured, common, encode_batch
 from jlora.data.conversation import Conversation
 from jlora.errors import UserError
 from jlora.whole import give_name, unnamed_directory
 
-LAYOUT = 2  # a change of chat.py or of the features below that alters what is stored raises it
+LAYOUT = 3  # a change of chat.py or of the features below that alters what is stored raises it
 SPLIT = "rows"
-SIZES = "sizes.npy"
+SIZES, PREFIX = "sizes.npy", "prefix.npy"
 TOGETHER = 500  # rows that are encoded at once
 AHEAD = 3  # such batches under way
 FIRST = 100  # rows that tell whether rows like these were ever here
@@ -44,6 +44,7 @@ class Prepared(Measured):
     def __init__(self, directory: Path) -> None:
         self._source = tfds.builder_from_directory(directory).as_data_source(split=SPLIT)
         self.sizes = np.load(directory / SIZES, mmap_mode="r")
+        self.prefix = len(np.load(directory / PREFIX))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -140,7 +141,7 @@ def _ahead(
 
 
 def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int:
-    """Writes examples and sizes; returns how many there were."""
+    """Writes examples, sizes and prefix; returns how many there were."""
     features = {  # as bytes: a tenth of the time that lists of int64 take
         "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
         "trained": tfds.features.Tensor(shape=(None,), dtype=np.bool_, encoding="bytes"),
@@ -154,13 +155,15 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
         info, max_examples_per_shard=1 << 20, overwrite=False, file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
-    sizes = array("i")
+    sizes, prefix = array("i"), None
     with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
             writer.add_examples({SPLIT: [example._asdict() for example in examples]})
             for example in examples:
                 sizes.extend((len(example.tokens), int(np.count_nonzero(example.trained[1:]))))
+                prefix = example.tokens if prefix is None else common(prefix, example.tokens)
             bar.update(len(examples))
     writer.close_all()
     np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 2))
+    np.save(directory / PREFIX, prefix)
     return len(sizes) // 2

@@ -28,7 +28,8 @@ def attention(
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
     Args:
-      q_segments, k_segments: which example a token belongs to; 0 is padding, which sees only padding.
+      q_segments, k_segments: which example a token belongs to; 0 is padding, which no example sees. With "xla" a row
+        may begin with keys that all of it sees, however far: those of a segment below 0.
       q_start: place of the first query among the keys (0 in training, the cache's fill in decoding).
       window: how many keys a query sees at most, its own included; None is all.
       backend: "xla", or a kernel of flash.py where the keys are the queries' own row (see backend.choose).
@@ -73,10 +74,11 @@ def _attend(
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, N // K * T, H)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    same = q_segments[:, :, None] == k_segments[:, None, :]
+    own = q_segments[:, :, None] == k_segments[:, None, :]
     distance = q_places[:, None] - jnp.arange(S)[None, :]
-    near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    seen = (same & near[None])[:, None, None]
+    if window is not None:
+        own &= (distance < window)[None]
+    seen = ((own | (k_segments < 0)[:, None, :]) & (distance >= 0)[None])[:, None, None]
     scores = jnp.where(seen, scores.reshape(B, K, N // K, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, N // K * T, S)
     mixed = jnp.einsum("BKQS,BKSH->BKQH", weights, v).reshape(B, K, N // K, T, H)
