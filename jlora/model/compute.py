@@ -14,7 +14,8 @@ class Compute:
     """Args:
     param_dtype: of the frozen weights; adapter weights are float32.
     compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
-    remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights; "full".
+    remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights, and what
+      attention mixed; "full".
     attention: "xla", or the kernel that mixes the tokens of a row, as backend.choose found it to run here.
     mesh: over which the rows of activations are split; None leaves them as they come.
     quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
@@ -30,10 +31,14 @@ class Compute:
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)
 
+MIXED = "mixed"  # checkpoint_name of what attention's backward pass needs of its forward pass
+
 # What of a layer's activations the backward pass finds kept, by `Compute.remat`; None is all.
 KEPT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
