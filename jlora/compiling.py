@@ -1,5 +1,6 @@
 """Compiling: said beforehand, with about how long it takes; timed; and kept for the next start."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 from jlora import heap, sources
 
 FIRST = {"cpu": "about 10 s", "gpu": "about a minute", "tpu": "about a minute"}  # by platform, for any size of model
+# A CPU's matrix products by XLA's library; what stands around them by XLA's own loops, which use both cores better.
+OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}}
 LARGEST = 2 << 30  # bytes of kept programs; the ones longest unused make room
 
 
@@ -26,9 +29,14 @@ def keep_programs() -> None:
 
 
 class Compiler:
-    """Compiles one program after the other, and says so."""
+    """Compiles one program after the other, and says so.
 
-    def __init__(self) -> None:
+    Args:
+      platform: of the devices that they are for.
+    """
+
+    def __init__(self, platform: str) -> None:
+        self._options = OPTIONS.get(platform)
         self._seconds = 0.0  # that the last one took
 
     def __call__(self, name: str, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]) -> Any:
@@ -36,8 +44,14 @@ class Compiler:
         takes = f"about {self._seconds:.0f} s again" if self._seconds >= 1 else FIRST.get(jax.default_backend(), "")
         say(f"compiling {name}: {takes}, or less where it was compiled before")
         start = time.perf_counter()
-        program = lower().compile()
+        program = self._compiled(lower())
         self._seconds = time.perf_counter() - start
         heap.give_back()
         say(f"compiled in {self._seconds:.1f} s")
         return program
+
+    def _compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        if self._options:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another XLA may not know them
+                return lowered.compile(compiler_options=self._options)
+        return lowered.compile()

@@ -82,7 +82,7 @@ class Programs:
         self._seed = seed
         self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
         self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
-        self._compile = Compiler()
+        self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
         self.after_compiling: Callable[[], None] = lambda: None
 

@@ -87,7 +87,7 @@ def test_processes_equal_one(place, alone, name, count, devices, mesh):
     assert codes == [0] * count, errs
     assert_close(alone, directory / name)
     assert f"of {count} processes" in outs[0] and "adapter of step" in outs[0] and outs[0].count("question: ") == asked
-    assert not re.sub(r"\[Gloo\].*\n", "", "".join(outs[1:]))  # which is XLA's own
+    assert not re.sub(r"\[Gloo\][^\[\n]*|\d*\n", "", "".join(outs[1:]))  # XLA's own, its threads' lines in each other
     assert not any("Traceback" in err for err in errs)
 
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT
 
-from jlora import heap, optim, sharding
+from jlora import compiling, heap, optim, sharding
 from jlora.config_files import load_config
 from jlora.data.batches import Shape
 from jlora.export import spec_of
@@ -42,6 +42,20 @@ def test_a_long_row_takes_memory_that_grows_with_its_length_alone(temporaries):
     short, long, longest = (temporaries(length, "full") for length in (1024, 4096, 8192))
     assert long < 900 * MIB
     assert long <= 4 * short and longest <= 2 * long
+
+
+def test_an_xla_that_does_not_know_the_options_compiles_without(monkeypatch):
+    def lower():
+        return jax.jit(lambda x: x + 1).lower(1.0)
+
+    known, other = compiling.Compiler("cpu"), compiling.Compiler("tpu")
+    assert known("a step", lower, print)(2.0) == other("a step", lower, print)(2.0) == 3.0
+    options = dict.fromkeys(compiling.OPTIONS["cpu"], "NO_SUCH_VALUE") | {"xla_cpu_no_such_option": "1"}
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        lower().compile(compiler_options=options)
+    lower().compile(compiler_options=compiling.OPTIONS["cpu"])  # this one knows them
+    monkeypatch.setitem(compiling.OPTIONS, "cpu", options)
+    assert compiling.Compiler("cpu")("a step", lower, print)(2.0) == 3.0
 
 
 FAULTS = """
