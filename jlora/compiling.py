@@ -11,7 +11,9 @@ from jlora import heap, sources
 
 FIRST = {"cpu": "about 10 s", "gpu": "about a minute", "tpu": "about a minute"}  # by platform, for any size of model
 # A CPU's matrix products by XLA's library; what stands around them by XLA's own loops, which use both cores better.
-OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}}
+OPTIONS: dict[str, dict[str, str | bool]] = {
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+}
 LARGEST = 2 << 30  # bytes of kept programs; the ones longest unused make room
 
 

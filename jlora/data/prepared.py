@@ -155,7 +155,8 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
         info, max_examples_per_shard=1 << 20, overwrite=False, file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
-    sizes, prefix = array("i"), None
+    sizes = array("i")
+    prefix: np.ndarray | None = None
     with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
             writer.add_examples({SPLIT: [example._asdict() for example in examples]})
@@ -165,5 +166,5 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
             bar.update(len(examples))
     writer.close_all()
     np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 2))
-    np.save(directory / PREFIX, prefix)
+    np.save(directory / PREFIX, np.array([], np.int32) if prefix is None else prefix)
     return len(sizes) // 2

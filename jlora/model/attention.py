@@ -5,26 +5,18 @@ block, Q=Gt: the query heads of a kv head, end to end.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jlora.model.compute import MIXED
 from jlora.model.flash import flash
 
 BLOCK = 512  # queries at a time: the largest array is [B, N, BLOCK, S]
-
-
-class Places(NamedTuple):
-    """Who is where: of the queries of a block, or with a leading axis of all blocks, and of the keys."""
-
-    q_segments: Int[Array, "*b B t"]
-    q_places: Int[Array, "*b t"]
-    k_segments: Int[Array, "B S"]
 
 
 def attention(
@@ -64,77 +56,81 @@ def attention(
     blocks = jnp.einsum("BbtKGH->bBKGtH", q.reshape(B, count, t, K, N // K, H)).reshape(count, B, K, -1, H)
     k, v = jnp.einsum("BSKH->BKSH", k), jnp.einsum("BSKH->BKSH", v)
     q_places = (q_start + jnp.arange(count * t)).reshape(count, t)
-    places = Places(jnp.moveaxis(q_segments.reshape(B, count, t), 1, 0), q_places, k_segments)
-    mixed = _mix(blocks, k, v, places, window).reshape(count, B, K, N // K, t, H)
+    q_segments = jnp.moveaxis(q_segments.reshape(B, count, t), 1, 0)
+    mixed = _mix(blocks, k, v, q_segments, q_places, k_segments, window).reshape(count, B, K, N // K, t, H)
     return jnp.einsum("bBKGtH->BbtKGH", mixed).reshape(B, count * t, N, H)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _mix(
     q: Float[Array, "b B K Q H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    places: Places,
+    q_segments: Int[Array, "b B t"],
+    q_places: Int[Array, "b t"],
+    k_segments: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "b B K Q H"]:
-    """Block by block. The backward pass makes the scores again, and needs of the forward pass what FlashAttention
-    needs (Dao et al. 2022, arXiv:2205.14135, algorithm 4): the mixed values, and the logarithm of each softmax's sum.
+    """Block by block. The backward pass makes the scores again, and keeps of the forward pass what FlashAttention's
+    does (Dao et al. 2022, arXiv:2205.14135, algorithm 4): the mixed values, and the logarithm of each softmax's sum.
     """
-    return _forward(q, k, v, places, window)[0]
+    return _forward(q, k, v, q_segments, q_places, k_segments, window)[0]
 
 
-def _forward(q: Any, k: Any, v: Any, places: Places, window: int | None) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    q: Any, k: Any, v: Any, q_segments: Any, q_places: Any, k_segments: Any, window: int | None
+) -> tuple[Float[Array, "b B K Q H"], tuple[Array, ...]]:
     def block(leaves: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        q, *of_queries = jax.lax.optimization_barrier(leaves)
-        scores = _scores(q, k, Places(*of_queries, places.k_segments), window)
+        q, segments, places = jax.lax.optimization_barrier(leaves)  # else jax keeps the masks of all blocks at once
+        scores = _scores(q, k, segments, places, k_segments, window)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (mixed / total).astype(v.dtype), largest + jnp.log(total)
 
-    mixed, log_sums = jax.lax.map(block, (q, places.q_segments, places.q_places))
-    mixed, log_sums = checkpoint_name(mixed, MIXED), checkpoint_name(log_sums, MIXED)
-    return mixed, (q, k, v, places, mixed, log_sums)
+    mixed, log_sums = checkpoint_name(jax.lax.map(block, (q, q_segments, q_places)), MIXED)
+    return mixed, (q, k, v, q_segments, q_places, k_segments, mixed, log_sums)
 
 
-def _backward(window: int | None, kept: tuple[Any, ...], gradient: Float[Array, "b B K Q H"]) -> tuple[Any, ...]:
-    q, k, v, places, mixed, log_sums = kept
+def _backward(window: int | None, kept: tuple[Array, ...], gradient: Float[Array, "b B K Q H"]) -> tuple[Any, ...]:
+    q, k, v, q_segments, q_places, k_segments, mixed, log_sums = kept
 
     def block(carry: tuple[Array, Array], leaves: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
-        q, mixed, log_sums, of_mixed, *of_queries = jax.lax.optimization_barrier(leaves)
-        weights = jnp.exp(_scores(q, k, Places(*of_queries, places.k_segments), window) - log_sums)
+        of_k, of_v = carry
+        q, segments, places, mixed, log_sums, of_mixed = jax.lax.optimization_barrier(leaves)
+        weights = jnp.exp(_scores(q, k, segments, places, k_segments, window) - log_sums)
         of_weights = jnp.einsum("BKQH,BKSH->BKQS", of_mixed, v, preferred_element_type=jnp.float32)
         along = jnp.sum(of_mixed.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True)
         of_scores = (weights * (of_weights - along) * q.shape[-1] ** -0.5).astype(q.dtype)
-        of_k, of_v = carry
         of_v += jnp.einsum("BKQS,BKQH->BKSH", weights.astype(v.dtype), of_mixed, preferred_element_type=jnp.float32)
         of_k += jnp.einsum("BKQS,BKQH->BKSH", of_scores, q, preferred_element_type=jnp.float32)
         return (of_k, of_v), jnp.einsum("BKQS,BKSH->BKQH", of_scores, k)
 
-    zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    (of_k, of_v), of_q = jax.lax.scan(block, zero, (q, mixed, log_sums, gradient, places.q_segments, places.q_places))
-    return of_q, of_k.astype(k.dtype), of_v.astype(v.dtype), None
+    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    leaves = (q, q_segments, q_places, mixed, log_sums, gradient)
+    (of_k, of_v), of_q = jax.lax.scan(block, zeros, leaves)
+    return of_q, of_k.astype(k.dtype), of_v.astype(v.dtype), None, None, None
 
 
 _mix.defvjp(_forward, _backward)
 
 
 def _scores(
-    q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"], places: Places, window: int | None
+    q: Float[Array, "B K Q H"],
+    k: Float[Array, "B K S H"],
+    q_segments: Int[Array, "B t"],
+    q_places: Int[Array, " t"],
+    k_segments: Int[Array, "B S"],
+    window: int | None,
 ) -> Float[Array, "B K Q S"]:
-    """q k^T / sqrt(H) in float32, and as little as can be where a query does not see a key."""
+    """q k^T / sqrt(H) in float32; where a query does not see a key, as little as can be."""
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    B, K, Q, S = scores.shape
-    seen = _seen(places, window)
-    t = seen.shape[1]
-    split = scores.reshape(B, K, Q // t, t, S)
-    return jnp.where(seen[:, None, None], split, jnp.finfo(jnp.float32).min).reshape(B, K, Q, S)
-
-
-def _seen(places: Places, window: int | None) -> Bool[Array, "B t S"]:
-    own = places.q_segments[:, :, None] == places.k_segments[:, None, :]
-    distance = places.q_places[:, None] - jnp.arange(places.k_segments.shape[1])[None, :]
+    own = q_segments[:, :, None] == k_segments[:, None, :]
+    distance = q_places[:, None] - jnp.arange(k.shape[2])[None, :]
     if window is not None:
         own &= (distance < window)[None]
-    return (own | (places.k_segments < 0)[:, None, :]) & (distance >= 0)[None]
+    seen = (own | (k_segments < 0)[:, None, :]) & (distance >= 0)[None]
+    B, K, Q, S = scores.shape
+    by_head = scores.reshape(B, K, -1, len(q_places), S)
+    return jnp.where(seen[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(B, K, Q, S)
