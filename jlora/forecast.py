@@ -86,15 +86,16 @@ class Job:
         return dataclasses.replace(self, config=config, compute=compute)
 
 
-Layout = Callable[[Config, int], tuple[int, int, Shape]]  # config, ways to split rows -> A, R, largest shape
+# config, ways to split rows -> A, R, the largest shape, and what Compute.shared says
+Layout = Callable[[Config, int], tuple[int, int, Shape, tuple[int, int]]]
 
 
-def laid_out(model: LlamaConfig, examples: Sequence[Example], *, share: bool) -> Layout:
-    """Batches of real examples; `share` as intake.plan has it."""
+def laid_out(model: LlamaConfig, examples: Sequence[Example]) -> Layout:
+    """Batches of real examples."""
 
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape]:
-        _, batches, _ = plan(config, model, examples, [], ways, share=share)
-        return batches.micro_batches, batches.rows, batches.shapes[-1]
+    def layout(config: Config, ways: int) -> tuple[int, int, Shape, tuple[int, int]]:
+        _, batches, _ = plan(config, model, examples, [], ways)
+        return batches.micro_batches, batches.rows, batches.shapes[-1], batches.shared
 
     return layout
 
@@ -108,8 +109,9 @@ def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Targe
     mesh = make_mesh(target.devices, config.mesh)
     check_batch(mesh, config.batch_size)
     remat = "none" if config.remat == "auto" else config.remat
-    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh)
-    return Job(config, model, compute, *layout(config, row_ways(mesh)))
+    micro_batches, rows, shape, shared = layout(config, row_ways(mesh))
+    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh, shared=shared)
+    return Job(config, model, compute, micro_batches, rows, shape)
 
 
 @dataclasses.dataclass(frozen=True)

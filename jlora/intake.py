@@ -120,20 +120,17 @@ def plan(
     examples: Sequence[Example],
     held_out: Sequence[Example],
     devices: int,
-    *,
-    share: bool,
 ) -> tuple[int, Batches, Batches | None]:
     """Optimizer steps of the run, its batches, and the held-out batches.
 
-    Args:
-      share: what all examples begin with may be laid once in a row. It is where each example would make the same of
-        it: not with dropout or noise, and not where a window would hide it from an example's end.
+    What all examples begin with is laid once in a row where each of them would make the same of it: not with dropout
+    or noise, nor for a base with a sliding window, which counts places of a row.
     """
     heads = model.num_attention_heads * model.head_dim
     accumulated = config.gradient_accumulation_steps
     per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
     steps = config.max_steps or math.ceil(config.epochs * per_epoch)
-    share = share and (model.sliding_window is None or config.max_seq_length <= model.sliding_window)
+    share = model.sliding_window is None
     alike: dict[str, Any] = {
         "batch_size": config.batch_size,
         "devices": devices,

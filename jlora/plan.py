@@ -41,8 +41,7 @@ def main(argv: list[str]) -> None:
     model = read_config(directory)
     compute, here = choose_compute(config, target.devices[0]), arguments.target == "here"
     wish, dtype = "auto" if target.stands_in else config.attn_implementation, compute.compute_dtype
-    share = not target.stands_in and backend.wanted(wish, target.devices[0]) == "xla"
-    layout, lengths = _layout(config, directory, model, arguments.tokens, share)
+    layout, lengths = _layout(config, directory, model, arguments.tokens)
     attention, _ = backend.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
     compute = dataclasses.replace(compute, attention=attention)
     seen, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
@@ -73,18 +72,18 @@ def _find(name: str, config: Config) -> Target:
     return find_target(name, find_devices(config))
 
 
-def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int, share: bool) -> tuple[Layout, str]:
+def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) -> tuple[Layout, str]:
     """How batches are laid out, and a sentence on where their lengths come from."""
     if not tokens and directory.is_dir() and Path(config.train_data_dir).exists():
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
         ends = end_tokens(directory, tokenizer)
         examples = read_examples(config, tokenizer, ends, rows, "training", lambda line: None)
-        return laid_out(model, examples, share=share), f"row lengths from {config.train_data_dir}"
+        return laid_out(model, examples), f"row lengths from {config.train_data_dir}"
     length = tokens or config.max_seq_length
 
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape]:
-        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length)
+    def layout(config: Config, ways: int) -> tuple[int, int, Shape, tuple[int, int]]:
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), (0, 0)
 
     source = "--tokens" if tokens else "max_seq_length"
     return layout, f"every example taken as {length} tokens long ({source}), all of them trained on"

@@ -72,16 +72,17 @@ def make_ready(config: Config) -> Ready:
     if held_out_rows:
         held_out = hosts.in_turn(lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out"))
     config = take_form(config, directory, model)
-    device, wish = jax.local_devices()[0], config.attn_implementation
-    share = backend.wanted(wish, device) == "xla"
-    steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh), share=share)
-    longest = max(shape.length for some in (batches, eval_batches) if some for shape in some.shapes)
+    steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh))
+    both = [some for some in (batches, eval_batches) if some]
+    longest = max(shape.length for some in both for shape in some.shapes)
+    prefix, together = (max(of) for of in zip(*(some.shared for some in both), strict=True))
     batches = dataclasses.replace(batches, read=own_rows(mesh, batches.rows))
     if eval_batches:
         eval_batches = dataclasses.replace(eval_batches, read=own_rows(mesh, eval_batches.rows))
+    device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
     attention, why = hosts.of_first(lambda: backend.choose(wish, device, model, compute.compute_dtype, longest))
-    compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
+    compute = dataclasses.replace(compute, attention=attention, mesh=mesh, shared=(prefix, together))
     words = f"{attention}{why and f' (not {why})'}"
     record = describe(config, directory, tokenizer, mesh, compute)
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}

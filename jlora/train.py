@@ -112,7 +112,7 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
     _, shapes, base_shapes = hf.abstract(ready.model, spec, ready.compute)
     here, layout = (
         find_target("here", mesh.devices.flatten().tolist()),
-        laid_out(ready.model, ready.examples, share=bool(batches.prefix)),
+        laid_out(ready.model, ready.examples),
     )
     here = here._replace(limit=hosts.least(here.limit))
     job = Job(config, ready.model, ready.compute, batches.micro_batches, batches.rows, batches.shapes[-1])

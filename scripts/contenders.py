@@ -34,7 +34,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     rows, _ = read_rows(config)
     examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
-    _, batches, _ = plan(config, model, examples, [], jax.device_count(), share=False)  # for the order alone
+    _, batches, _ = plan(config, model, examples, [], jax.device_count())
     compute = choose_compute(config, jax.devices()[0])
     _, _, shapes = hf.abstract(model, spec_of(vars(config)), compute)
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]

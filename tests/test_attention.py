@@ -50,22 +50,22 @@ def plain(q, k, v, segments, window):
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "window", "mesh"))
-def step(kind, arrays, segments, window, mesh):
+@functools.partial(jax.jit, static_argnames=("kind", "window", "mesh", "shared"))
+def step(kind, arrays, segments, window, mesh, shared):
     *qkv, weights = arrays
 
     def loss(q, k, v):
         places = {"q_segments": segments, "k_segments": segments, "q_start": 0, "window": window}
-        out = attention.attention(q, k, v, **places, backend=kind, mesh=mesh)
+        out = attention.attention(q, k, v, **places, backend=kind, mesh=mesh, shared=shared)
         return jnp.sum(out * weights), out
 
     (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
     return out, *grads
 
 
-def run(kind, arrays, segments, window=None, mesh=None):
+def run(kind, arrays, segments, window=None, mesh=None, shared=(0, 0)):
     """Outputs and gradients of q, k, v."""
-    return [np.asarray(x) for x in step(kind, arrays, segments, window, mesh)]
+    return [np.asarray(x) for x in step(kind, arrays, segments, window, mesh, shared)]
 
 
 CASES = [
@@ -96,6 +96,22 @@ def test_a_kernel_is_the_formula_and_leaks_nothing(kernel, T, N, K, H, window):
             assert not np.allclose(a[inside], b[inside])
     leaking = run(kernel, loud, jnp.ones_like(segments), window)[3]  # dv, before the padding: what a leak would do
     assert not np.array_equal(leaking[~inside], run(kernel, arrays, jnp.ones_like(segments), window)[3][~inside])
+
+
+@pytest.mark.parametrize(("kernel", "shared"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
+def test_a_kernel_sees_what_a_row_begins_with(kernel, shared):
+    """Also where less is shared, by fewer, than there is room for, or nothing."""
+    arrays, segments = inputs(150, 4, 2, 64, rows=2)
+    segments = segments.at[0, :12].set(-1)
+    real = np.asarray(segments != 0)  # of no account is what padding sees
+    arrays[3] = arrays[3] * real[..., None, None]
+    got, want = run(kernel, arrays, segments, shared=shared), run("xla", arrays, segments)
+    assert np.abs(got[0] - plain(*arrays[:3], segments, None))[real].max() < 1e-5
+    got[0], want[0] = (np.where(real[..., None, None], out, 0) for out in (got[0], want[0]))
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).max() < 3e-5
+    hidden = run(kernel, arrays, segments)[1]  # the negative control: the gradient of q without copies
+    assert np.abs(hidden[0] - want[1][0]).max() > 0.1 and np.abs(hidden[1] - want[1][1]).max() < 3e-5
 
 
 @pytest.mark.parametrize("window", [None, 40])

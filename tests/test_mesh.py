@@ -41,7 +41,8 @@ class Run(Trains):
         config = dataclasses.replace(config, mesh=mesh or {}, **changes)
         self.mesh = sharding.make_mesh(jax.devices()[:devices], config.mesh)
         random = np.random.RandomState(0)
-        examples = [Example(random.randint(512, size=n), np.arange(n) > 8, "") for n in range(17, 49)]
+        drawn = (np.r_[np.arange(5), random.randint(512, size=n - 5)] for n in range(17, 49))
+        examples = [Example(tokens, np.arange(len(tokens)) > 8, "") for tokens in drawn]
         self.batches = plan_batches(
             examples,
             batch_size=config.batch_size,
@@ -51,11 +52,13 @@ class Run(Trains):
             seed=0,
             linear_cost=1e4,
             max_shapes=1,
+            share=True,
         )
+        assert self.batches.prefix == 5
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
         kernel = config.attn_implementation.replace("auto", "xla")
         compute = ready.choose_compute(config, jax.devices()[0])
-        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel)
+        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, shared=self.batches.shared)
         graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
         self.base = hf.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, 10)

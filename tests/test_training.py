@@ -37,10 +37,10 @@ class Setup(Trains):
         self.examples = intake.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
         ways = sharding.row_ways(self.mesh)
-        self.steps, self.batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways, share=True)
+        self.steps, self.batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = ready.choose_compute(self.config, jax.devices()[0])
-        compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
+        compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh, shared=self.batches.shared)
         self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, compute)
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
@@ -148,18 +148,15 @@ def test_what_all_begin_with_trains_the_same_when_it_is_laid_once(config_file):
 def test_it_is_laid_once_only_where_each_example_would_make_the_same_of_it(config_file):
     setup = Setup(config_file())
 
-    def prefixes(model=setup.model_config, *, share=True, **changes):
+    def prefixes(model=setup.model_config, **changes):
         config = dataclasses.replace(setup.config, **changes)
-        _, *both = intake.plan(config, model, setup.examples, setup.examples, 1, share=share)
+        _, *both = intake.plan(config, model, setup.examples, setup.examples, 1)
         return [batches.prefix for batches in both]
 
     prefix = setup.batches.prefix
     assert prefixes() == [prefix, prefix] and prefix > 8
     assert prefixes(lora_dropout=0.1) == prefixes(neftune_noise_alpha=5.0) == [0, prefix]  # none where it is evaluated
-    assert prefixes(share=False) == [0, 0]
-    window = dataclasses.replace(setup.model_config, sliding_window=setup.config.max_seq_length)
-    assert prefixes(window) == [prefix, prefix]
-    assert prefixes(window, max_seq_length=setup.config.max_seq_length + 1) == [0, 0]
+    assert prefixes(dataclasses.replace(setup.model_config, sliding_window=4096)) == [0, 0]
 
 
 def test_frozen_means_free(config_file):

@@ -6,14 +6,11 @@ Reads the data and the base's tokenizer, not its weights. `--html FILE` writes t
 import sys
 from pathlib import Path
 
-import jax
-
 from jlora import intake, sources
 from jlora.config_files import config_parser, load_config
 from jlora.data import inspect, xray
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.errors import UserError, run_program
-from jlora.model import backend
 from jlora.model.families import read_config
 from jlora.whole import replace_text
 
@@ -41,8 +38,7 @@ def main(argv: list[str]) -> None:
     ends = end_tokens(directory, tokenizer)
     examples = intake.read_examples(config, tokenizer, ends, rows, "training", say)
     held_out = intake.read_examples(config, tokenizer, ends, held_out_rows, "held out", say) if held_out_rows else []
-    share = backend.wanted(config.attn_implementation, jax.devices()[0]) == "xla"
-    steps, batches, _ = intake.plan(config, read_config(directory), examples, held_out, 1, share=share)
+    steps, batches, _ = intake.plan(config, read_config(directory), examples, held_out, devices=1)
     for line in inspect.histogram(examples.sizes[:, 0]):
         say(line)
     say(f"on one device: {xray.batch_line(batches, steps)}")

@@ -61,6 +61,7 @@ class Batches:
     rows: int  # R
     seed: int | None  # None: always in the given order
     shapes: tuple[Shape, ...]
+    together: int = 0  # examples in a row, at most
     read: frozenset[int] | None = None  # rows whose tokens are read, the others stay empty; None: all
 
     @property
@@ -84,6 +85,11 @@ class Batches:
         """The size that a step is rounded up to."""
         return _fit(_need(self.sizes, self.prefix, self.layout(step)), self.shapes)
 
+    @property
+    def shared(self) -> tuple[int, int]:
+        """What `Compute.shared` says of the model that these are for."""
+        return self.prefix, self.together
+
     def tokens(self, step: int) -> int:
         """How many the examples of a step have, all of them real."""
         return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * len(self.chosen(step))
@@ -95,7 +101,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         layout, prefix = self.layout(step), self.prefix
-        length, targets = _fit(_need(self.sizes, prefix, layout), self.shapes)
+        length, targets = self.shape(step)
         size = (self.micro_batches, self.rows)
         tokens, segments, positions = (np.zeros((*size, length), np.int32) for _ in range(3))
         predict_at, target = (np.zeros((*size, targets), np.int32) for _ in range(2))
@@ -164,8 +170,9 @@ def plan_batches(
 
     most = max(1, batch_size // devices)
     rows = min((devices * m for m in range(1, most + 1)), key=cost)
-    shapes = choose_shapes(needs(rows, chosen), max_shapes)
-    return Batches(examples, sizes, prefix, micro_batches, batch_size, rows, seed, shapes)
+    needed = needs(rows, chosen)
+    shapes, together = choose_shapes(needed[:, :2], max_shapes), int(needed[:, 2].max())
+    return Batches(examples, sizes, prefix, micro_batches, batch_size, rows, seed, shapes, together)
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
@@ -213,11 +220,12 @@ def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_siz
     return layout
 
 
-def _need(sizes: np.ndarray, prefix: int, layout: list[Rows]) -> tuple[int, int]:
-    """Row length and targets a row that a layout takes."""
-    needs = np.array([sizes[row].sum(axis=0) for micro in layout for row in micro])
-    return prefix + int(needs[:, 0].max()), int(needs[:, 1].max())
+def _need(sizes: np.ndarray, prefix: int, layout: list[Rows]) -> tuple[int, int, int]:
+    """Row length, targets a row and examples a row that a layout takes."""
+    needs = np.array([(*sizes[row].sum(axis=0), len(row)) for micro in layout for row in micro])
+    length, targets, together = needs.max(axis=0).tolist()
+    return prefix + length, targets, together
 
 
-def _fit(need: tuple[int, int], shapes: tuple[Shape, ...]) -> Shape:
+def _fit(need: tuple[int, int, int], shapes: tuple[Shape, ...]) -> Shape:
     return next(shape for shape in shapes if shape.length >= need[0] and shape.targets >= need[1])

@@ -30,22 +30,24 @@ def attention(
     window: int | None,
     backend: str,
     mesh: Mesh | None,
+    shared: tuple[int, int] = (0, 0),
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
     Args:
-      q_segments, k_segments: which example a token belongs to; 0 is padding, which no example sees. With "xla" a row
-        may begin with keys that all of it sees, however far: those of a segment below 0.
+      q_segments, k_segments: which example a token belongs to, from 1; 0 is padding, which no example sees. A row may
+        begin with keys that all of it sees, however far: those of segment -1.
       q_start: place of the first query among the keys (0 in training, the cache's fill in decoding).
       window: how many keys a query sees at most, its own included; None is all.
       backend: "xla", or a kernel of flash.py where the keys are the queries' own row (see backend.choose).
       mesh: that B and N are split over, for kernels.
+      shared: for kernels, how many keys of segment -1 a row may have, and how many examples; no window then.
 
     Returns:
       The mixed values, in v's dtype; softmax in float32.
     """
     if backend != "xla":
-        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh)
+        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh, shared=shared)
     B, T, N, H = q.shape
     K, count = k.shape[2], -(-T // BLOCK)
     t = min(T, BLOCK)

@@ -32,7 +32,7 @@ def choose(
     Raises:
       UserError: the kernel that is wished for cannot run.
     """
-    kernel = wanted(wish, device)
+    kernel = KERNEL_OF.get(device.platform, "xla") if wish == "auto" else wish
     if kernel == "xla":
         return "xla", ""
     window = model.sliding_window
@@ -48,11 +48,6 @@ def choose(
         f"attn_implementation={wish!r} cannot run here: {reason}. Set attn_implementation to 'xla', which runs "
         "anywhere, or to 'auto'"
     )
-
-
-def wanted(wish: str, device: Any) -> str:
-    """The backend that is tried: what is wished for, or with "auto" what is made for the device."""
-    return KERNEL_OF.get(device.platform, "xla") if wish == "auto" else wish
 
 
 def obstacle(kernel: str, device: Any, head_dim: int, window: int | None, dtype: DTypeLike) -> str:

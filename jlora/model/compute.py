@@ -17,6 +17,7 @@ class Compute:
     remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights, and what
       attention mixed; "full".
     attention: "xla", or the kernel that mixes the tokens of a row, as backend.choose found it to run here.
+    shared: how many tokens the examples of a row may share, laid once before them, and how many examples they may be.
     mesh: over which the rows of activations are split; None leaves them as they come.
     quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
     """
@@ -27,6 +28,7 @@ class Compute:
     attention: str = "xla"
     mesh: Mesh | None = None
     quantize: str = "none"
+    shared: tuple[int, int] = (0, 0)
 
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)

@@ -11,6 +11,7 @@ Not here: cuDNN (jax.nn.dot_product_attention) takes no segment ids, only a mask
 even lower without a card; tokamax's public function asks for the same mask.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jlora.sharding import ROWS
 
 LANES = 128  # rows are padded to blocks of multiples of this
 BLOCK = 512  # places of a row at a time, at most
+NONE = -2  # the segment of keys that no example sees
 INTERPRET = False  # tests run the kernels on a CPU, instruction by instruction
 
 
@@ -34,11 +36,19 @@ def flash(
     kernel: str,
     window: int | None,
     mesh: Mesh | None,
+    shared: tuple[int, int],
 ) -> Float[Array, "B T N H"]:
     """attention.attention of a row to itself; `kernel` is a key of KERNELS.
 
+    A kernel sees by equal segments alone. So what the examples of a row share stands before the row once for each of
+    them, as a part of its segment, as it would if it were shared by none: attention gains nothing, all else does.
+
     On a mesh each device works on its own rows and heads, without communication: the compiler cannot split a kernel.
     """
+    copies = math.prod(shared)
+    if copies:
+        k, v, segments = _with_copies(k, v, segments, *shared)
+        q = jnp.pad(q, ((0, 0), (copies, 0), (0, 0), (0, 0)))  # what these see is of no use
     T, block = q.shape[1], block_size(q.shape[1])
     padding, window = -T % block, None if window is None or window >= T else window
 
@@ -52,7 +62,21 @@ def flash(
         split, rows = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
         specs = (split, split, split, rows)
         mix = jax.shard_map(mix, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    return mix(pad(q), pad(k), pad(v), pad(segments))[:, :T]
+    return mix(pad(q), pad(k), pad(v), pad(segments))[:, copies:T]
+
+
+def _with_copies(
+    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], segments: Int[Array, "B T"], prefix: int, most: int
+) -> tuple[Float[Array, "B U K H"], Float[Array, "B U K H"], Int[Array, "B U"]]:
+    """Rows with their first `prefix` keys before them `most` times, one for each segment; no segment's own where they
+    are not shared. U = most prefix + T."""
+
+    def copied(x: Array) -> Array:
+        return jnp.concatenate([jnp.tile(x[:, :prefix], (1, most, *(1 for _ in x.shape[2:]))), x], axis=1)
+
+    owners = jnp.repeat(jnp.arange(1, most + 1), prefix)
+    owners = jnp.where(jnp.tile(segments[:, :prefix] < 0, (1, most)), owners, NONE)
+    return copied(k), copied(v), jnp.concatenate([owners, segments], axis=1)
 
 
 def block_size(T: int) -> int:

@@ -201,6 +201,7 @@ class Attention(nnx.Module):
             window=self.config.sliding_window,
             backend=backend,
             mesh=self.compute.mesh,
+            shared=self.compute.shared,
         )
         return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
 
