@@ -11,9 +11,10 @@ padding. The share of the matrix peak is useful work over what a large product o
                  + 12 x layers x heads x head size x t (t + 1) / 2, summed over examples of t tokens
 
 parameters being all matrices that multiply activations, the head included (2 FLOPs a parameter forward, 2 for the
-gradient of activations; frozen weights have no gradient); attention is causal, once forward and twice backward. Heads
-are counted for every token although jlora makes logits only where the loss needs them: the second share, "done",
-counts the head for those alone. The table, and a JSON file with versions and the device's name, go to scripts/results/.
+gradient of activations; frozen weights have no gradient); attention is causal, once forward and twice backward. All
+of it is counted for every token of every example, although jlora makes logits only where the loss needs them, and what
+all examples begin with once a row: the second share, "done", counts only that. The table, and a JSON file with versions
+and the device's name, go to scripts/results/.
 """
 
 import argparse
@@ -111,14 +112,18 @@ def matrix_peak() -> dict[str, float]:
     return found
 
 
-def useful_flops(work: dict[str, Any], steps: range, *, head_at_targets: bool) -> float:
-    """By the formula above, over some steps."""
-    total = 0.0
+def useful_flops(work: dict[str, Any], steps: range, *, done: bool) -> float:
+    """By the formula above, over some steps; `done`: of what jlora computes."""
+
+    def layers(tokens: int) -> float:
+        heads = work["layers"] * work["heads"] * work["head_size"]
+        return 4.0 * work["layer_parameters"] * tokens + 12.0 * heads * tokens * (tokens + 1) / 2
+
+    total, shared = 0.0, layers(work["prefix"]) if done else 0.0
     for step in steps:
+        total += shared * work["rows_of_steps"][step]
         for tokens, targets in work["sizes_of_steps"][step]:
-            head = targets if head_at_targets else tokens
-            total += 4.0 * (work["layer_parameters"] * tokens + work["head_parameters"] * head)
-            total += 12.0 * work["layers"] * work["heads"] * work["head_size"] * tokens * (tokens + 1) / 2
+            total += layers(tokens) - shared + 4.0 * work["head_parameters"] * (targets if done else tokens)
     return total
 
 
@@ -130,10 +135,7 @@ def summary(work: dict[str, Any], runs: dict[str, list[Run]], peaks: list[float]
     for name, some in runs.items():
         seconds = [sum(run.seconds[step] for step in timed) for run in some]
         took = statistics.median(seconds)
-        shares = [
-            useful_flops(work, timed, head_at_targets=exact) / took / statistics.median(peaks)
-            for exact in (False, True)
-        ]
+        shares = [useful_flops(work, timed, done=done) / took / statistics.median(peaks) for done in (False, True)]
         against = max(abs(a / b - 1) for run in some for a, b in zip(run.losses, runs["jlora"][0].losses, strict=True))
         rows.append(
             {

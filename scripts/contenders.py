@@ -69,6 +69,10 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
         "layers": model.num_hidden_layers,
         "heads": model.num_attention_heads,
         "head_size": model.head_dim,
+        "prefix": batches.prefix,
+        "rows_of_steps": [
+            sum(bool(row) for micro in batches.layout(step) for row in micro) for step in range(int(steps))
+        ],
         "tokens_of_steps": [sum(len(e.tokens) for e in some) for some in chosen],
         "sizes_of_steps": [[[len(e.tokens), int(e.trained[1:].sum())] for e in some] for some in chosen],
         "steps": [[{"tokens": e.tokens.tolist(), "trained": e.trained.tolist()} for e in some] for some in chosen],
