@@ -176,7 +176,11 @@ def outline(ready: Ready) -> list[str]:
     axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
     many = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind
-    return [f"{ready.steps} steps on {mesh.size} x {kind}{many}{axes}; {shapes}", f"attention: {ready.attention}"]
+    shared = ready.batches.sharing()
+    return [
+        f"{ready.steps} steps on {mesh.size} x {kind}{many}{axes}; {shapes}",
+        f"attention: {ready.attention}{shared and f'; {shared}'}",
+    ]
 
 
 def finish(

@@ -90,6 +90,10 @@ class Batches:
         """What `Compute.shared` says of the model that these are for."""
         return self.prefix, self.together
 
+    def sharing(self) -> str:
+        """What is laid once, in words; "" where nothing is."""
+        return f"the {self.prefix} tokens that all begin with are computed once a row" if self.prefix else ""
+
     def tokens(self, step: int) -> int:
         """How many the examples of a step have, all of them real."""
         return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * len(self.chosen(step))

@@ -78,9 +78,9 @@ def batch_line(batches: Batches, steps: int, most: int = 10_000) -> str:
     looked = range(min(steps, most))
     computed = sum(batches.rows * batches.micro_batches * batches.shape(step).length for step in looked)
     real = sum(batches.laid(step) for step in looked)
-    shared = f"; the {batches.prefix} tokens that all begin with are computed once a row" if batches.prefix else ""
+    shared = batches.sharing()
     sizes = ", ".join(f"{batches.rows} x {shape.length}" for shape in batches.shapes)
     return (
         f"{steps:,} steps of {batches.batch_size * batches.micro_batches} examples, laid end to end; sizes to compile: "
-        f"{sizes} tokens; {1 - real / computed:.1%} of what is computed is padding{shared}"
+        f"{sizes} tokens; {1 - real / computed:.1%} of what is computed is padding{shared and f'; {shared}'}"
     )
