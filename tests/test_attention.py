@@ -51,7 +51,7 @@ def plain(q, k, v, segments, window):
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "window", "mesh", "shared"))
-def step(kind, arrays, segments, window, mesh, shared):
+def step(kind, arrays, segments, window, mesh, shared=(0, 0)):
     *qkv, weights = arrays
 
     def loss(q, k, v):

@@ -50,7 +50,7 @@ def attention(
         return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh, shared=shared)
     B, T, N, H = q.shape
     K, count = k.shape[2], -(-T // BLOCK)
-    t = min(T, BLOCK)
+    t = -(-T // count)
     padding = count * t - T
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     q_segments = jnp.pad(q_segments, ((0, 0), (0, padding)))
