@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
     if directory.suffix != ".json":
         directory = sources.resolve(config.base_model, config.revision, weights=False)
     model = read_config(directory)
+    layout, lengths = _layout(config, directory, model, arguments.tokens)
     compute, here = choose_compute(config, target.devices[0]), arguments.target == "here"
     wish, dtype = "auto" if target.stands_in else config.attn_implementation, compute.compute_dtype
-    layout, lengths = _layout(config, directory, model, arguments.tokens)
     attention, _ = backend.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
     compute = dataclasses.replace(compute, attention=attention)
     seen, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)

@@ -110,10 +110,7 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
     config, mesh, batches = ready.config, ready.mesh, ready.batches
     spec = spec_of(ready.record["config"])
     _, shapes, base_shapes = hf.abstract(ready.model, spec, ready.compute)
-    here, layout = (
-        find_target("here", mesh.devices.flatten().tolist()),
-        laid_out(ready.model, ready.examples),
-    )
+    here, layout = find_target("here", mesh.devices.flatten().tolist()), laid_out(ready.model, ready.examples)
     here = here._replace(limit=hosts.least(here.limit))
     job = Job(config, ready.model, ready.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
     with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
