@@ -76,6 +76,10 @@ def alone(place):
     return directory / "alone"
 
 
+# XLA's own words, piece by piece: its threads write them into each other.
+GLOO = r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s"
+
+
 @pytest.mark.parametrize(
     ("name", "count", "devices", "mesh"),
     [("two", 2, 1, {}), ("four", 4, 1, {"data": 2, "fsdp": 2}), ("split", 2, 2, {"fsdp": 2, "tensor": 2})],
@@ -87,7 +91,7 @@ def test_processes_equal_one(place, alone, name, count, devices, mesh):
     assert codes == [0] * count, errs
     assert_close(alone, directory / name)
     assert f"of {count} processes" in outs[0] and "adapter of step" in outs[0] and outs[0].count("question: ") == asked
-    assert not re.sub(r"\[Gloo\][^\[\n]*|\d*\n", "", "".join(outs[1:]))  # XLA's own, its threads' lines in each other
+    assert not re.sub(GLOO, "", "".join(outs[1:]))
     assert not any("Traceback" in err for err in errs)
 
 

@@ -91,7 +91,7 @@ def test_an_unknown_target(name, message):
 
 def job_of(file, target, length=128, **changes):
     def layout(config, ways):
-        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length)
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), (0, 0)
 
     config = dataclasses.replace(Config(), **{"batch_size": 8, "mesh": {}, **changes})
     return make_job(config, read_config(file), FLOAT32, target, layout), layout
