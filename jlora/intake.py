@@ -115,11 +115,7 @@ def _other_prompts(tokenizer: Any, rows: Iterable[Conversation], examples: Measu
 
 
 def plan(
-    config: Config,
-    model: LlamaConfig,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    devices: int,
+    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
 ) -> tuple[int, Batches, Batches | None]:
     """Optimizer steps of the run, its batches, and the held-out batches.
 

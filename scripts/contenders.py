@@ -70,9 +70,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
         "heads": model.num_attention_heads,
         "head_size": model.head_dim,
         "prefix": batches.prefix,
-        "rows_of_steps": [
-            sum(bool(row) for micro in batches.layout(step) for row in micro) for step in range(int(steps))
-        ],
+        "rows_of_steps": [batches.filled(step) for step in range(int(steps))],
         "tokens_of_steps": [sum(len(e.tokens) for e in some) for some in chosen],
         "sizes_of_steps": [[[len(e.tokens), int(e.trained[1:].sum())] for e in some] for some in chosen],
         "steps": [[{"tokens": e.tokens.tolist(), "trained": e.trained.tolist()} for e in some] for some in chosen],

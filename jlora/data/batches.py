@@ -96,12 +96,18 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """How many the examples of a step have, all of them real."""
-        return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * len(self.chosen(step))
+        return self._with_prefixes(step, len(self.chosen(step)))
 
     def laid(self, step: int) -> int:
         """How many places of a step's rows are no padding."""
-        rows = sum(bool(row) for micro in self.layout(step) for row in micro)
-        return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * rows
+        return self._with_prefixes(step, self.filled(step))
+
+    def filled(self, step: int) -> int:
+        """How many rows of a step hold an example: in the last of an epoch, not all need to."""
+        return sum(bool(row) for micro in self.layout(step) for row in micro)
+
+    def _with_prefixes(self, step: int, count: int) -> int:
+        return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * count
 
     def __getitem__(self, step: int) -> Batch:
         layout, prefix = self.layout(step), self.prefix

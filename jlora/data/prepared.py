@@ -155,16 +155,15 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
         info, max_examples_per_shard=1 << 20, overwrite=False, file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
-    sizes = array("i")
-    prefix: np.ndarray | None = None
+    sizes, prefix = array("i"), np.empty(0, np.int32)
     with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
             writer.add_examples({SPLIT: [example._asdict() for example in examples]})
             for example in examples:
+                prefix = common(prefix, example.tokens) if sizes else example.tokens
                 sizes.extend((len(example.tokens), int(np.count_nonzero(example.trained[1:]))))
-                prefix = example.tokens if prefix is None else common(prefix, example.tokens)
             bar.update(len(examples))
     writer.close_all()
     np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 2))
-    np.save(directory / PREFIX, np.array([], np.int32) if prefix is None else prefix)
+    np.save(directory / PREFIX, prefix)
     return len(sizes) // 2
