@@ -9,6 +9,7 @@ from typing import Any
 from jlora.checkpoint import Checkpoints, read_record
 from jlora.config import NOT_TRAINING, Config
 from jlora.errors import UserError
+from jlora.whole import names_in
 
 try:
     import fcntl
@@ -133,7 +134,7 @@ def _continue(output: Path, record: dict[str, Any]) -> Start:
     if not steps:
         if damaged:
             raise UserError(f"{output} has no checkpoint to continue from: {'; '.join(damaged)}. Set another one")
-        if other := {path.name for path in output.iterdir()} - BEGUN:
+        if other := names_in(output) - BEGUN:
             raise UserError(
                 f"{output} has no checkpoint to continue from, but {', '.join(sorted(other))}: set another one"
             )
@@ -148,7 +149,7 @@ def _continue(output: Path, record: dict[str, Any]) -> Start:
 
 def _in_use(output: Path) -> bool:
     """Is anything there but what is left of a start that was killed before config.json was written?"""
-    return output.is_dir() and not {path.name for path in output.iterdir()} <= {".lock", "checkpoints"}
+    return output.is_dir() and not names_in(output) <= {".lock", "checkpoints"}
 
 
 def _find(path: Path) -> tuple[Path, int]:

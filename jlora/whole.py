@@ -11,9 +11,14 @@ UNFINISHED = ".unfinished-"  # how the names begin of what a killed writer may l
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one move."""
-    new = path.with_name(f".{path.name}.new")
+    new = path.with_name(f"{UNFINISHED}{path.name}")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def names_in(directory: Path) -> set[str]:
+    """What stands in a directory, but for what a killed writer left."""
+    return {path.name for path in directory.iterdir() if not path.name.startswith(UNFINISHED)}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, adapter_of, run_module, short_run, start_module, wait_for
 
 from jlora import resume
-from jlora.checkpoint import SUMS, Checkpoints, Progress
+from jlora.checkpoint import SUMS, Checkpoints, Progress, write_record
 from jlora.config import Config
 from jlora.errors import UserError
 from jlora.step import TrainState
@@ -205,9 +205,13 @@ def test_a_best_checkpoint_that_is_lost_is_best_no_more(saved):
         assert words.startswith("the checkpoint of step 2 (") and words.endswith("2.damaged-0")
 
 
-def test_a_start_that_left_no_record_is_started_again(saved):
+def test_a_start_that_left_no_record_is_started_again(saved, monkeypatch):
     record = {"config": {"init_adapter": ""}}
     again = Config(output_dir=str(saved), resume_from_checkpoint="auto")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # killed before the record had its name
+        patched.setattr(Path, "replace", lambda *_: sys.exit())
+        write_record(saved, record)
+    assert {path.name for path in saved.iterdir()} == {"checkpoints", ".unfinished-config.json"}
     with pytest.raises(UserError, match="stopped before it had begun: start it with the resume_from_checkpoint that"):
         resume.decide(again, record)
     record["config"]["init_adapter"] = "adapter"
