@@ -17,8 +17,8 @@ from jlora.data.chat import Example
 from jlora.export import spec_of
 from jlora.intake import plan
 from jlora.model import hf
-from jlora.model.attention import BLOCK
-from jlora.model.compute import Compute
+from jlora.model.attention import in_slots
+from jlora.model.compute import Compute, Packing
 from jlora.model.llama import LlamaConfig
 from jlora.programs import Programs, batch_shapes, placed_shapes, state_shapes
 from jlora.sharding import check_batch, make_mesh, row_ways
@@ -86,16 +86,16 @@ class Job:
         return dataclasses.replace(self, config=config, compute=compute)
 
 
-# config, ways to split rows -> A, R, the largest shape, and what Compute.shared says
-Layout = Callable[[Config, int], tuple[int, int, Shape, tuple[int, int]]]
+# config, ways to split rows -> A, R, the largest shape, and what Compute.packing says
+Layout = Callable[[Config, int], tuple[int, int, Shape, Packing]]
 
 
 def laid_out(model: LlamaConfig, examples: Sequence[Example]) -> Layout:
     """Batches of real examples."""
 
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape, tuple[int, int]]:
+    def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
         _, batches, _ = plan(config, model, examples, [], ways)
-        return batches.micro_batches, batches.rows, batches.shapes[-1], batches.shared
+        return batches.micro_batches, batches.rows, batches.shapes[-1], Packing(*batches.packing)
 
     return layout
 
@@ -109,8 +109,8 @@ def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Targe
     mesh = make_mesh(target.devices, config.mesh)
     check_batch(mesh, config.batch_size)
     remat = "none" if config.remat == "auto" else config.remat
-    micro_batches, rows, shape, shared = layout(config, row_ways(mesh))
-    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh, shared=shared)
+    micro_batches, rows, shape, packing = layout(config, row_ways(mesh))
+    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh, packing=packing)
     return Job(config, model, compute, micro_batches, rows, shape)
 
 
@@ -185,16 +185,21 @@ def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:
     """What the step computes, by its shapes.
 
     A token costs 2 FLOPs a parameter of the layers forward and 2 backward (the base has no gradient), 2 more where the
-    layer is computed anew; and 4 T N H a layer for attention forward, twice that backward, once more where its blocks
-    are. A target costs 2 V D forward and 2 backward.
+    layer is computed anew. Each query and key that meet cost 4 N H a layer forward and 10 backward, which makes their
+    scores again; 4 more where the layer is computed anew. A target costs 2 V D forward and 2 backward.
     """
     model, again = job.model, job.compute.remat == "full"
     heads = model.num_attention_heads * model.head_dim
     length, targets = job.shape
-    attention = 4 * length * heads * (3 + again + (length > BLOCK))
-    token = model.num_hidden_layers * (model.matrices * (6 if again else 4) + attention)
+    slots = in_slots(length, job.compute.packing) if job.compute.attention == "xla" else None
+    met = (
+        length**2
+        if slots is None
+        else slots.prefix**2 + slots.examples * slots.longest * (slots.prefix + slots.longest)
+    )
+    layer = length * model.matrices * (6 if again else 4) + met * heads * (18 if again else 14)
     rows = job.micro_batches * job.rows
-    flops = rows * (length * token + targets * 4 * model.vocab_size * model.hidden_size)
+    flops = rows * (model.num_hidden_layers * layer + targets * 4 * model.vocab_size * model.hidden_size)
     passes = (3 if again else 2) * job.micro_batches
     read = passes * bytes_of(base) * job.mesh.shape["fsdp"]  # gathered, it is read whole
     return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent))

@@ -18,6 +18,7 @@ from jlora.errors import UserError, run_program
 from jlora.forecast import Forecast, Layout, laid_out, make_job
 from jlora.intake import read_examples, read_rows
 from jlora.model import backend
+from jlora.model.compute import UNKNOWN, Packing
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.ready import choose_compute, choose_platform, find_devices
@@ -82,8 +83,8 @@ def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) ->
         return laid_out(model, examples), f"row lengths from {config.train_data_dir}"
     length = tokens or config.max_seq_length
 
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape, tuple[int, int]]:
-        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), (0, 0)
+    def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), UNKNOWN
 
     source = "--tokens" if tokens else "max_seq_length"
     return layout, f"every example taken as {length} tokens long ({source}), all of them trained on"

@@ -22,7 +22,7 @@ from jlora.errors import UserError
 from jlora.export import settings_of, spec_of
 from jlora.intake import plan, read_examples, read_rows
 from jlora.model import backend, hf
-from jlora.model.compute import Compute, default_dtype
+from jlora.model.compute import Compute, Packing, default_dtype
 from jlora.model.families import read_config
 from jlora.model.llama import LlamaConfig
 from jlora.peft_format import WEIGHTS
@@ -75,14 +75,14 @@ def make_ready(config: Config) -> Ready:
     steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh))
     both = [some for some in (batches, eval_batches) if some]
     longest = max(shape.length for some in both for shape in some.shapes)
-    prefix, together = (max(of) for of in zip(*(some.shared for some in both), strict=True))
+    packing = Packing(*(max(of) for of in zip(*(some.packing for some in both), strict=True)))
     batches = dataclasses.replace(batches, read=own_rows(mesh, batches.rows))
     if eval_batches:
         eval_batches = dataclasses.replace(eval_batches, read=own_rows(mesh, eval_batches.rows))
     device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
     attention, why = hosts.of_first(lambda: backend.choose(wish, device, model, compute.compute_dtype, longest))
-    compute = dataclasses.replace(compute, attention=attention, mesh=mesh, shared=(prefix, together))
+    compute = dataclasses.replace(compute, attention=attention, mesh=mesh, packing=packing)
     words = f"{attention}{why and f' (not {why})'}"
     record = describe(config, directory, tokenizer, mesh, compute)
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}

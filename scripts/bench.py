@@ -12,9 +12,9 @@ padding. The share of the matrix peak is useful work over what a large product o
 
 parameters being all matrices that multiply activations, the head included (2 FLOPs a parameter forward, 2 for the
 gradient of activations; frozen weights have no gradient); attention is causal, once forward and twice backward. All
-of it is counted for every token of every example, although jlora makes logits only where the loss needs them, and what
-all examples begin with once a row: the second share, "done", counts only that. The table, and a JSON file with versions
-and the device's name, go to scripts/results/.
+of it is counted for every token of every example, although jlora makes logits only where the loss needs them, what all
+examples begin with once a row, and nothing of the tokens from the last target on: the second share, "done", counts only
+what it makes. The table, and a JSON file with versions and the device's name, go to scripts/results/.
 """
 
 import argparse
@@ -122,8 +122,9 @@ def useful_flops(work: dict[str, Any], steps: range, *, done: bool) -> float:
     total, shared = 0.0, layers(work["prefix"]) if done else 0.0
     for step in steps:
         total += shared * work["rows_of_steps"][step]
-        for tokens, targets in work["sizes_of_steps"][step]:
-            total += layers(tokens) - shared + 4.0 * work["head_parameters"] * (targets if done else tokens)
+        for tokens, targets, places in work["sizes_of_steps"][step]:
+            read, scored = (places, targets) if done else (tokens, tokens)
+            total += layers(read) - shared + 4.0 * work["head_parameters"] * scored
     return total
 
 

@@ -20,7 +20,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
 
     from jlora import sources
     from jlora.config_files import load_config
-    from jlora.data.chat import end_tokens, load_tokenizer
+    from jlora.data.chat import end_tokens, load_tokenizer, sizes_of
     from jlora.export import spec_of
     from jlora.intake import plan, read_examples, read_rows
     from jlora.model import hf
@@ -72,7 +72,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
         "prefix": batches.prefix,
         "rows_of_steps": [batches.filled(step) for step in range(int(steps))],
         "tokens_of_steps": [sum(len(e.tokens) for e in some) for some in chosen],
-        "sizes_of_steps": [[[len(e.tokens), int(e.trained[1:].sum())] for e in some] for some in chosen],
+        "sizes_of_steps": [[sizes_of(e.trained) for e in some] for some in chosen],
         "steps": [[{"tokens": e.tokens.tolist(), "trained": e.trained.tolist()} for e in some] for some in chosen],
         "lora": {
             "r": config.lora_rank,

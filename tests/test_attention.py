@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.errors import UserError
 from jlora.model import attention, backend, flash
+from jlora.model.compute import UNKNOWN, Packing
 from jlora.model.families import read_config
 from jlora.sharding import make_mesh
 
@@ -50,22 +51,22 @@ def plain(q, k, v, segments, window):
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "window", "mesh", "shared"))
-def step(kind, arrays, segments, window, mesh, shared=(0, 0)):
+@functools.partial(jax.jit, static_argnames=("kind", "window", "mesh", "packing"))
+def step(kind, arrays, segments, window, mesh, packing=UNKNOWN):
     *qkv, weights = arrays
 
     def loss(q, k, v):
         places = {"q_segments": segments, "k_segments": segments, "q_start": 0, "window": window}
-        out = attention.attention(q, k, v, **places, backend=kind, mesh=mesh, shared=shared)
+        out = attention.attention(q, k, v, **places, backend=kind, mesh=mesh, packing=packing)
         return jnp.sum(out * weights), out
 
     (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
     return out, *grads
 
 
-def run(kind, arrays, segments, window=None, mesh=None, shared=(0, 0)):
+def run(kind, arrays, segments, window=None, mesh=None, packing=UNKNOWN):
     """Outputs and gradients of q, k, v."""
-    return [np.asarray(x) for x in step(kind, arrays, segments, window, mesh, shared)]
+    return [np.asarray(x) for x in step(kind, arrays, segments, window, mesh, packing)]
 
 
 CASES = [
@@ -98,14 +99,14 @@ def test_a_kernel_is_the_formula_and_leaks_nothing(kernel, T, N, K, H, window):
     assert not np.array_equal(leaking[~inside], run(kernel, arrays, jnp.ones_like(segments), window)[3][~inside])
 
 
-@pytest.mark.parametrize(("kernel", "shared"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
-def test_a_kernel_sees_what_a_row_begins_with(kernel, shared):
+@pytest.mark.parametrize(("kernel", "packing"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
+def test_a_kernel_sees_what_a_row_begins_with(kernel, packing):
     """Also where less is shared, by fewer, than there is room for, or nothing."""
     arrays, segments = inputs(150, 4, 2, 64, rows=2)
     segments = segments.at[0, :12].set(-1)
     real = np.asarray(segments != 0)  # of no account is what padding sees
     arrays[3] = arrays[3] * real[..., None, None]
-    got, want = run(kernel, arrays, segments, shared=shared), run("xla", arrays, segments)
+    got, want = run(kernel, arrays, segments, packing=Packing(*packing)), run("xla", arrays, segments)
     assert np.abs(got[0] - plain(*arrays[:3], segments, None))[real].max() < 1e-5
     got[0], want[0] = (np.where(real[..., None, None], out, 0) for out in (got[0], want[0]))
     for a, b in zip(got, want, strict=True):
@@ -226,3 +227,41 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
         program = traced.lower().compile()
         assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
         assert program.memory_analysis().temp_size_in_bytes < 2 * T * T * N  # no scores, in any dtype
+
+
+@pytest.mark.parametrize("window", [None, 25])
+@pytest.mark.parametrize("prefix", [0, 12])
+@pytest.mark.parametrize("block", [512, 16])
+def test_examples_apart_are_the_row_that_they_stand_in(monkeypatch, prefix, block, window):
+    """In rows of other prefixes, example counts and lengths than there is room for, one of them without any."""
+    arrays, _ = inputs(150, 4, 2, 64, rows=4)
+    lengths = [(prefix, 40, 30, 44), (prefix // 2, 44, 1, 44, 44), (0, 20), (0,)]
+    segments = np.zeros((4, 150), np.int32)
+    for row, (shared, *own) in zip(segments, lengths, strict=True):
+        laid = np.repeat([-1, *range(1, len(own) + 1)], [shared, *own])
+        row[: len(laid)] = laid
+    real = segments != 0
+    arrays[3] = arrays[3] * real[..., None, None]
+    want = run("xla", arrays, jnp.asarray(segments), window)
+    calls = []
+    apart = attention._by_example
+    monkeypatch.setattr(attention, "_by_example", lambda *a: calls.append(1) or apart(*a))
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "WORTH", 10)
+    step.clear_cache()  # of what was traced with other settings
+    got = run("xla", arrays, jnp.asarray(segments), window, packing=Packing(prefix, 4, 44))
+    assert calls
+    got[0], want[0] = (np.where(real[..., None, None], out, 0) for out in (got[0], want[0]))
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).max() < 3e-5
+
+
+@pytest.mark.parametrize("packing", [(12, 3, 40), (12, 2, 90), (0, 3, 90)])
+def test_a_row_that_its_slots_do_not_hold_is_nan_never_a_wrong_number(monkeypatch, packing):
+    arrays, _ = inputs(150, 4, 2, 64, rows=2)
+    segments = np.repeat([[-1, 1, 2, 3], [0, 1, 2, 0]], [12, 60, 50, 28], axis=1)
+    segments[1, 12:] = np.repeat([1, 2, 0], [20, 20, 98])
+    monkeypatch.setattr(attention, "WORTH", 10)
+    step.clear_cache()
+    out, *_ = run("xla", arrays, jnp.asarray(segments, jnp.int32), packing=Packing(*packing))
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()

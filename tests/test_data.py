@@ -111,18 +111,24 @@ def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_pa
 
 
 def make_examples(count, seed=0):
-    """Examples of random lengths whose tokens tell which example they are of."""
+    """Examples of random lengths whose tokens tell which example they are of; some end with what is not trained."""
     random = np.random.RandomState(seed)
     examples = []
     for i in range(count):
         length = random.randint(20, 120)
-        trained = np.arange(length) >= random.randint(1, length - 1)
+        trained = np.arange(length) >= random.randint(1, length - 3)
+        trained[length - i % 3 :] = False
         examples.append(Example((1000 * (i + 1) + np.arange(length)).astype(np.int32), trained, f"rows.txt:{i}"))
     return examples
 
 
+def read(example):
+    """The tokens that a prediction is made from: those before the last target."""
+    return example.tokens[: np.flatnonzero(example.trained)[-1]]
+
+
 @pytest.mark.parametrize(("devices", "micro_batches", "batch_size"), [(1, 1, 4), (1, 3, 2), (8, 1, 16), (2, 2, 6)])
-def test_batches_hold_every_token_and_target_once_an_epoch(devices, micro_batches, batch_size):
+def test_batches_hold_every_target_and_what_it_is_predicted_from_once_an_epoch(devices, micro_batches, batch_size):
     examples = make_examples(61)
     plan = batches.plan_batches(
         examples,
@@ -138,7 +144,7 @@ def test_batches_hold_every_token_and_target_once_an_epoch(devices, micro_batche
     for step in range(plan.steps_per_epoch):
         batch, chosen = plan[step], plan.chosen(step)
         real = batch.segments > 0
-        want = np.concatenate([examples[i].tokens for i in chosen])
+        want = np.concatenate([read(examples[i]) for i in chosen])
         assert sorted(batch.tokens[real]) == sorted(want)
         assert np.array_equal(batch.positions[real], batch.tokens[real] % 1000)  # positions restart
         at = np.take_along_axis(batch.tokens, batch.predict_at, axis=2)
@@ -177,13 +183,14 @@ def test_what_all_begin_with_is_laid_once_in_a_row():
             assert not beginning.any() or np.array_equal(np.flatnonzero(beginning), np.arange(9))
             kept = row.weights > 0
             pairs += zip(row.tokens[row.predict_at[kept]].tolist(), row.targets[kept].tolist(), strict=True)
-        assert sorted(found) == sorted(tuple(e.tokens) for e in chosen)
+        assert sorted(found) == sorted(tuple(read(e)) for e in chosen)
         assert sorted(pairs) == sorted(
             (int(e.tokens[at - 1]), int(e.tokens[at])) for e in chosen for at in np.flatnonzero(e.trained) if at
         )
         assert plan.tokens(step) == apart.tokens(step) == sum(len(e.tokens) for e in chosen)
-        assert plan.laid(step) == np.count_nonzero(batch.segments) < apart.laid(step) == plan.tokens(step)
-    whole = Example(prefix, prefix > 0, "rows.txt:24")  # is nothing but the prefix: its last token is its own
+        assert plan.laid(step) == np.count_nonzero(batch.segments)
+        assert plan.laid(step) < apart.laid(step) == sum(len(read(e)) for e in chosen) < plan.tokens(step)
+    whole = Example(prefix, prefix > 0, "rows.txt:24")  # is nothing but the prefix: its last token is read by none
     assert batches.plan_batches([*examples, whole], share=True, **options).prefix == 8
     assert batches.plan_batches([*examples, own[0]], share=True, **options).prefix == 0
 
@@ -227,12 +234,12 @@ def test_a_process_reads_its_own_rows_alone():
     assert seen == {index for micro in planned.layout(1) for row in (1, 2) for index in micro[row]}
     for ours, theirs in zip(part, whole, strict=True):
         assert (ours[:, 1:3] == theirs[:, 1:3]).all() and not ours[:, [0, *range(3, ours.shape[1])]].any()
-    assert planned.tokens(1) == np.count_nonzero(whole.segments) == 16 * 20
+    assert planned.tokens(1) == 16 * 20 and np.count_nonzero(whole.segments) == 16 * 19
 
 
 def test_shapes_leave_the_least_padding():
     needs = np.array([[100, 10]] * 5 + [[104, 12]] * 5 + [[200, 50]] * 2 + [[396, 90], [400, 20]])
-    assert batches.choose_shapes(needs, 3) == ((112, 16), (208, 64), (400, 96))
+    assert batches.choose_shapes(needs, 3) == ((104, 16), (200, 56), (400, 96))
     assert batches.choose_shapes(needs, 1) == ((400, 96),)
 
 
@@ -253,7 +260,7 @@ def test_prepared_sizes_are_the_examples_own_and_lay_the_same_batches(tokenizer,
     examples = [encode(tokenizer, row) for row in rows]
     stored = prepared.prepare(tokenizer, END, rows, tmp_path)
     assert tokenizer.decode(examples[0].tokens[: stored.prefix]).endswith("<|im_start|>user\n第")
-    assert stored.sizes.tolist() == [[len(e.tokens), int(e.trained[1:].sum())] for e in examples]
+    assert stored.sizes.tolist() == [[len(e.tokens), int(e.trained[1:].sum()), len(read(e))] for e in examples]
     options = {
         "batch_size": 4,
         "micro_batches": 1,

@@ -25,7 +25,7 @@ ROOMS = [
         "jlora.model.rope",
         "jlora.model.weights",
     ],
-    ["jlora.model.flash"],
+    ["jlora.model.flash", "jlora.model.slots"],
     ["jlora.model.attention"],
     ["jlora.data.formats", "jlora.model.llama", "jlora.several", "jlora.gguf_tokenizer"],
     ["jlora.data.chat", "jlora.data.pii", "jlora.model.hf", "jlora.model.families", "jlora.model.backend"],

@@ -10,7 +10,7 @@ from conftest import ROOT
 from jlora import intake
 from jlora.config import Config
 from jlora.data import inspect, overlong, pii
-from jlora.data.chat import Example, Measured, end_tokens, load_tokenizer
+from jlora.data.chat import Example, Measured, end_tokens, load_tokenizer, sizes_of
 from jlora.data.conversation import Conversation, Message
 from jlora.data.formats import read_conversations
 from jlora.data.report import Survey
@@ -36,7 +36,7 @@ class Listed(Measured):
             Example(np.arange(n, dtype=np.int32), np.arange(n) >= n // 2, f"rows.txt:{i}")
             for i, n in enumerate(lengths, start=1)
         ]
-        self.sizes = np.array([[len(e.tokens), e.trained[1:].sum()] for e in self.examples], np.int32)
+        self.sizes = np.array([sizes_of(e.trained) for e in self.examples], np.int32)
         self.prefix = min(lengths)
 
     def __len__(self):
@@ -54,7 +54,9 @@ def targets(examples):
 def check(examples, limit):
     """No example is too long, and the sizes are what they say."""
     assert all(len(e.tokens) <= limit for e in examples)
-    assert examples.sizes.tolist() == [[len(e.tokens), int(e.trained[1:].sum())] for e in examples]
+    last = [int(np.flatnonzero(e.trained)[-1]) for e in examples]
+    sizes = [[len(e.tokens), int(e.trained[1:].sum()), end] for e, end in zip(examples, last, strict=True)]
+    assert examples.sizes.tolist() == sizes
 
 
 def test_what_fits_is_left_alone():

@@ -17,6 +17,7 @@ from jlora.data.chat import Example
 from jlora.errors import UserError
 from jlora.export import spec_of
 from jlora.model import flash, hf
+from jlora.model.compute import Packing
 from jlora.model.families import read_config
 from jlora.programs import Programs, fresh_state
 
@@ -58,7 +59,7 @@ class Run(Trains):
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
         kernel = config.attn_implementation.replace("auto", "xla")
         compute = ready.choose_compute(config, jax.devices()[0])
-        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, shared=self.batches.shared)
+        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, packing=Packing(*self.batches.packing))
         graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
         self.base = hf.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, 10)

@@ -19,6 +19,7 @@ from jlora.data.batches import plan_batches
 from jlora.data.chat import end_tokens, load_tokenizer
 from jlora.export import spec_of
 from jlora.model import hf
+from jlora.model.compute import Packing
 from jlora.model.families import read_config
 from jlora.peft_format import write_adapter
 from jlora.programs import Programs, fresh_state
@@ -37,18 +38,28 @@ class Setup(Trains):
         self.examples = intake.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
         ways = sharding.row_ways(self.mesh)
-        self.steps, self.batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways)
+        self.steps, batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = ready.choose_compute(self.config, jax.devices()[0])
-        compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh, shared=self.batches.shared)
-        self.graphdef, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, compute)
+        self.compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
+        _, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, self.compute)
         self.base = hf.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
         adapter = train.first_adapter(
             self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
         )
         self.state = fresh_state(adapter, self.optimizer, self.mesh, compute.compute_dtype)
+        self.lay(batches)
+
+    def lay(self, batches):
+        """Takes these batches, and programs for them."""
+        compute = dataclasses.replace(self.compute, packing=Packing(*batches.packing))
+        self.graphdef, *_ = hf.abstract(self.model_config, self.spec, compute)
+        self.batches = batches
         self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
+
+    def held_out_loss(self, adapter):
+        return self.programs.held_out_loss(adapter, self.batches, print)
 
 
 def peft_losses(setup, initial, directory, count):
@@ -127,18 +138,22 @@ def test_the_loss_without_padding_is_the_padded_one(config_file):
     padded = plan_batches(setup.examples, devices=4, max_shapes=1, **order)  # a row for each example, all of one length
     packed = plan_batches(setup.examples, devices=1, **order)
     assert padded.rows == 4 and packed.rows < 4
-    one, other = (setup.programs.held_out_loss(adapter, batches, print) for batches in (packed, padded))
+    setup.lay(packed)
+    one = setup.held_out_loss(adapter)
+    setup.lay(padded)
+    other = setup.held_out_loss(adapter)
     assert abs(one / other - 1) < 1e-6
     order["seed"] = 1
     fewer = plan_batches(list(setup.examples)[:-1], devices=1, **order)  # the negative control: one example less
-    assert abs(setup.programs.held_out_loss(adapter, fewer, print) / other - 1) > 1e-5
+    setup.lay(fewer)
+    assert abs(setup.held_out_loss(adapter) / other - 1) > 1e-5
 
 
 def test_what_all_begin_with_trains_the_same_when_it_is_laid_once(config_file):
     file = config_file(learning_rate=1e-2)
     once, each = Setup(file), Setup(file)
     order = {"batch_size": 4, "micro_batches": 1, "steps": each.steps, "seed": 0, "linear_cost": 1e4}
-    each.batches = plan_batches(each.examples, devices=1, **order)
+    each.lay(plan_batches(each.examples, devices=1, **order))
     assert once.batches.prefix > 8 and each.batches.prefix == 0
     assert np.abs(once.losses(6) / each.losses(6) - 1).max() < 1e-5
     for a, b in zip(jax.tree.leaves(once.state.lora), jax.tree.leaves(each.state.lora), strict=True):
@@ -200,8 +215,9 @@ def test_dropout_acts_in_training_only_and_differs_by_step(config_file):
     plain, dropped = (Setup(config_file(lora_dropout=rate, learning_rate=1e-9)) for rate in (0.0, 0.5))
     for setup in (plain, dropped):  # B must not be zero for dropout to show
         setup.state = setup.state._replace(lora=jax.tree.map(lambda x: x + 0.05, setup.state.lora))
+    plain.lay(dropped.batches)
     batch = plain.batches[0]
-    held_out = [setup.programs.held_out_loss(setup.state.lora, setup.batches, print) for setup in (plain, dropped)]
+    held_out = [setup.held_out_loss(setup.state.lora) for setup in (plain, dropped)]
     assert held_out[0] == held_out[1]
     _, want = plain.programs.train_step(plain.state, batch, print)
     state, first = dropped.programs.train_step(dropped.state, batch, print)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.data.chat import Example, Measured, common
+from jlora.data.chat import Example, Measured, common, sizes_of
 
-ROUND = 16  # lengths are multiples of this
+ROUND = 8  # lengths are multiples of this
 PREFIX = -1  # the segment that all others of its row see
 Rows = list[list[int]]  # the examples of each row
 
@@ -54,7 +54,7 @@ class Batches:
     """All batches of a run over `examples`; `shapes` are the sizes they come in, ascending."""
 
     examples: Sequence[Example]
-    sizes: np.ndarray  # [N, 2]: tokens after the prefix, and targets, of each example
+    sizes: np.ndarray  # [N, 3]: tokens, targets, and places after the prefix of each example
     prefix: int  # tokens that all examples begin with, laid once in a row
     micro_batches: int  # A
     batch_size: int  # examples in a micro-batch
@@ -86,9 +86,9 @@ class Batches:
         return _fit(_need(self.sizes, self.prefix, self.layout(step)), self.shapes)
 
     @property
-    def shared(self) -> tuple[int, int]:
-        """What `Compute.shared` says of the model that these are for."""
-        return self.prefix, self.together
+    def packing(self) -> tuple[int, int, int]:
+        """What `Compute.packing` says of the model that these are for."""
+        return self.prefix, self.together, int(self.sizes[:, 2].max())
 
     def sharing(self) -> str:
         """What is laid once, in words; "" where nothing is."""
@@ -96,18 +96,15 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """How many the examples of a step have, all of them real."""
-        return self._with_prefixes(step, len(self.chosen(step)))
+        return int(self.sizes[self.chosen(step), 0].sum())
 
     def laid(self, step: int) -> int:
         """How many places of a step's rows are no padding."""
-        return self._with_prefixes(step, self.filled(step))
+        return int(self.sizes[self.chosen(step), 2].sum()) + self.prefix * self.filled(step)
 
     def filled(self, step: int) -> int:
         """How many rows of a step hold an example: in the last of an epoch, not all need to."""
         return sum(bool(row) for micro in self.layout(step) for row in micro)
-
-    def _with_prefixes(self, step: int, count: int) -> int:
-        return int(self.sizes[self.chosen(step), 0].sum()) + self.prefix * count
 
     def __getitem__(self, step: int) -> Batch:
         layout, prefix = self.layout(step), self.prefix
@@ -123,9 +120,9 @@ class Batches:
                 place, filled = prefix, 0
                 for segment, index in enumerate(row, start=1):
                     example = self.examples[index]
-                    own = np.arange(place, place + len(example.tokens) - prefix)
+                    own = place + np.arange(self.sizes[index, 2])
                     places = np.concatenate([np.arange(prefix), own])  # in the row, of the example's tokens
-                    tokens[a, r, places] = example.tokens
+                    tokens[a, r, places] = example.tokens[: len(places)]
                     segments[a, r, :prefix], segments[a, r, own] = PREFIX, segment
                     positions[a, r, places] = np.arange(len(places))
                     trained = np.flatnonzero(example.trained[1:]) + 1  # nothing predicts a first token
@@ -163,10 +160,10 @@ def plan_batches(
     if isinstance(examples, Measured):
         sizes, prefix = np.asarray(examples.sizes), examples.prefix
     else:
-        sizes = np.array([(len(e.tokens), np.count_nonzero(e.trained[1:])) for e in examples])
+        sizes = np.array([sizes_of(example.trained) for example in examples])
         prefix = len(functools.reduce(common, (example.tokens for example in examples)))
-    prefix = min(prefix, int(sizes[:, 0].min()) - 1) if share else 0
-    sizes = sizes - (prefix, 0)
+    prefix = min(prefix, int(sizes[:, 2].min())) if share else 0
+    sizes = sizes - (0, 0, prefix)
     rough = Batches(examples, sizes, prefix, micro_batches, batch_size, devices, seed, ())
     steps = rough.steps_per_epoch if steps is None else steps
     chosen = [rough.chosen(step) for step in range(steps)]
@@ -222,10 +219,10 @@ def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_siz
         micro = chosen[a * batch_size : (a + 1) * batch_size].tolist()
         filled: Rows = [[] for _ in range(rows)]
         loads = [0] * rows
-        for index in sorted(micro, key=lambda i: (-sizes[i, 0], i)):
+        for index in sorted(micro, key=lambda i: (-sizes[i, 2], i)):
             row = loads.index(min(loads))
             filled[row].append(index)
-            loads[row] += sizes[index, 0]
+            loads[row] += sizes[index, 2]
         layout.append(filled)
     return layout
 
@@ -233,7 +230,7 @@ def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_siz
 def _need(sizes: np.ndarray, prefix: int, layout: list[Rows]) -> tuple[int, int, int]:
     """Row length, targets a row and examples a row that a layout takes."""
     needs = np.array([(*sizes[row].sum(axis=0), len(row)) for micro in layout for row in micro])
-    length, targets, together = needs.max(axis=0).tolist()
+    _, targets, length, together = needs.max(axis=0).tolist()
     return prefix + length, targets, together
 
 

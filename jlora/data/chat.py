@@ -34,8 +34,14 @@ class Example(NamedTuple):
 class Measured(Sequence[Example]):
     """Examples whose sizes are known without reading them."""
 
-    sizes: np.ndarray  # [N, 2] int32: tokens and targets of each example
+    sizes: np.ndarray  # [N, 3] int32: of each example, what `sizes_of` says
     prefix: int  # tokens that all of them begin with
+
+
+def sizes_of(trained: np.ndarray) -> tuple[int, int, int]:
+    """An example's tokens, targets, and places in a row: the last target and what follows it are read by nothing."""
+    targets = np.flatnonzero(trained[1:])  # nothing predicts a first token
+    return len(trained), len(targets), int(targets[-1]) + 1 if len(targets) else 1
 
 
 def common(some: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ def is_held_out(row: Conversation, share: float, seed: int) -> bool:
 
 def summary(name: str, examples: Measured) -> str:
     """One line: examples, tokens, share trained, longest."""
-    total, trained = (int(column.sum(dtype=np.int64)) for column in examples.sizes.T)
+    total, trained = (int(column.sum(dtype=np.int64)) for column in examples.sizes[:, :2].T)
     longest = examples[int(np.argmax(examples.sizes[:, 0]))]
     return (
         f"{name}: {len(examples):,} examples, {total:,} tokens, {trained / total:.0%} of them trained on; "

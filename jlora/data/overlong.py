@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.data.chat import Example, Measured
+from jlora.data.chat import Example, Measured, sizes_of
 from jlora.errors import UserError
 
 
@@ -14,7 +14,7 @@ class Pieces(Measured):
     Args:
       source: the whole examples.
       bounds: [N, 3] the example, the first token and the token after the last of each part.
-      sizes: [N, 2] tokens and targets of each part.
+      sizes: [N, 3] what `sizes_of` says of each part.
     """
 
     def __init__(self, source: Measured, bounds: np.ndarray, sizes: np.ndarray) -> None:
@@ -62,13 +62,14 @@ def fit(examples: Measured, limit: int, overlong: str, name: str) -> tuple[Measu
         starts = range(0, len(trained) - 1, limit - 1) if overlong == "split" else (0,)
         for start in starts:
             stop = min(start + limit, len(trained))
-            targets = int(np.count_nonzero(trained[start + 1 : stop]))
+            size = sizes_of(trained[start:stop])
+            targets = size[1]
             empty += not targets
             cut += bool(overlong == "truncate" and targets and trained[stop:].any())
             if targets:
                 parts += 1
                 bounds.append(np.array([[row, start, stop]]))
-                sizes.append(np.array([[stop - start, targets]], np.int32))
+                sizes.append(np.array([size], np.int32))
     done = {
         "drop": "left out (overlong=drop)",
         "truncate": f"cut there (overlong=truncate); {cut} of their answers lose their end",

@@ -25,12 +25,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jlora.data.chat import Example, Measured, common, encode_batch
+from jlora.data.chat import Example, Measured, common, encode_batch, sizes_of
 from jlora.data.conversation import Conversation
 from jlora.errors import UserError
 from jlora.whole import give_name, unnamed_directory
 
-LAYOUT = 3  # a change of chat.py or of the features below that alters what is stored raises it
+LAYOUT = 4  # a change of chat.py or of the features below that alters what is stored raises it
 SPLIT = "rows"
 SIZES, PREFIX = "sizes.npy", "prefix.npy"
 TOGETHER = 500  # rows that are encoded at once
@@ -161,9 +161,9 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
             writer.add_examples({SPLIT: [example._asdict() for example in examples]})
             for example in examples:
                 prefix = common(prefix, example.tokens) if sizes else example.tokens
-                sizes.extend((len(example.tokens), int(np.count_nonzero(example.trained[1:]))))
+                sizes.extend(sizes_of(example.trained))
             bar.update(len(examples))
     writer.close_all()
-    np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 2))
+    np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 3))
     np.save(directory / PREFIX, prefix)
-    return len(sizes) // 2
+    return len(sizes) // 3

@@ -13,10 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jlora.model.compute import MIXED
+from jlora.model.compute import MIXED, UNKNOWN, Packing
 from jlora.model.flash import flash
+from jlora.model.slots import slots_of
 
 BLOCK = 512  # queries at a time: the largest array is [B, N, BLOCK, S]
+WORTH = 0.75  # of what a block holds: examples apart hold less, or moving them does not pay
+LANES = 16  # of a CPU's widest registers: the keys of an example apart are a multiple
 
 
 def attention(
@@ -30,7 +33,7 @@ def attention(
     window: int | None,
     backend: str,
     mesh: Mesh | None,
-    shared: tuple[int, int] = (0, 0),
+    packing: Packing = UNKNOWN,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, where a query sees the keys of its own segment up to its own place.
 
@@ -41,14 +44,16 @@ def attention(
       window: how many keys a query sees at most, its own included; None is all.
       backend: "xla", or a kernel of flash.py where the keys are the queries' own row (see backend.choose).
       mesh: that B and N are split over, for kernels.
-      shared: for kernels, how many keys of segment -1 a row may have, and how many examples; no window then.
+      packing: what is known of the rows, where the keys are the queries' own; kernels take no prefix with a window.
 
     Returns:
       The mixed values, in v's dtype; softmax in float32.
     """
     if backend != "xla":
-        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh, shared=shared)
+        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh, packing=packing)
     B, T, N, H = q.shape
+    if slots := in_slots(T, packing):
+        return _by_example(q, k, v, q_segments, slots, window)
     K, count = k.shape[2], -(-T // BLOCK)
     t = -(-T // count)
     padding = count * t - T
@@ -61,6 +66,47 @@ def attention(
     q_segments = jnp.moveaxis(q_segments.reshape(B, count, t), 1, 0)
     mixed = _mix(blocks, k, v, q_segments, q_places, k_segments, window).reshape(count, B, K, N // K, t, H)
     return jnp.einsum("bBKGtH->BbtKGH", mixed).reshape(B, count * t, N, H)[:, :T]
+
+
+def in_slots(T: int, packing: Packing) -> Packing | None:
+    """Slots for the examples of a row of T, where mixing them apart pays; None where the row is mixed whole."""
+    P, E, M = packing
+    M += -(P + M) % LANES
+    return Packing(P, E, M) if 0 < E * M * (P + M) < WORTH * T * min(T, BLOCK) else None
+
+
+def _by_example(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    packing: Packing,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Each example of a row as a row of its own, in a slot after what they share; that by itself before them all."""
+    P, E, M = packing
+    slots = slots_of(segments, packing)
+    q, k, v = slots.sorted(q), slots.sorted(k), slots.sorted(v)
+    shared, own = slots.filled[:, :P], slots.filled[:, P:].reshape(-1, M).astype(jnp.int32)
+    before = jnp.repeat(jnp.where(shared, -1, 2), E, axis=0)  # 2 is no one's
+
+    def apart(x: Array) -> Array:
+        return x[:, P:].reshape(-1, M, *x.shape[2:])
+
+    def keys(x: Array) -> Array:
+        return jnp.concatenate([jnp.repeat(x[:, :P], E, axis=0), apart(x)], axis=1)
+
+    def mix(q: Array, k: Array, v: Array, mine: Array, theirs: Array, start: int) -> Array:
+        return attention(
+            q, k, v, q_segments=mine, k_segments=theirs, q_start=start, window=window, backend="xla", mesh=None
+        )
+
+    mixed = mix(apart(q), keys(k), keys(v), own, jnp.concatenate([before, own], axis=1), P)
+    mixed = mixed.reshape(len(q), E * M, *q.shape[2:])
+    if P:
+        ones = shared.astype(jnp.int32)
+        mixed = jnp.concatenate([mix(q[:, :P], k[:, :P], v[:, :P], ones, ones, 0), mixed], axis=1)
+    return slots.laid(mixed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -1,12 +1,23 @@
 """How the model is computed, which is no part of its config: dtypes, bits, and what the backward pass recomputes."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+
+
+class Packing(NamedTuple):
+    """What is known of all rows beforehand, so that attention can be cut to it."""
+
+    prefix: int = 0  # tokens that the examples of a row share, laid once before them, at most
+    examples: int = 0  # in a row, at most; 0: nothing is known
+    longest: int = 0  # places of an example, at most, those of the prefix aside
+
+
+UNKNOWN = Packing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Compute:
     remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights, and what
       attention mixed; "full".
     attention: "xla", or the kernel that mixes the tokens of a row, as backend.choose found it to run here.
-    shared: how many tokens the examples of a row may share, laid once before them, and how many examples they may be.
+    packing: what is known of the rows.
     mesh: over which the rows of activations are split; None leaves them as they come.
     quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
     """
@@ -28,7 +39,7 @@ class Compute:
     attention: str = "xla"
     mesh: Mesh | None = None
     quantize: str = "none"
-    shared: tuple[int, int] = (0, 0)
+    packing: Packing = UNKNOWN
 
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)

@@ -11,7 +11,6 @@ Not here: cuDNN (jax.nn.dot_product_attention) takes no segment ids, only a mask
 even lower without a card; tokamax's public function asks for the same mask.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jlora.model.compute import Packing
 from jlora.sharding import ROWS
 
 LANES = 128  # rows are padded to blocks of multiples of this
@@ -36,7 +36,7 @@ def flash(
     kernel: str,
     window: int | None,
     mesh: Mesh | None,
-    shared: tuple[int, int],
+    packing: Packing,
 ) -> Float[Array, "B T N H"]:
     """attention.attention of a row to itself; `kernel` is a key of KERNELS.
 
@@ -45,9 +45,9 @@ def flash(
 
     On a mesh each device works on its own rows and heads, without communication: the compiler cannot split a kernel.
     """
-    copies = math.prod(shared)
+    copies = packing.prefix * packing.examples
     if copies:
-        k, v, segments = _with_copies(k, v, segments, *shared)
+        k, v, segments = _with_copies(k, v, segments, packing.prefix, packing.examples)
         q = jnp.pad(q, ((0, 0), (copies, 0), (0, 0), (0, 0)))  # what these see is of no use
     T, block = q.shape[1], block_size(q.shape[1])
     padding, window = -T % block, None if window is None or window >= T else window

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import lora
 from jlora.model.attention import attention
-from jlora.model.compute import KEPT, Compute
+from jlora.model.compute import KEPT, UNKNOWN, Compute
 from jlora.model.quant import linear, zeros
 from jlora.model.rope import DefaultRope, angles, rotate
 from jlora.sharding import split_rows, whole_rows
@@ -201,7 +201,7 @@ class Attention(nnx.Module):
             window=self.config.sliding_window,
             backend=backend,
             mesh=self.compute.mesh,
-            shared=self.compute.shared,
+            packing=self.compute.packing if cache is None else UNKNOWN,
         )
         return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
 
