@@ -14,7 +14,7 @@ from jlora.config import Config
 from jlora.data.batches import Shape
 from jlora.errors import UserError
 from jlora.forecast import forecast, make_job
-from jlora.model.compute import FLOAT32
+from jlora.model.compute import FLOAT32, UNKNOWN
 from jlora.model.families import read_config
 
 SMALL = {
@@ -91,7 +91,7 @@ def test_an_unknown_target(name, message):
 
 def job_of(file, target, length=128, **changes):
     def layout(config, ways):
-        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), (0, 0)
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), UNKNOWN
 
     config = dataclasses.replace(Config(), **{"batch_size": 8, "mesh": {}, **changes})
     return make_job(config, read_config(file), FLOAT32, target, layout), layout

@@ -236,12 +236,18 @@ def test_a_number_is_known_again_where_all_it_follows_from_is_the_same(tmp_path,
     Known({}, []).put(1.0)  # a cache that cannot be written is none
 
 
-def test_early_stopping_keeps_the_best_and_says_overfitting(whole):
+def test_early_stopping_keeps_the_best_and_says_overfitting(whole, tmp_path):
     run, write, _ = whole
+    for name, answer in (("trained", "yes " * 9), ("held_out", "no " * 9)):  # what is learned is wrong for the others
+        (tmp_path / name).mkdir()
+        rows = (f"User: Is {number} {name}?\nAssistant: {answer}" for number in range(8))
+        (tmp_path / name / "rows.txt").write_text("\n\n".join(rows))
     config = write(
         "early",
-        max_steps=60,
-        learning_rate=0.2,
+        train_data_dir=str(tmp_path / "trained"),
+        eval_data_dir=str(tmp_path / "held_out"),
+        eval_share=0,
+        max_steps=20,
         eval_steps=2,
         early_stopping_patience=3,
         save_steps=100,
@@ -252,7 +258,7 @@ def test_early_stopping_keeps_the_best_and_says_overfitting(whole):
     lines = [json.loads(line) for line in (run.parent / "early/metrics.jsonl").read_text().splitlines()]
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
     best = min(held_out, key=held_out.get)
-    assert max(held_out) == best + 6 < 60
+    assert max(held_out) == best + 6 < 20
     assert "stopped early: 3 evaluations without a better one" in done.stderr + done.stdout
     assert f"overfitting since step {best + 2}; the best checkpoint is {best}" in done.stdout
     assert f"adapter of step {best}" in done.stdout

@@ -43,7 +43,7 @@ def slots_of(segments: Int[Array, "B T"], packing: Packing) -> Slots:
     filled = jnp.concatenate([segments[:, :P] < 0, (in_slot < count).reshape(B, -1)], axis=1)
     example = jnp.maximum(segments - 1, 0)
     slot = P + example * M + of_row - jnp.take_along_axis(first[..., 0], example, axis=1)
-    from_slots = jnp.where(segments < 0, of_row, jnp.minimum(slot, P + E * M - 1))
+    from_slots = jnp.where(segments < 0, of_row, jnp.clip(slot, 0, P + E * M - 1))
     hold = (
         jnp.all(count[..., 0] <= M, axis=1) & (jnp.max(segments, axis=1) <= E) & jnp.all(segments[:, P:] >= 0, axis=1)
     )
