@@ -17,7 +17,7 @@ from jlora.data.chat import Example
 from jlora.export import spec_of
 from jlora.intake import plan
 from jlora.model import hf
-from jlora.model.attention import in_slots
+from jlora.model.attention import BLOCK, in_slots
 from jlora.model.compute import Compute, Packing
 from jlora.model.llama import LlamaConfig
 from jlora.programs import Programs, batch_shapes, placed_shapes, state_shapes
@@ -185,19 +185,16 @@ def work(job: Job, base: Any, sent: list[hlo.Collective]) -> Work:
     """What the step computes, by its shapes.
 
     A token costs 2 FLOPs a parameter of the layers forward and 2 backward (the base has no gradient), 2 more where the
-    layer is computed anew. Each query and key that meet cost 4 N H a layer forward and 10 backward, which makes their
-    scores again; 4 more where the layer is computed anew. A target costs 2 V D forward and 2 backward.
+    layer is computed anew. Each query and key that meet cost 4 N H a layer for attention forward, twice that backward,
+    once more where its blocks are. A target costs 2 V D forward and 2 backward.
     """
     model, again = job.model, job.compute.remat == "full"
     heads = model.num_attention_heads * model.head_dim
     length, targets = job.shape
     slots = in_slots(length, job.compute.packing) if job.compute.attention == "xla" else None
-    met = (
-        length**2
-        if slots is None
-        else slots.prefix**2 + slots.examples * slots.longest * (slots.prefix + slots.longest)
-    )
-    layer = length * model.matrices * (6 if again else 4) + met * heads * (18 if again else 14)
+    P, E, M = slots or (length, 0, 0)
+    attention = 4 * (P**2 + E * M * (P + M)) * heads * (3 + again + (not slots and length > BLOCK))
+    layer = length * model.matrices * (6 if again else 4) + attention
     rows = job.micro_batches * job.rows
     flops = rows * (model.num_hidden_layers * layer + targets * 4 * model.vocab_size * model.hidden_size)
     passes = (3 if again else 2) * job.micro_batches
