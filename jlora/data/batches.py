@@ -1,8 +1,8 @@
 """Examples -> batches without padding, a pure function of (seed, step).
 
 An optimizer step takes exactly `batch_size` x `gradient_accumulation_steps` examples. They are laid end to end in rows,
-told apart by segment ids, each with positions from 0; a row is then rounded up to one of a few lengths, chosen ahead
-from all steps of the run, so that few programs are compiled.
+each up to the token that its last target is predicted from, told apart by segment ids, each with positions from 0; a
+row is then rounded up to one of a few lengths, chosen ahead from all steps of the run: few programs are compiled.
 
 What all examples begin with (the template's opening, a system prompt) may be laid once in a row, before them, for all
 of them to see: a causal model makes the same of it each time. Then a target's prediction is still read where it was:
