@@ -96,16 +96,14 @@ def _by_example(
     def keys(x: Array) -> Array:
         return jnp.concatenate([jnp.repeat(x[:, :P], E, axis=0), apart(x)], axis=1)
 
-    def mix(q: Array, k: Array, v: Array, mine: Array, theirs: Array, start: int) -> Array:
-        return attention(
-            q, k, v, q_segments=mine, k_segments=theirs, q_start=start, window=window, backend="xla", mesh=None
-        )
-
-    mixed = mix(apart(q), keys(k), keys(v), own, jnp.concatenate([before, own], axis=1), P)
+    mix = functools.partial(attention, window=window, backend="xla", mesh=None)
+    seen = jnp.concatenate([before, own], axis=1)
+    mixed = mix(apart(q), keys(k), keys(v), q_segments=own, k_segments=seen, q_start=P)
     mixed = mixed.reshape(len(q), E * M, *q.shape[2:])
     if P:
         ones = shared.astype(jnp.int32)
-        mixed = jnp.concatenate([mix(q[:, :P], k[:, :P], v[:, :P], ones, ones, 0), mixed], axis=1)
+        first = mix(q[:, :P], k[:, :P], v[:, :P], q_segments=ones, k_segments=ones, q_start=0)
+        mixed = jnp.concatenate([first, mixed], axis=1)
     return slots.laid(mixed)
 
 
