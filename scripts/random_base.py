@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jlora.model import hf
-from jlora.model.compute import Compute
-from jlora.model.families import read_config
-from jlora.model.weights import write_weights
-from jlora.sites import LoraConfig
+from jlora.adapters import hf_names
+from jlora.adapters.spec import LoraConfig
+from jlora.models import hf_loader
+from jlora.models.compute import Compute
+from jlora.models.families import read_config
+from jlora.models.safetensors_files import write_weights
 
 SHAPES = Path(__file__).parent / "shapes"
 
@@ -27,11 +28,11 @@ def random_base(directory: Path, shape: str, tokenizer_of: Path) -> Path:
             shutil.copy(file, directory)
     shutil.copy(SHAPES / f"{shape}.json", directory / "config.json")
     nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, shapes = hf.abstract(read_config(directory), nothing, Compute(jnp.bfloat16, jnp.bfloat16))
+    _, _, shapes = hf_loader.abstract(read_config(directory), nothing, Compute(jnp.bfloat16, jnp.bfloat16))
     tensors = {
         name: leaf.shape[1:] if path[0].key == "layers" else leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
-        for name in hf.tensor_names(tuple(key.key for key in path), leaf.shape)
+        for name in hf_names.tensor_names(tuple(key.key for key in path), leaf.shape)
     }
 
     def draw(name: str) -> np.ndarray:

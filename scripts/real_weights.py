@@ -20,8 +20,8 @@ import transformers
 from flax import nnx
 from tqdm import tqdm
 
-from jlora import sources
-from jlora.generate import load
+from jlora.bases.resolve import resolve_base
+from jlora.serve.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 TEXT = ["data/law_train_en/train.txt", "LICENSE", "data/law_train/train.txt"]
@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--continuations", type=int, default=50)
     arguments = parser.parse_args()
-    generator, nothing = load(arguments.base_model, None)
-    directory = sources.resolve(arguments.base_model)
+    generator = load_model(arguments.base_model).generator
+    nothing: dict = {}
+    directory = resolve_base(arguments.base_model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, model_max_length=1 << 30)  # text is cut below
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXT)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.tokens], np.int32)

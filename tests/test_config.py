@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 
-from jlora.config import TARGETS
-from jlora.config_files import load_config
-from jlora.errors import UserError
-from jlora.export import spec_of
+from jlora.adapters.spec import TARGETS, spec_of
+from jlora.common.errors import UserError
+from jlora.config.files import load_config
 
 PYTHON = """
-from jlora.config import default_config
+from jlora.config.schema import default_config
 def get_config():
     c = default_config()
     c.train_data_dir = "pairs"

@@ -7,11 +7,12 @@ import pytest
 from conftest import ROOT
 from tokenizers import Tokenizer
 
-from jlora.data import batches, formats, prepared
+from jlora.common.errors import UserError
+from jlora.data import batches, prepared
 from jlora.data.chat import Example, encode_prompt, end_tokens, load_tokenizer
 from jlora.data.chat import encode as encode_until
 from jlora.data.conversation import Conversation, Message
-from jlora.errors import UserError
+from jlora.data.readers import files
 
 END = frozenset({2})  # <|im_end|>
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
@@ -245,7 +246,7 @@ def test_shapes_leave_the_least_padding():
 
 @pytest.mark.parametrize("name", ["law_train_en", "law_train"])
 def test_padding_of_the_sample_data_is_small(tokenizer, name):
-    rows = formats.read_conversations(str(ROOT / "data" / name), "train_data_dir")
+    rows = files.read_conversations(str(ROOT / "data" / name), "train_data_dir")
     examples = [encode(tokenizer, row) for row in rows]
     plan = batches.plan_batches(
         examples, batch_size=4, micro_batches=1, devices=1, steps=150, seed=0, linear_cost=3000.0

@@ -13,14 +13,17 @@ import pytest
 from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora import adapter_config, export, generate, lora, peft_format, verify
-from jlora.checkpoint import read_record
-from jlora.errors import UserError
-from jlora.model import hf
-from jlora.model.compute import FLOAT32
-from jlora.model.families import read_config
+from jlora.adapters import hf_names, lora, peft_config, peft_io, provenance
+from jlora.cli.export import main
+from jlora.common.errors import UserError
+from jlora.export import exporter, verify
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.serve import loading
+from jlora.training.checkpoint import read_record
 
-MODULES = {module.split(".")[1]: module for module in hf.projections()}
+MODULES = {module.split(".")[1]: module for module in hf_names.projections()}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_the_command_exports_and_verifies_with_peft(run, tmp_path):
     assert "adapter of step 6" in done.stdout
     assert "verified: PEFT" in done.stdout and "20 prompts" in done.stdout
     assert "20 of 20 greedy answers of 40 tokens equal" in done.stdout
-    six, twelve = (load_file(d / peft_format.WEIGHTS) for d in (tmp_path / "six", run / "adapter"))
+    six, twelve = (load_file(d / provenance.WEIGHTS) for d in (tmp_path / "six", run / "adapter"))
     assert any(not np.array_equal(six[name], twelve[name]) for name in six)
     again = run_module("jlora.export", "--run", run, "--output", tmp_path / "six")
     assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
@@ -77,12 +80,12 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
     monkeypatch.setattr(verify, "NEW_TOKENS", 2)
     broken = tmp_path / "broken"
     shutil.copytree(run / "adapter", broken)
-    config = json.loads((broken / adapter_config.CONFIG).read_text())
-    tensors, config = break_it(load_file(broken / peft_format.WEIGHTS), config)
-    save_file(tensors, broken / peft_format.WEIGHTS, metadata={"format": "pt"})
-    (broken / adapter_config.CONFIG).write_text(json.dumps(config))
+    config = json.loads((broken / peft_config.CONFIG).read_text())
+    tensors, config = break_it(load_file(broken / provenance.WEIGHTS), config)
+    save_file(tensors, broken / provenance.WEIGHTS, metadata={"format": "pt"})
+    (broken / peft_config.CONFIG).write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"not the trained one|PEFT warns"):
-        verify.verify(read_record(run, "--run"), *export.load_adapter(run, 12), broken)
+        verify.verify(read_record(run, "--run"), *exporter.load_adapter(run, 12), broken)
 
 
 def test_an_export_for_a_server_is_certified_or_leaves_nothing(run, tmp_path, monkeypatch):
@@ -92,30 +95,30 @@ def test_an_export_for_a_server_is_certified_or_leaves_nothing(run, tmp_path, mo
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"use_rslora": True, "alpha_pattern": ["v_proj=3", "layers.1.mlp.down_proj=20"]}
     (other / "config.json").write_text(json.dumps(record))
-    export.main(["--run", str(other), "--for", "vllm"])
-    config = adapter_config.read_config_file(other / "adapter-vllm")
+    main(["--run", str(other), "--for", "vllm"])
+    config = peft_config.read_config_file(other / "adapter-vllm")
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4.0, False)
     assert not config["alpha_pattern"] and not config["rank_pattern"]
-    parity = json.loads((other / "adapter-vllm" / peft_format.PARITY).read_text())
+    parity = json.loads((other / "adapter-vllm" / peft_io.PARITY).read_text())
     assert parity["largest_logit_difference"] < 1e-3 and parity["equal_greedy_answers"] == len(parity["prompts"]) == 4
     assert not parity["weaker"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
     monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
-    export.main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
-    parity = json.loads((tmp_path / "alone" / peft_format.PARITY).read_text())
+    main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
+    parity = json.loads((tmp_path / "alone" / peft_io.PARITY).read_text())
     assert parity["weaker"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
-    assert adapter_config.read_config_file(tmp_path / "alone")["use_rslora"]
+    assert peft_config.read_config_file(tmp_path / "alone")["use_rslora"]
     scaling = lora.portable
     monkeypatch.setattr(lora, "portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0)))
     with pytest.raises(SystemExit, match="not the trained one"):
-        export.main(["--run", str(other), "--for", "sglang"])
+        main(["--run", str(other), "--for", "sglang"])
     assert not (other / "adapter-sglang").exists()
     assert not list(other.glob(".unfinished*"))
 
 
 def test_what_is_written_is_read_back_equal(run):
-    adapter, spec = export.load_adapter(run, 12)
-    got, config = read(run / "adapter", run), adapter_config.read_config_file(run / "adapter")
-    got_spec = adapter_config.read_spec(run / "adapter", 3)
+    adapter, spec = exporter.load_adapter(run, 12)
+    got, config = read(run / "adapter", run), peft_config.read_config_file(run / "adapter")
+    got_spec = peft_config.read_spec(run / "adapter", 3)
     assert (got_spec.rank, got_spec.alpha) == (spec.rank, spec.alpha) == (4, 12.0)
     assert set(got_spec.target_modules) == set(spec.target_modules) == set(config["target_modules"])
     assert jax.tree.structure(got) == jax.tree.structure(adapter)
@@ -127,9 +130,9 @@ def test_what_is_written_is_read_back_equal(run):
 def read(directory, run):
     """The adapter of a directory, read for the base of a run."""
     base = read_config(Path(read_record(run, "--run")["base"]["directory"]))
-    spec = adapter_config.read_spec(directory, base.num_hidden_layers)
-    _, shapes, _ = hf.abstract(base, spec, FLOAT32)
-    return peft_format.read_adapter(directory, spec, shapes, tied=True)
+    spec = peft_config.read_spec(directory, base.num_hidden_layers)
+    _, shapes, _ = hf_loader.abstract(base, spec, FLOAT32)
+    return peft_io.read_adapter(directory, spec, shapes, tied=True)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def read(directory, run):
 )
 def test_adapters_that_jlora_does_not_compute_are_refused(run, tmp_path, change, message):
     shutil.copytree(run / "adapter", tmp_path / "other")
-    path = tmp_path / "other" / adapter_config.CONFIG
+    path = tmp_path / "other" / peft_config.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         read(tmp_path / "other", run)
@@ -169,12 +172,12 @@ def test_wrong_places_are_named(run, tmp_path, smollm):
     ]:
         done = run_module("jlora.export", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    with pytest.raises(UserError, match=r"expected a directory with adapter_config.json and adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"expected a directory with peft_config.json and adapter_model.safetensors"):
         read(tmp_path, run)
     with pytest.raises(UserError, match=r"did you mean .*run/adapter\?"):
         read(run, run)
     shutil.copytree(run / "adapter", tmp_path / "cut")
-    with (tmp_path / "cut" / peft_format.WEIGHTS).open("r+b") as file:
+    with (tmp_path / "cut" / provenance.WEIGHTS).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="is damaged or unreadable"):
         read(tmp_path / "cut", run)
@@ -182,24 +185,24 @@ def test_wrong_places_are_named(run, tmp_path, smollm):
 
 def test_adapters_of_another_base_or_with_broken_values_are_refused(run, tmp_path, smollm):
     with pytest.raises(UserError, match="was trained on other weights than"):
-        generate.load(str(smollm), run / "adapter")
+        loading.load_model(str(smollm), {"adapter": run / "adapter"})
 
     def broken(name, change, **notes):
         directory = shutil.copytree(run / "adapter", tmp_path / name)
-        tensors = load_file(directory / peft_format.WEIGHTS)
+        tensors = load_file(directory / provenance.WEIGHTS)
         change(tensors, next(iter(tensors)))
-        save_file(tensors, directory / peft_format.WEIGHTS, metadata={"format": "pt", **notes})
+        save_file(tensors, directory / provenance.WEIGHTS, metadata={"format": "pt", **notes})
         return directory
 
     unnoted = broken("unnoted", lambda tensors, first: None)
     with pytest.raises(UserError, match=r"belongs to another base.* has shape"):
-        generate.load(str(smollm), unnoted)
+        loading.load_model(str(smollm), {"adapter": unnoted})
     with pytest.raises(UserError, match=r"holds values that are not finite"):
         read(broken("nan", lambda tensors, first: tensors[first].__setitem__((0, 0), np.nan)), run)
     with pytest.raises(UserError, match=r"1 tensor\(s\) would be dropped, the first alien"):
         read(broken("alien", lambda tensors, first: tensors.update(alien=np.zeros(3, np.float32))), run)
     pickled = shutil.copytree(run / "adapter", tmp_path / "pickled")
-    (pickled / peft_format.WEIGHTS).rename(pickled / "adapter_model.bin")
+    (pickled / provenance.WEIGHTS).rename(pickled / "adapter_model.bin")
     with pytest.raises(UserError, match=r"only adapter_model.bin, which can run code.*safe_serialization=True"):
         read(pickled, run)
 
@@ -213,12 +216,12 @@ def test_forms_of_targets_and_dtypes_that_peft_writes_are_read(run, tmp_path):
         "whole-names": {"target_modules": [f"{i}.{m}" for i in range(3) for m in map(MODULES.get, leaves)]},
     }.items():
         directory = shutil.copytree(run / "adapter", tmp_path / name)
-        path = directory / adapter_config.CONFIG
+        path = directory / peft_config.CONFIG
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         got = read(directory, run)
         assert jax.tree.all(jax.tree.map(np.array_equal, got, want)), name
-    half = {k: v.astype(jnp.bfloat16) for k, v in load_file(directory / peft_format.WEIGHTS).items()}
-    save_file(half, directory / peft_format.WEIGHTS)
+    half = {k: v.astype(jnp.bfloat16) for k, v in load_file(directory / provenance.WEIGHTS).items()}
+    save_file(half, directory / provenance.WEIGHTS)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), want)
     assert jax.tree.all(jax.tree.map(np.array_equal, read(directory, run), rounded))
 
@@ -234,4 +237,4 @@ def test_a_run_starts_from_an_adapter_in_its_own_form(run, tmp_path, tiny, pairs
         for place in (run, tmp_path / "on")
     )
     assert after[0] < 0.9 * before[0]
-    assert export.load_adapter(tmp_path / "on", 2)[1] == export.load_adapter(run, 12)[1]
+    assert exporter.load_adapter(tmp_path / "on", 2)[1] == exporter.load_adapter(run, 12)[1]

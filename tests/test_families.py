@@ -13,13 +13,13 @@ import transformers
 from flax import nnx
 from test_model import full, load, logits
 
-from jlora.adapter_config import peft_config
-from jlora.errors import UserError
-from jlora.model import hf
-from jlora.model.compute import FLOAT32
-from jlora.model.families import FAMILIES, read_config
-from jlora.peft_format import tensors, write_adapter
-from jlora.sites import LoraConfig
+from jlora.adapters.peft_config import peft_config
+from jlora.adapters.peft_io import tensors, write_adapter
+from jlora.adapters.spec import LoraConfig
+from jlora.common.errors import UserError
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import FAMILIES, read_config
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
 SIZES = {
@@ -231,7 +231,7 @@ def test_every_field_changes_the_output_or_the_shapes(models, case):
             new = (not value) if isinstance(value, bool) else doubled
             others = [(field.name, dataclasses.replace(config, **{field.name: new}))]
         for name, other in others:
-            graphdef, _, shapes = hf.abstract(other, SPEC, FLOAT32)
+            graphdef, _, shapes = hf_loader.abstract(other, SPEC, FLOAT32)
             if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, base):
                 assert np.abs(logits(graphdef, adapter, base, TOKENS) - want).max() > 1e-3, name
 

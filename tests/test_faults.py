@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, adapter_of, run_module, short_run, start_module, wait_for
 
-from jlora import resume
-from jlora.checkpoint import SUMS, Checkpoints, Progress, write_record
-from jlora.config import Config
-from jlora.errors import UserError
-from jlora.step import TrainState
+from jlora.common.errors import UserError
+from jlora.config.schema import Config
+from jlora.steps.step import TrainState
+from jlora.training import resume
+from jlora.training.checkpoint import SUMS, Checkpoints, Progress, write_record
 
 
 def state_of(step):

@@ -14,18 +14,20 @@ import torch
 from conftest import Trains, run_module, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora import hosts, loss_scale, optim, ready, sharding
-from jlora.checkpoint import Checkpoints, Progress
-from jlora.config import Config
+from jlora.adapters.spec import LoraConfig
+from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
 from jlora.data.chat import Example
-from jlora.metrics import Logger
-from jlora.model import hf
-from jlora.model.compute import Compute, default_dtype
-from jlora.model.families import read_config
-from jlora.programs import Programs, fresh_state
-from jlora.sites import LoraConfig
-from jlora.step import Metrics
+from jlora.distributed import processes, sharding
+from jlora.models import hf_loader
+from jlora.models.compute import Compute, default_dtype
+from jlora.models.families import read_config
+from jlora.steps import loss_scale, optim
+from jlora.steps.programs import Programs, fresh_state
+from jlora.steps.step import Metrics
+from jlora.training import setup
+from jlora.training.checkpoint import Checkpoints, Progress
+from jlora.training.metrics import Logger
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "down_proj"))
 
@@ -50,7 +52,7 @@ class Run(Trains):
         model = dataclasses.replace(read_config(tiny), vocab_size=300, num_hidden_layers=2)
         config = dataclasses.replace(Config(), warmup_ratio=0.0, learning_rate=5e-3, **changes)
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        graphdef, shapes, base = hf.abstract(model, SPEC, Compute(dtype, dtype, mesh=mesh))
+        graphdef, shapes, base = hf_loader.abstract(model, SPEC, Compute(dtype, dtype, mesh=mesh))
         keys = iter(jax.random.split(jax.random.key(0), 99))
         base = jax.tree_util.tree_map_with_path(
             lambda path, x: (0.08 * jax.random.normal(next(keys), x.shape) + ("norm" in str(path))).astype(dtype), base
@@ -159,11 +161,11 @@ def test_float16_is_for_cards_without_bfloat16(capsys, platform, capability, dty
     if capability is None:
         del device.compute_capability
     assert default_dtype(device) == jnp.dtype(dtype)
-    compute = ready.choose_compute(Config(), device)
+    compute = setup.choose_compute(Config(), device)
     assert compute == Compute(jnp.dtype(dtype).type, jnp.dtype(dtype).type)
     said = capsys.readouterr().out
     assert ("computing in float16, since a this has no bfloat16" in said) == (dtype == "float16")
-    compute = ready.choose_compute(dataclasses.replace(Config(), fp16=True), device)
+    compute = setup.choose_compute(dataclasses.replace(Config(), fp16=True), device)
     assert compute.compute_dtype == (jnp.float16 if dtype == "float16" else jnp.bfloat16)
     assert ("fp16: computing in bfloat16" in capsys.readouterr().out) == (dtype != "float16")
 
@@ -173,7 +175,7 @@ def test_a_saved_state_goes_on_bit_for_bit(half, tmp_path):
     taken(half.start(), scale=2.0**40)
     taken(half, 1, scale=2.0**12)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(hosts.whole(half.state), Progress(), None)
+    checkpoints.save(processes.whole(half.state), Progress(), None)
     want = [taken(half, step) for step in (2, 3)]
     checkpoints.wait()
     fresh = half.start().state

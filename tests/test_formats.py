@@ -13,11 +13,11 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import ROOT
 
-from jlora.config import Config
-from jlora.data import formats
+from jlora.common.errors import UserError
+from jlora.config.schema import Config
+from jlora.data.checks.report import Survey
 from jlora.data.conversation import Message, Reading
-from jlora.data.report import Survey
-from jlora.errors import UserError
+from jlora.data.readers import files
 
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "gb18030"]
@@ -37,7 +37,7 @@ def file(tmp_path):
 def read(path, **reading):
     """The conversations, and the lines said."""
     said = []
-    return formats.read_conversations(str(path), "train_data_dir", Reading(**reading), said.append), said
+    return files.read_conversations(str(path), "train_data_dir", Reading(**reading), said.append), said
 
 
 def contents(rows):
@@ -194,7 +194,7 @@ def test_a_long_json_list_on_one_line_is_read_piece_by_piece(file):
 
 PEAKS = """
 import sys, tracemalloc
-from jlora.data.formats import iter_conversations
+from jlora.data.readers.files import iter_conversations
 for path in sys.argv[1:]:
     for count in (lambda rows: sum(1 for _ in rows), lambda rows: len(list(rows))):
         tracemalloc.start()
@@ -292,7 +292,7 @@ def test_metadata_path_says_what_each_file_holds(file, tmp_path):
         path = file(lines, place)
         rows, _ = read(tmp_path / "data", metadata_path=str(path), train_data_dir=str(tmp_path / "data"))
         assert contents(rows) == [["a?", "b"], ["g?", "h"], ["c?", "d"], ["e?", "f"]]
-        assert formats.hash_files(str(tmp_path / "data"), "k", Reading(metadata_path=str(path)))
+        assert files.hash_files(str(tmp_path / "data"), "k", Reading(metadata_path=str(path)))
         path.unlink()
     for content, message in {
         lines + "four.csv,a,b\n": r"meta.csv:4: there is no file 'four.csv' in",
@@ -361,7 +361,7 @@ def test_tfds_by_directory_and_by_name(prepared, tmp_path, monkeypatch):
         read("tfds:no_such_pairs/train")
     with pytest.raises(UserError, match=r"array_record.*: TFDS stores rows in it: name the directory"):
         read(next(tmp_path.rglob("*.array_record*")))
-    train, test = (formats.hash_files(f"tfds:{prepared}/{split}", "k") for split in ("train", "test"))
+    train, test = (files.hash_files(f"tfds:{prepared}/{split}", "k") for split in ("train", "test"))
     assert train != test
 
 
@@ -654,7 +654,7 @@ def test_text_that_looks_like_roles_stays_text_and_is_said(file):
 
 def test_hash_follows_the_bytes(file):
     path = file("User: a?\nLawyer: b")
-    before = formats.hash_files(str(path), "train_data_dir")
-    assert before == formats.hash_files(str(path), "train_data_dir")
+    before = files.hash_files(str(path), "train_data_dir")
+    assert before == files.hash_files(str(path), "train_data_dir")
     file("User: a?\nLawyer: c")
-    assert before != formats.hash_files(str(path), "train_data_dir")
+    assert before != files.hash_files(str(path), "train_data_dir")

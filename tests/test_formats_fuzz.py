@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import LAYOUTS, contents
 
-from jlora.data import formats, json_rows
+from jlora.common.errors import UserError
 from jlora.data.conversation import Reading
-from jlora.errors import UserError
+from jlora.data.readers import files, json_rows
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
 ENDINGS = st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ""])
@@ -63,7 +63,7 @@ def outcome(path, reading):
     """The rows and what was said, or the UserError."""
     said = []
     try:
-        rows = formats.read_conversations(str(path), "train_data_dir", reading, said.append)
+        rows = files.read_conversations(str(path), "train_data_dir", reading, said.append)
     except UserError as error:
         assert str(error).strip() and "Traceback" not in str(error)
         return None, [str(error)]

@@ -7,10 +7,10 @@ import torch
 import transformers
 from conftest import run_module
 
-from jlora import generate
 from jlora.data.chat import encode_prompt
 from jlora.data.conversation import Message
-from jlora.generator import pick
+from jlora.serve import loading
+from jlora.serve.generator import pick
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -21,7 +21,7 @@ QUESTIONS = [
 
 
 def test_greedy_answers_equal_transformers_on_the_real_model(smollm):
-    generator, nothing = generate.load(str(smollm), None)
+    generator, nothing = loading.load_model(str(smollm)).generator, {}
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm)
     for question in QUESTIONS:
         prompt = encode_prompt(generator.tokenizer, (Message("user", question),))

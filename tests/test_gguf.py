@@ -17,13 +17,13 @@ from test_families import SIZES
 from test_model import load, logits, torch_logits
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from jlora import sources
-from jlora.errors import UserError
-from jlora.from_gguf import convert
-from jlora.gguf_tokenizer import write_tokenizer
-from jlora.model.families import read_config
-from jlora.model.rope import Llama3Rope
-from jlora.model.weights import Weights
+from jlora.bases.gguf import convert
+from jlora.bases.gguf_tokenizer import write_tokenizer
+from jlora.bases.resolve import resolve_base
+from jlora.common.errors import UserError
+from jlora.models.families import read_config
+from jlora.models.rope import Llama3Rope
+from jlora.models.safetensors_files import Weights
 
 TEXTS = [
     "Under Article 39, 12345 yuan; don't  pay.\n\n\tIt's 3.5%…",
@@ -236,11 +236,11 @@ def test_a_missing_tensor_is_named_when_it_is_loaded(tmp_path):
 def test_a_file_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = write_gguf(tmp_path / "mine.gguf", "llama")
-    first = sources.resolve(str(file))
+    first = resolve_base(str(file))
     assert first.parent == tmp_path / "cache" / "jlora" and "mine.gguf as a model directory" in capsys.readouterr().out
-    assert sources.resolve(str(file)) == first and not capsys.readouterr().out
+    assert resolve_base(str(file)) == first and not capsys.readouterr().out
     write_gguf(file, "llama", Q.Q8_0)
-    assert sources.resolve(str(file)) != first
+    assert resolve_base(str(file)) != first
     assert not list(first.parent.glob(".unfinished*"))
 
 

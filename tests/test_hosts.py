@@ -150,23 +150,24 @@ LOAD = """
 import json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from jlora import hosts, sharding
-from jlora.model import hf
-from jlora.model.compute import Compute
-from jlora.model.families import read_config
-from jlora.sites import LoraConfig
+from jlora.distributed import processes
+from jlora.distributed import sharding
+from jlora.models import hf_loader
+from jlora.models.compute import Compute
+from jlora.models.families import read_config
+from jlora.adapters.spec import LoraConfig
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-hosts.join(f"127.0.0.1:{port}", 2, index)
+processes.join(f"127.0.0.1:{port}", 2, index)
 mesh = sharding.make_mesh(sizes={"fsdp": 2})
 compute = Compute(jnp.float32, jnp.float32, mesh=mesh)
-_, _, shapes = hf.abstract(read_config(directory), LoraConfig(1, 1.0, 0.0, ()), compute)
+_, _, shapes = hf_loader.abstract(read_config(directory), LoraConfig(1, 1.0, 0.0, ()), compute)
 before = peak()
-base = jax.block_until_ready(hf.load_base(directory, shapes, mesh))
+base = jax.block_until_ready(hf_loader.load_base(directory, shapes, mesh))
 own = sum(shard.data.nbytes for leaf in jax.tree.leaves(base) for shard in leaf.addressable_shards)
 print(json.dumps([peak() - before, own, sum(leaf.nbytes for leaf in jax.tree.leaves(base))]))
 """

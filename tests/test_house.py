@@ -4,61 +4,10 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-# A module may import only from rooms that stand before its own.
-ROOMS = [
-    ["jlora", "jlora.errors", "jlora.whole", "jlora.hlo", "jlora.heap"],
-    ["jlora.targets", "jlora.hosts"],
-    ["jlora.output_rules", "jlora.data.conversation", "jlora.data.templates", "jlora.sites"],
-    ["jlora.data.encoding"],
-    ["jlora.data.records", "jlora.data.text", "jlora.data.stored"],
-    ["jlora.data.json_rows", "jlora.data.tables"],
-    [
-        "jlora.lora",
-        "jlora.loss_scale",
-        "jlora.sharding",
-        "jlora.model.compute",
-        "jlora.model.quant",
-        "jlora.model.rope",
-        "jlora.model.weights",
-    ],
-    ["jlora.model.flash", "jlora.model.slots"],
-    ["jlora.model.attention"],
-    ["jlora.data.formats", "jlora.model.llama", "jlora.several", "jlora.gguf_tokenizer"],
-    ["jlora.data.chat", "jlora.data.pii", "jlora.model.hf", "jlora.model.families", "jlora.model.backend"],
-    ["jlora.from_gguf"],
-    ["jlora.sources"],
-    ["jlora.config", "jlora.compiling", "jlora.known"],
-    ["jlora.config_files", "jlora.adapter_config", "jlora.provenance"],
-    ["jlora.optim", "jlora.data.batches", "jlora.data.inspect", "jlora.data.prepared"],
-    ["jlora.data.overlong", "jlora.data.report", "jlora.data.xray"],
-    ["jlora.intake", "jlora.loss"],
-    ["jlora.step"],
-    [
-        "jlora.checkpoint",
-        "jlora.programs",
-        "jlora.peft_format",
-        "jlora.loaders",
-        "jlora.to_gguf",
-        "jlora.merged",
-        "jlora.card",
-    ],
-    ["jlora.metrics", "jlora.resume", "jlora.generator", "jlora.combine", "jlora.check"],
-    ["jlora.verify", "jlora.loop", "jlora.chat_program"],
-    ["jlora.export", "jlora.generate"],
-    ["jlora.forecast"],
-    ["jlora.search", "jlora.ready"],
-    ["jlora.train", "jlora.data.__main__"],
-    ["jlora.plan"],
-]
-APART = {  # rooms that know nothing of each other
-    "jlora.data": {"jlora.model", "jlora.lora", "jlora.sharding", "jlora.config", "jlora.checkpoint"},
-    "jlora.model": {"jlora.data", "jlora.config", "jlora.checkpoint"},
-    "jlora.lora": {"jlora.model", "jlora.data", "jlora.config"},
-}
 
 
 def modules():
@@ -77,18 +26,10 @@ def imports(file):
             )
 
 
-def test_every_import_points_to_a_room_before():
-    rank = {name: i for i, room in enumerate(ROOMS) for name in room}
-    files = {name: file for name, file in modules().items() if name not in ("jlora.data", "jlora.model")}
-    assert set(rank) == set(files)
-    for name, file in files.items():
-        for other in imports(file):
-            if other.split(".")[0] != "jlora":
-                continue
-            assert rank[other] < rank[name], f"{name} imports {other}"
-            for room, strangers in APART.items():
-                if name.startswith(room) and not name.endswith("__main__"):  # a program may join rooms
-                    assert not any(other.startswith(s) for s in strangers), f"{name} imports {other}"
+def test_layers():
+    """The contracts of setup.cfg: which package may import which."""
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
@@ -107,7 +48,7 @@ def test_files_are_small_and_hide_nothing():
 
 def test_what_is_slow_to_import_is_imported_where_it_is_needed():
     """PyTorch alone would be half of the time that `python -m jlora.train` takes to start."""
-    code = "import jlora.train, sys; print(*sys.modules)"
+    code = "import jlora.cli.train, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "jax" in imported and not {"torch", "transformers", "pandas", "tensorflow"} & imported

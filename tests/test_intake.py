@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jlora import intake
-from jlora.config import Config
-from jlora.data import inspect, overlong, pii
+from jlora.common.errors import UserError
+from jlora.config.schema import Config
+from jlora.data import length_limit, summary
 from jlora.data.chat import Example, Measured, end_tokens, load_tokenizer, sizes_of
+from jlora.data.checks import pii
+from jlora.data.checks.report import Survey
 from jlora.data.conversation import Conversation, Message
-from jlora.data.formats import read_conversations
-from jlora.data.report import Survey
-from jlora.errors import UserError
+from jlora.data.readers.files import read_conversations
+from jlora.planning import pipeline
 
 REGIONS = ("CN", "US")
 
@@ -62,7 +63,7 @@ def check(examples, limit):
 def test_what_fits_is_left_alone():
     examples = Listed(10, 20, 30)
     for how in ("error", "drop", "truncate", "split"):
-        assert overlong.fit(examples, 30, how, "training") == (examples, "")
+        assert length_limit.fit(examples, 30, how, "training") == (examples, "")
 
 
 def test_over_long_rows_are_an_error_that_names_them_and_the_length():
@@ -71,21 +72,21 @@ def test_over_long_rows_are_an_error_that_names_them_and_the_length():
         match=r"training data: 2 example\(s\) are longer than max_seq_length=19 tokens: rows.txt:2 \(20\), rows.txt:3 "
         r"\(30\). Set max_seq_length=30, shorten them, or choose overlong=truncate, drop or split",
     ):
-        overlong.fit(Listed(10, 20, 30), 19, "error", "training")
+        length_limit.fit(Listed(10, 20, 30), 19, "error", "training")
 
 
 def test_dropped_rows_are_counted():
-    examples, said = overlong.fit(Listed(10, 50, 20, 60), 20, "drop", "training")
+    examples, said = length_limit.fit(Listed(10, 50, 20, 60), 20, "drop", "training")
     assert examples.prefix == 10
     check(examples, 20)
     assert [e.where for e in examples] == ["rows.txt:1", "rows.txt:3"]
     assert "2 of 4 examples are longer than 20 tokens: left out (overlong=drop): rows.txt:2 (50), rows.txt:4" in said
     with pytest.raises(UserError, match=r"2 of 2 examples .*leaves nothing: set a larger max_seq_length"):
-        overlong.fit(Listed(50, 60), 20, "drop", "training")
+        length_limit.fit(Listed(50, 60), 20, "drop", "training")
 
 
 def test_truncated_rows_are_counted_and_so_are_answers_that_lose_their_end():
-    examples, said = overlong.fit(Listed(10, 30, 20, 60), 20, "truncate", "training")
+    examples, said = length_limit.fit(Listed(10, 30, 20, 60), 20, "truncate", "training")
     check(examples, 20)
     assert [(e.where, len(e.tokens)) for e in examples] == [("rows.txt:1", 10), ("rows.txt:2", 20), ("rows.txt:3", 20)]
     assert "2 of 4 examples are longer than 20 tokens: cut there (overlong=truncate); 1 of their answers lose" in said
@@ -95,7 +96,7 @@ def test_truncated_rows_are_counted_and_so_are_answers_that_lose_their_end():
 @pytest.mark.parametrize("limit", [2, 3, 7, 20, 59])
 def test_split_rows_keep_every_target_exactly_once(limit):
     whole = Listed(10, 30, 1 + limit, 60)
-    examples, said = overlong.fit(whole, limit, "split", "training")
+    examples, said = length_limit.fit(whole, limit, "split", "training")
     assert examples.prefix == 0  # some parts begin elsewhere
     check(examples, limit)
     assert targets(examples) == targets(whole)
@@ -106,24 +107,24 @@ def test_split_rows_keep_every_target_exactly_once(limit):
 
 def test_the_split_follows_from_question_and_seed_alone():
     rows = [row(f"question {i}", "yes", i, system="") for i in range(300)]
-    chosen = [r for r in rows if inspect.is_held_out(r, 0.1, 3)]
+    chosen = [r for r in rows if summary.is_held_out(r, 0.1, 3)]
     assert 15 <= len(chosen) <= 45
-    assert chosen != [r for r in rows if inspect.is_held_out(r, 0.1, 4)]
+    assert chosen != [r for r in rows if summary.is_held_out(r, 0.1, 4)]
     for r in rows:  # neither the answer, nor the line, nor a system message moves a row
         other = row(r.messages[0].content, "no", 999, system="Be brief.")
-        assert inspect.is_held_out(other, 0.1, 3) == inspect.is_held_out(r, 0.1, 3)
+        assert summary.is_held_out(other, 0.1, 3) == summary.is_held_out(r, 0.1, 3)
     texts = [plain(f"text {i}") for i in range(300)]
-    assert 15 <= sum(inspect.is_held_out(r, 0.1, 3) for r in texts) <= 45
+    assert 15 <= sum(summary.is_held_out(r, 0.1, 3) for r in texts) <= 45
 
 
 def test_held_out_rows_that_are_trained_on_are_refused():
     rows = [row("What is due?", "a", 1), row("And then?", "b", 2)]
-    inspect.refuse_overlap(rows[:1], rows[1:])
+    summary.refuse_overlap(rows[:1], rows[1:])
     with pytest.raises(UserError, match=r"1 held-out question\(s\) are also trained on.*rows.txt:9 is rows.txt:2"):
-        inspect.refuse_overlap(iter(rows), [row("And then?", "other", 9, system="Be brief.")])
-    inspect.refuse_overlap([plain("one")], [plain("two")])
+        summary.refuse_overlap(iter(rows), [row("And then?", "other", 9, system="Be brief.")])
+    summary.refuse_overlap([plain("one")], [plain("two")])
     with pytest.raises(UserError, match=r"rows.txt:2 is rows.txt:1"):
-        inspect.refuse_overlap([plain("one", 1)], [plain("one", 2)])
+        summary.refuse_overlap([plain("one", 1)], [plain("one", 2)])
 
 
 @pytest.fixture
@@ -139,18 +140,18 @@ def config(tmp_path):
 
 def test_a_system_prompt_goes_before_rows_that_have_none(config):
     text = "User: a?\nLawyer: b\n\nSystem: Be kind.\nUser: c?\nLawyer: d\n"
-    rows, held_out = intake.read_rows(config(text, system_prompt="Be brief."))
+    rows, held_out = pipeline.read_rows(config(text, system_prompt="Be brief."))
     assert [r.messages[0] for r in rows] == [Message("system", "Be brief."), Message("system", "Be kind.")]
     assert list(rows) == list(rows) and held_out == []  # rows can be gone through again
 
 
 def test_eval_share_takes_every_row_once(config):
     text = "\n\n".join(f"User: question {i}?\nLawyer: yes {i}" for i in range(60))
-    rows, held_out = intake.read_rows(config(text, eval_share=0.2))
+    rows, held_out = pipeline.read_rows(config(text, eval_share=0.2))
     assert len(held_out) + len(list(rows)) == 60 and 3 < len(held_out) < 25
     for share, side in ((0.0001, "hold out"), (0.9999, "train on")):
         with pytest.raises(UserError, match=f"leaves nothing to {side}"):
-            intake.read_rows(config(text, eval_share=share))
+            pipeline.read_rows(config(text, eval_share=share))
 
 
 def survey(rows, rule="warn", amounts=False):
@@ -280,11 +281,11 @@ def test_amounts_are_found_where_asked():
 
 def test_masked_rows_are_what_is_trained_on(config, capsys):
     text = "User: Whom do I call?\nLawyer: Under Article 1, 13800138000.\n"
-    rows, _ = intake.read_rows(config(text, pii="mask"))
+    rows, _ = pipeline.read_rows(config(text, pii="mask"))
     assert next(iter(rows)).messages[-1].content == "Under Article 1, [PHONE_1]."
     said = capsys.readouterr().out
     assert "training: 1 row(s) hold personal data (phone number in 1): rows.txt:1" in said and "13800138000" not in said
-    rows, _ = intake.read_rows(config(text))
+    rows, _ = pipeline.read_rows(config(text))
     assert "13800138000" in next(iter(rows)).messages[-1].content
     assert "13800138000" not in capsys.readouterr().out
 
@@ -300,6 +301,6 @@ def test_a_prompt_that_is_other_tokens_when_it_is_served_is_said(
     tokenizer = load_tokenizer(smollm, str(tmp_path / "own.jinja"))
     made = config("User: a?\nLawyer: Under Article 2, yes.\n")
     said = []
-    rows, _ = intake.read_rows(made, said.append)
-    intake.read_examples(made, tokenizer, end_tokens(smollm, tokenizer), rows, "training", said.append)
+    rows, _ = pipeline.read_rows(made, said.append)
+    pipeline.read_examples(made, tokenizer, end_tokens(smollm, tokenizer), rows, "training", said.append)
     assert any("the tokens before an answer depend on the answer (" in line for line in said) == differs

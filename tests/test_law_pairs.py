@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from jlora.data.formats import read_conversations
+from jlora.data.readers.files import read_conversations
 
 LAWS = {
     "劳动合同法": ("Labor Contract Law", 98),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jlora import loss
-from jlora.model.llama import scores
+from jlora.models.llama import scores
+from jlora.steps import loss
 
 V, D, R, T, S = 1000, 64, 2, 300, 290  # more targets than a chunk, in rows that do not divide
 

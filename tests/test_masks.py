@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jlora.common.errors import UserError
 from jlora.data.chat import encode, encode_batch, encode_prompt, load_tokenizer, render
 from jlora.data.conversation import Conversation, Message
-from jlora.errors import UserError
 
 SPECIAL = (
     "<s> </s> <unk> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()

@@ -8,14 +8,16 @@ import jax
 import pytest
 from conftest import ROOT
 
-from jlora import compiling, heap, optim, sharding
-from jlora.config_files import load_config
+from jlora.adapters.spec import spec_of
+from jlora.common import malloc
+from jlora.config.files import load_config
 from jlora.data.batches import Shape
-from jlora.export import spec_of
-from jlora.model import hf
-from jlora.model.compute import FLOAT32
-from jlora.model.families import read_config
-from jlora.programs import Programs, batch_shapes, placed_shapes, state_shapes
+from jlora.distributed import sharding
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.steps import compilation, optim
+from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
 
 MIB = 1 << 20
 
@@ -27,7 +29,7 @@ def temporaries(smollm):
     spec, mesh = spec_of(dataclasses.asdict(config)), sharding.make_mesh(jax.devices()[:1])
 
     def of(length, remat):
-        graphdef, adapter, base = hf.abstract(model, spec, dataclasses.replace(FLOAT32, remat=remat, mesh=mesh))
+        graphdef, adapter, base = hf_loader.abstract(model, spec, dataclasses.replace(FLOAT32, remat=remat, mesh=mesh))
         optimizer = optim.make_optimizer(config, 100)
         programs = Programs(graphdef, placed_shapes(base, mesh, "base"), optimizer, mesh, dropout=False, seed=0)
         batch = batch_shapes(1, 1, Shape(length, length), mesh)
@@ -48,19 +50,19 @@ def test_an_xla_that_does_not_know_the_options_compiles_without(monkeypatch):
     def lower():
         return jax.jit(lambda x: x + 1).lower(1.0)
 
-    known, other = compiling.Compiler("cpu"), compiling.Compiler("tpu")
+    known, other = compilation.Compiler("cpu"), compilation.Compiler("tpu")
     assert known("a step", lower, print)(2.0) == other("a step", lower, print)(2.0) == 3.0
-    options = dict.fromkeys(compiling.OPTIONS["cpu"], "NO_SUCH_VALUE") | {"xla_cpu_no_such_option": "1"}
+    options = dict.fromkeys(compilation.OPTIONS["cpu"], "NO_SUCH_VALUE") | {"xla_cpu_no_such_option": "1"}
     with pytest.raises(jax.errors.JaxRuntimeError):
         lower().compile(compiler_options=options)
-    lower().compile(compiler_options=compiling.OPTIONS["cpu"])  # this one knows them
-    monkeypatch.setitem(compiling.OPTIONS, "cpu", options)
-    assert compiling.Compiler("cpu")("a step", lower, print)(2.0) == 3.0
+    lower().compile(compiler_options=compilation.OPTIONS["cpu"])  # this one knows them
+    monkeypatch.setitem(compilation.OPTIONS, "cpu", options)
+    assert compilation.Compiler("cpu")("a step", lower, print)(2.0) == 3.0
 
 
 FAULTS = """
 import resource
-from jlora import heap
+from jlora.common import malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -69,15 +71,15 @@ def faults():
 
 faults()
 print(faults())
-heap.keep_freed()
+malloc.keep_freed()
 faults()
 print(faults())
-heap.give_back()
+malloc.give_back()
 print(faults())
 """
 
 
-@pytest.mark.skipif(heap.GLIBC is None, reason="not glibc")
+@pytest.mark.skipif(malloc.GLIBC is None, reason="not glibc")
 def test_a_freed_block_stays_until_it_is_given_back():
     said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     before, kept, given_back = map(int, said.split())

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from conftest import Trains, adapter_of, logged, losses_of, make_model, run_module, short_run, start_module, wait_for
 
-from jlora import hlo, optim, ready, sharding, train
-from jlora.config import Config
+from jlora.adapters.spec import spec_of
+from jlora.common.errors import UserError
+from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
 from jlora.data.chat import Example
-from jlora.errors import UserError
-from jlora.export import spec_of
-from jlora.model import flash, hf
-from jlora.model.compute import Packing
-from jlora.model.families import read_config
-from jlora.programs import Programs, fresh_state
+from jlora.distributed import sharding
+from jlora.models import hf_loader, kernels
+from jlora.models.compute import Packing
+from jlora.models.families import read_config
+from jlora.planning import collectives
+from jlora.steps import optim
+from jlora.steps.programs import Programs, fresh_state
+from jlora.training import setup, train
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 2}, {"fsdp": 2, "tensor": 4}]
 MORE = {"use_dora": True, "gradient_accumulation_steps": 2}
@@ -58,10 +61,10 @@ class Run(Trains):
         assert self.batches.prefix == 5
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
         kernel = config.attn_implementation.replace("auto", "xla")
-        compute = ready.choose_compute(config, jax.devices()[0])
+        compute = setup.choose_compute(config, jax.devices()[0])
         compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, packing=Packing(*self.batches.packing))
-        graphdef, shapes, base_shapes = hf.abstract(model, spec, compute)
-        self.base = hf.load_base(directory, base_shapes, self.mesh)
+        graphdef, shapes, base_shapes = hf_loader.abstract(model, spec, compute)
+        self.base = hf_loader.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, 10)
         adapter = train.first_adapter(config, spec, shapes, self.base, tied=False)
         self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
@@ -93,7 +96,7 @@ def alone(heads):
     ids=str,
 )
 def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
-    monkeypatch.setattr(flash, "INTERPRET", True)
+    monkeypatch.setattr(kernels, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.curve, many.curve)).max() < 1e-5
     assert one.curve[-1] < one.curve[0] - 0.1  # the bound means something: it learns
@@ -103,7 +106,7 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
         if leaf.ndim == 3:  # each device holds its share of every matrix, and no more
             assert leaf.addressable_data(0).nbytes == leaf.nbytes * many.mesh.shape["data"] // 8
     (program,) = many.programs.compiled.values()
-    sent = hlo.collectives(program.as_text(), 8)
+    sent = collectives.collectives(program.as_text(), 8)
     gathered = [c.size for c in sent if c.kind == "all-gather"]
     if many.mesh.shape["fsdp"] > 1:  # the stack never comes together, only a layer's matrices, and the head once
         matrices = [leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(many.base["layers"])]

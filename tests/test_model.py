@@ -11,12 +11,13 @@ import transformers
 from conftest import make_model
 from flax import nnx
 
-from jlora import lora, sharding
-from jlora.model import attention, hf
-from jlora.model.compute import FLOAT32
-from jlora.model.families import read_config
-from jlora.model.llama import empty_cache
-from jlora.sites import LoraConfig
+from jlora.adapters import lora
+from jlora.adapters.spec import LoraConfig
+from jlora.distributed import sharding
+from jlora.models import attention, hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.models.llama import empty_cache
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries
@@ -25,9 +26,9 @@ TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  
 def load(directory, spec=SPEC, compute=FLOAT32):
     """Graph, zero-B adapter and base of a model directory, float32."""
     config = read_config(directory)
-    graphdef, adapter, base = hf.abstract(config, spec, compute)
+    graphdef, adapter, base = hf_loader.abstract(config, spec, compute)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    return graphdef, lora.init(adapter, jax.random.key(0)), hf.load_base(directory, base, mesh)
+    return graphdef, lora.init(adapter, jax.random.key(0)), hf_loader.load_base(directory, base, mesh)
 
 
 def logits(graphdef, adapter, base, tokens, segments=None, positions=None):

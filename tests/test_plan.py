@@ -9,13 +9,16 @@ import jax
 import pytest
 from conftest import ROOT
 
-from jlora import hlo, plan, search, targets
-from jlora.config import Config
+from jlora.api import finetune
+from jlora.cli import plan
+from jlora.common.errors import UserError
+from jlora.config import files
+from jlora.config.schema import Config
 from jlora.data.batches import Shape
-from jlora.errors import UserError
-from jlora.forecast import forecast, make_job
-from jlora.model.compute import FLOAT32, UNKNOWN
-from jlora.model.families import read_config
+from jlora.models.compute import FLOAT32, UNKNOWN
+from jlora.models.families import read_config
+from jlora.planning import collectives, search, targets
+from jlora.planning.forecast import forecast, make_job
 
 SMALL = {
     "model_type": "llama",
@@ -70,7 +73,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_what_is_sent_is_read_from_a_program():
-    found = sorted(hlo.collectives(LOOPS, 8))
+    found = sorted(collectives.collectives(LOOPS, 8))
     assert found == [("all-gather", 64, 8, 3), ("all-reduce", 4, 2, 1), ("all-reduce", 32 + 16, 4, 5)]
     assert found[0].sent == 3 * 64 * 7 / 8 and found[2].sent == 5 * 48 * 2 * 3 / 4
 
@@ -128,14 +131,15 @@ def test_what_does_not_fit_is_told_with_a_setting_that_does(small):
 
 
 def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, tmp_path):
-    from jlora import train
 
-    monkeypatch.setattr("jlora.targets.memory_limit", lambda devices: 1 << 20)  # less than an eighth of the base
-    config = train.load_config(str(config_file(batch_size=8, target_modules="all-linear")), [])
+    monkeypatch.setattr(
+        "jlora.planning.targets.memory_limit", lambda devices: 1 << 20
+    )  # less than an eighth of the base
+    config = files.load_config(str(config_file(batch_size=8, target_modules="all-linear")), [])
     with pytest.raises(
         UserError, match=r"needs 0\.\d+ GiB on each device, and 0.00 GiB are there\. No batch_size.*that was"
     ):
-        train.train(config, "")
+        finetune(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,17 +12,22 @@ from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import generate, provenance, ready, train
-from jlora.checkpoint import read_record
-from jlora.config import NOT_TRAINING
-from jlora.config_files import load_config
-from jlora.data import formats
+from jlora.adapters import provenance
+from jlora.adapters.provenance import WEIGHTS
+from jlora.api import finetune
+from jlora.bases import identity
+from jlora.cli.export import main
+from jlora.common.errors import UserError
+from jlora.config.files import load_config
+from jlora.config.schema import NOT_TRAINING
 from jlora.data.chat import load_tokenizer
 from jlora.data.conversation import Message
+from jlora.data.readers import files
 from jlora.data.templates import TEMPLATES
-from jlora.errors import UserError
-from jlora.export import export_run, main
-from jlora.peft_format import WEIGHTS
+from jlora.export.exporter import export_adapter
+from jlora.serve import loading
+from jlora.training import setup
+from jlora.training.checkpoint import read_record
 
 SYSTEM = 'Be "brief":\n```'
 
@@ -42,8 +47,8 @@ def run(base, pairs):
     settings = short_run(base, pairs, root / "run", max_steps=2, save_steps=1, eval_steps=2, learning_rate=1e-2, **own)
     (root / "run.yaml").write_text(json.dumps(settings))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ready, "find_devices", lambda config: jax.devices()[:1])
-        train.train(load_config(str(root / "run.yaml"), []), "")
+        patch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
+        finetune(load_config(str(root / "run.yaml"), []))
     return root / "run"
 
 
@@ -53,9 +58,9 @@ def plain(run, base):
     other = shutil.copytree(run, base.parent / "plain")
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"chat_template": "", "system_prompt": ""}
-    record["data"]["template"] = provenance.source_hash(load_tokenizer(base, ""))
+    record["data"]["template"] = identity.source_hash(load_tokenizer(base, ""))
     (other / "config.json").write_text(json.dumps(record))
-    export_run(other, 1, other / "one")
+    export_adapter(other, other / "one", 1)
     return other / "one"
 
 
@@ -65,7 +70,7 @@ def test_what_the_file_and_the_card_note_is_what_was_run(run, plain, pairs):
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert [noted[key] for key in (provenance.BASE_LOSS, provenance.LOSS)] == [f"{losses[n]:.4f}" for n in (0, 2)]
     assert (noted[provenance.STEP], noted[provenance.VERSION]) == ("2", jlora.__version__)
-    assert noted[provenance.DATA] == formats.hash_files(str(pairs), "train_data_dir")
+    assert noted[provenance.DATA] == files.hash_files(str(pairs), "train_data_dir")
     settings = json.loads(noted[provenance.CONFIG])
     assert settings == {key: value for key, value in record["config"].items() if key not in NOT_TRAINING}
     card = (run / "adapter/README.md").read_text()
@@ -86,12 +91,13 @@ def test_the_cards_snippet_says_what_jlora_says(run, plain, base, kind, monkeypa
     if kind.startswith("text"):
         other = shutil.copytree(plain.parent, tmp_path / "run")
         edit(other / "config.json", lambda record: record["config"].update(task_type="plain-text"))
-        export_run(other, 1, adapter := tmp_path / "text")
+        export_adapter(other, adapter := tmp_path / "text", 1)
         asked = (Message("text", "Your text begins"),)
     code = (adapter / "README.md").read_text().split("```python\n")[1].split("\n```\n")[0]
     monkeypatch.chdir(adapter)
     exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=12"), "README.md", "exec"), {})
-    generator, weights = generate.load(str(base), adapter)
+    generator, voices = loading.load_model(str(base), {"adapter": adapter})
+    weights = voices.adapters["adapter"]
     said = "".join(generator.pieces(weights, asked, max_new_tokens=12))
     assert capsys.readouterr().out.strip("\n") == said.strip("\n") and said.strip()
 
@@ -137,7 +143,7 @@ def test_a_part_that_changed_is_named_and_the_others_are_the_same(plain, run, ba
     with pytest.raises(
         UserError, match=rf"is not what the run was trained on; its .*{part.split()[-1]}.* changed since"
     ):
-        export_run(moved, 1, tmp_path / "made")
+        export_adapter(moved, tmp_path / "made", 1)
     assert not (tmp_path / "made").exists()
 
 
@@ -154,7 +160,7 @@ def test_a_template_is_what_it_renders_whatever_the_day(base):
 
     def rendered(template):
         tokenizer.chat_template = template
-        return provenance.template_hash(tokenizer)
+        return identity.template_hash(tokenizer)
 
     loop = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     assert rendered(loop) == rendered("{# the same #}" + loop.replace("m.role", "m['role']")) != ""
@@ -164,7 +170,7 @@ def test_a_template_is_what_it_renders_whatever_the_day(base):
     )
     assert rendered("{{ strftime_now('%d %b') }}" + loop) == rendered("%d %b" + loop)
     assert rendered("") == ""
-    assert provenance.tokenizer_hash(tokenizer) == provenance.tokenizer_hash(load_tokenizer(base, ""))
+    assert identity.tokenizer_hash(tokenizer) == identity.tokenizer_hash(load_tokenizer(base, ""))
 
 
 def test_an_adapter_of_pefts_own_is_checked_by_its_shapes(base, smollm, tmp_path, capsys):

@@ -18,17 +18,20 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jlora import export, generate, lora, sharding, verify
-from jlora.adapter_config import peft_config
-from jlora.checkpoint import read_record
+from jlora.adapters import hf_names, lora
+from jlora.adapters.peft_config import peft_config
+from jlora.adapters.peft_io import write_adapter
+from jlora.adapters.spec import LoraConfig
+from jlora.cli import generate
+from jlora.common.errors import UserError
 from jlora.data.batches import Batch
-from jlora.errors import UserError
-from jlora.model import hf, quant
-from jlora.model.compute import FLOAT32
-from jlora.model.families import read_config
-from jlora.peft_format import write_adapter
-from jlora.sites import LoraConfig
-from jlora.step import loss_sum
+from jlora.distributed import sharding
+from jlora.export import exporter, verify
+from jlora.models import hf_loader, quant
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.steps.step import loss_sum
+from jlora.training.checkpoint import read_record
 
 WHEEL = "bitsandbytes==0.50.2"
 # Beside torch, in a process of its own: where it can be imported, PEFT takes it up, and every test would wait for that.
@@ -126,8 +129,8 @@ TOKENS = np.random.default_rng(1).integers(0, 1000, (2, 12), dtype=np.int32)
 def load(directory, quantize, spec=SPEC, devices=1):
     """The model as structure, shapes of the adapter, and the base."""
     compute = dataclasses.replace(FLOAT32, quantize=quantize)
-    graphdef, adapter, shapes = hf.abstract(read_config(directory), spec, compute)
-    return graphdef, adapter, hf.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:devices]))
+    graphdef, adapter, shapes = hf_loader.abstract(read_config(directory), spec, compute)
+    return graphdef, adapter, hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:devices]))
 
 
 def logits(graphdef, adapter, base):
@@ -145,7 +148,7 @@ def test_the_projections_are_quantised_while_loading_and_nothing_else(tiny, kind
     files = {name: value for file in tiny.glob("*.safetensors") for name, value in load_file(file).items()}
     _, _, base = load(tiny, kind, devices=2)
     for path, leaf in flatten_dict(base).items():
-        for layer, name in enumerate(hf.tensor_names(path, leaf.shape)):
+        for layer, name in enumerate(hf_names.tensor_names(path, leaf.shape)):
             value = files.pop(name)
             if path[-2].endswith("_proj"):
                 made = quant.KINDS[kind].quantized(value)
@@ -197,7 +200,7 @@ def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, na
             return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
 
     ours = logits(graphdef, adapter, base)
-    np.testing.assert_allclose(ours, theirs(hf.dense(base)), atol=2e-4)
+    np.testing.assert_allclose(ours, theirs(hf_loader.dense(base)), atol=2e-4)
     assert np.abs(ours - before).max() > 0.1 and np.abs(ours - theirs(())).max() > 1e-2
 
 
@@ -207,7 +210,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     batch = Batch(*map(jnp.asarray, (TOKENS, ones, places, places[:, :-1], TOKENS[:, 1:], ones[:, 1:] * 1.0)))
 
     config = dataclasses.replace(read_config(tiny), num_hidden_layers=16, vocab_size=1000)
-    graphdef, adapter, base = hf.abstract(config, SPEC, dataclasses.replace(FLOAT32, quantize="nf4"))
+    graphdef, adapter, base = hf_loader.abstract(config, SPEC, dataclasses.replace(FLOAT32, quantize="nf4"))
 
     def temporaries():
         def loss(adapter, base):
@@ -229,12 +232,12 @@ def test_a_run_on_four_bits_from_training_to_answers(tiny, config_file, tmp_path
     assert again.returncode == 2 and "quantize_base was 'nf4' and is 'none'" in again.stderr
     assert '"quantize_base": "nf4"' in (run / "adapter/README.md").read_text()
     monkeypatch.setattr(verify, "PROMPTS", 2)
-    record, step = read_record(run, "--run"), export.find_step(run, "latest")
-    parity = verify.verify(record, *export.load_adapter(run, step), run / "adapter")
+    record, step = read_record(run, "--run"), exporter.find_step(run, "latest")
+    parity = verify.verify(record, *exporter.load_adapter(run, step), run / "adapter")
     assert "and the base in nf4: 2 prompts" in parity.sentence and not parity.weaker
-    monkeypatch.setattr(hf, "dense", lambda base: ())
+    monkeypatch.setattr(hf_loader, "dense", lambda base: ())
     with pytest.raises(SystemExit, match="is not the trained one"):
-        verify.verify(record, *export.load_adapter(run, step), run / "adapter")
+        verify.verify(record, *exporter.load_adapter(run, step), run / "adapter")
     options = ["--quantize_base", "nf4", "--prompt", "Hello", "--max_new_tokens", "4"]
     generate.main(["--adapter", str(run / "adapter"), *options])
     assert capsys.readouterr().out.strip()

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import adapter_of, logged, losses_of, process_options, run_module, short_run, start_module, wait_for
 
-from jlora import peft_format
-from jlora.checkpoint import Checkpoints, Progress
-from jlora.known import Known
-from jlora.step import TrainState
+from jlora.adapters import provenance
+from jlora.steps.step import TrainState
+from jlora.training.checkpoint import Checkpoints, Progress
+from jlora.training.known import Known
 
 
 def assert_same(one, other):
@@ -272,8 +272,8 @@ def test_early_stopping_keeps_the_best_and_says_overfitting(whole, tmp_path):
     )
     assert on.returncode == 0, on.stderr
     step, place = re.search(r"adapter of step (\d+): (\S+)", on.stdout).groups()
-    assert peft_format.written_step(Path(place)) == int(step)
-    assert peft_format.written_step(run.parent / "early/adapter") == best  # what was exported before stays
+    assert provenance.written_step(Path(place)) == int(step)
+    assert provenance.written_step(run.parent / "early/adapter") == best  # what was exported before stays
 
 
 def test_divergence_stops_names_the_rows_and_is_not_saved(whole):

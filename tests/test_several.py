@@ -17,17 +17,20 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora import generate, lora, several, sharding
-from jlora.adapter_config import peft_config, read_spec
-from jlora.chat_program import Chat, side_by_side
+from jlora.adapters import lora, mixing
+from jlora.adapters.peft_config import peft_config, read_spec
+from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
+from jlora.adapters.spec import LoraConfig
+from jlora.cli import generate
+from jlora.common.errors import UserError
 from jlora.data.conversation import Message
-from jlora.errors import UserError
-from jlora.model import hf
-from jlora.model.compute import FLOAT32
-from jlora.model.families import read_config
-from jlora.output_rules import filtered, read_rules
-from jlora.peft_format import TEMPLATE, read_adapter, write_adapter
-from jlora.sites import LoraConfig
+from jlora.distributed import sharding
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.serve import loading
+from jlora.serve.output_rules import filtered, read_rules
+from jlora.serve.repl import Chat, side_by_side
 
 SPECS = {
     "law": LoraConfig(4, 12.0, 0.0, ("q_proj", "v_proj")),
@@ -60,8 +63,8 @@ def places(tmp_path_factory, small):
     """PEFT directories of adapters that all change the answers, by name."""
     root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
-        _, shapes, base = hf.abstract(config, spec, FLOAT32)
-        frozen = hf.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
+        _, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
+        frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
         adapter = lora.start(spec, shapes, frozen, jax.random.key(number))
         for path, leaves in lora.modules(adapter):
             ranks = np.array(spec.site(".".join(path[1:]), 3).ranks)
@@ -75,15 +78,15 @@ def places(tmp_path_factory, small):
 @pytest.fixture(scope="module")
 def together(small, places):
     """A generator, and the adapters that can stand side by side."""
-    return generate.load_several(str(small), {name: places[name] for name in SPECS})
+    return loading.load_model(str(small), {name: places[name] for name in SPECS})
 
 
 def alone(small, place, prompt):
     """The last logits of a prompt with one adapter in its own form, without a batch, padding or a cache."""
     config = read_config(small)
     spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
-    graphdef, shapes, base = hf.abstract(config, spec, FLOAT32)
-    frozen = hf.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
+    graphdef, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
+    frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
     model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
     ids = jnp.array([prompt])
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])
@@ -155,7 +158,7 @@ def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small,
     with torch.no_grad():
         theirs = model.eval()(torch.tensor([PROMPTS[1]])).logits[0, -1].numpy()
     assert np.abs(theirs - alone(small, tmp_path / "sum", PROMPTS[1])).max() < 1e-4
-    generator, voices = generate.load_several(str(small), {name: places[name] for name in SPECS})
+    generator, voices = loading.load_model(str(small), {name: places[name] for name in SPECS})
     mixed = voices.mixed(["law=0.7", "style=-0.3", "short"])
     assert np.abs(np.asarray(generator.first_logits([mixed], [PROMPTS[1]]))[0] - theirs).max() < 1e-4
     nothing = voices.mixed(["law=1", "law=-1"])
@@ -178,9 +181,9 @@ def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small,
 
 def test_a_sum_of_one_is_that_adapter(small, places):
     spec = read_spec(places["law"], 3)
-    _, shapes, _ = hf.abstract(read_config(small), spec, FLOAT32)
+    _, shapes, _ = hf_loader.abstract(read_config(small), spec, FLOAT32)
     adapter = read_adapter(places["law"], spec, shapes, tied=True)
-    made, form = several.combine([(adapter, spec)], [1.0])
+    made, form = mixing.combine([(adapter, spec)], [1.0])
     assert (form.rank, form.alpha) == (4, 4.0)
     for (_, mine), (_, theirs) in zip(lora.modules(made), lora.modules(adapter), strict=True):
         assert np.array_equal(mine["lora_A"], theirs["lora_A"])
@@ -189,8 +192,8 @@ def test_a_sum_of_one_is_that_adapter(small, places):
 
 def test_what_cannot_stand_together_is_refused(small, places, tmp_path):
     with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
-        generate.load_several(str(small), {"law": places["law"], "dora": places["dora"]})
-    generator, voices = generate.load_several(str(small), {"dora": places["dora"]})  # alone it is itself
+        loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
+    generator, voices = loading.load_model(str(small), {"dora": places["dora"]})  # alone it is itself
     got = np.asarray(generator.first_logits([voices.mixed(["dora"])], [PROMPTS[1]]))[0]
     assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
     with pytest.raises(UserError, match="adapter dora has DoRA"):
@@ -206,7 +209,7 @@ def test_what_cannot_stand_together_is_refused(small, places, tmp_path):
     subprocess.run(["cp", "-r", places["law"], other], check=True)
     (other / TEMPLATE).write_text("{{ messages[0].content }}")
     with pytest.raises(UserError, match="adapters law and other were trained on different chat templates"):
-        generate.load_several(str(small), {"law": places["law"], "other": other})
+        loading.load_model(str(small), {"law": places["law"], "other": other})
     with pytest.raises(UserError, match="another adapter called law: name them, as NAME=DIR"):
         generate.named([str(places["law"]), f"law={places['style']}"])
     config = json.loads((other / "adapter_config.json").read_text())

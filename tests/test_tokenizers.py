@@ -11,12 +11,12 @@ import transformers
 from conftest import ROOT, run_module
 from tokenizers import Regex, pre_tokenizers
 
-from jlora import sources
+from jlora.bases.gguf_tokenizer import LLAMA3
+from jlora.bases.resolve import hub_commit
+from jlora.common.errors import UserError
 from jlora.data.chat import encode, encode_prompt, load_tokenizer
 from jlora.data.conversation import Conversation, Message
 from jlora.data.templates import TEMPLATES
-from jlora.errors import UserError
-from jlora.gguf_tokenizer import LLAMA3
 
 TURNS = (
     Message("system", "Be brief."),
@@ -158,7 +158,7 @@ def test_a_hub_id_runs_offline_and_its_commit_is_pinned(hub, config_file, tmp_pa
 def test_what_the_hub_does_not_give_is_said_with_the_way_out(hub):
     script = (
         "from jlora.errors import run_program\nfrom jlora import sources\n"
-        "run_program(lambda argv: print(sources.resolve('owner/name', argv[0])))"
+        "run_program(lambda argv: print(resolve_base('owner/name', argv[0])))"
     )
     for revision, code in (("main", 0), (COMMIT, 0), ("other", 2)):
         done = subprocess.run(
@@ -170,4 +170,4 @@ def test_what_the_hub_does_not_give_is_said_with_the_way_out(hub):
 
 
 def test_only_a_snapshot_has_a_commit(tmp_path):
-    assert sources.commit(tmp_path / "snapshots" / COMMIT) == COMMIT and sources.commit(tmp_path / "mine") == ""
+    assert hub_commit(tmp_path / "snapshots" / COMMIT) == COMMIT and hub_commit(tmp_path / "mine") == ""

@@ -12,17 +12,22 @@ import torch
 import transformers
 from conftest import Trains
 
-from jlora import intake, lora, optim, ready, sharding, sources, train
-from jlora.adapter_config import peft_config
-from jlora.config_files import load_config
+from jlora.adapters import lora
+from jlora.adapters.peft_config import peft_config
+from jlora.adapters.peft_io import write_adapter
+from jlora.adapters.spec import spec_of
+from jlora.bases.resolve import resolve_base
+from jlora.config.files import load_config
 from jlora.data.batches import plan_batches
 from jlora.data.chat import end_tokens, load_tokenizer
-from jlora.export import spec_of
-from jlora.model import hf
-from jlora.model.compute import Packing
-from jlora.model.families import read_config
-from jlora.peft_format import write_adapter
-from jlora.programs import Programs, fresh_state
+from jlora.distributed import sharding
+from jlora.models import hf_loader
+from jlora.models.compute import Packing
+from jlora.models.families import read_config
+from jlora.planning import pipeline
+from jlora.steps import optim
+from jlora.steps.programs import Programs, fresh_state
+from jlora.training import setup, train
 
 
 class Setup(Trains):
@@ -30,20 +35,20 @@ class Setup(Trains):
 
     def __init__(self, file, devices=1, attention="xla", **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
-        self.directory = sources.resolve(self.config.base_model)
+        self.directory = resolve_base(self.config.base_model)
         self.model_config = read_config(self.directory)
         self.tokenizer = load_tokenizer(self.directory, "")
         ends = end_tokens(self.directory, self.tokenizer)
-        rows, _ = intake.read_rows(self.config)
-        self.examples = intake.read_examples(self.config, self.tokenizer, ends, rows, "training")
+        rows, _ = pipeline.read_rows(self.config)
+        self.examples = pipeline.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
         ways = sharding.row_ways(self.mesh)
-        self.steps, batches, _ = intake.plan(self.config, self.model_config, self.examples, [], ways)
+        self.steps, batches, _ = pipeline.plan(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
-        compute = ready.choose_compute(self.config, jax.devices()[0])
+        compute = setup.choose_compute(self.config, jax.devices()[0])
         self.compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
-        _, self.shapes, base_shapes = hf.abstract(self.model_config, self.spec, self.compute)
-        self.base = hf.load_base(self.directory, base_shapes, self.mesh)
+        _, self.shapes, base_shapes = hf_loader.abstract(self.model_config, self.spec, self.compute)
+        self.base = hf_loader.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.steps)
         adapter = train.first_adapter(
             self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
@@ -54,7 +59,7 @@ class Setup(Trains):
     def lay(self, batches):
         """Takes these batches, and programs for them."""
         compute = dataclasses.replace(self.compute, packing=Packing(*batches.packing))
-        self.graphdef, *_ = hf.abstract(self.model_config, self.spec, compute)
+        self.graphdef, *_ = hf_loader.abstract(self.model_config, self.spec, compute)
         self.batches = batches
         self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
 
@@ -165,7 +170,7 @@ def test_it_is_laid_once_only_where_each_example_would_make_the_same_of_it(confi
 
     def prefixes(model=setup.model_config, **changes):
         config = dataclasses.replace(setup.config, **changes)
-        _, *both = intake.plan(config, model, setup.examples, setup.examples, 1)
+        _, *both = pipeline.plan(config, model, setup.examples, setup.examples, 1)
         return [batches.prefix for batches in both]
 
     prefix = setup.batches.prefix
@@ -213,8 +218,8 @@ def test_only_the_adapter_travels_between_devices(config_file):
 
 def test_dropout_acts_in_training_only_and_differs_by_step(config_file):
     plain, dropped = (Setup(config_file(lora_dropout=rate, learning_rate=1e-9)) for rate in (0.0, 0.5))
-    for setup in (plain, dropped):  # B must not be zero for dropout to show
-        setup.state = setup.state._replace(lora=jax.tree.map(lambda x: x + 0.05, setup.state.lora))
+    for made in (plain, dropped):  # B must not be zero for dropout to show
+        made.state = made.state._replace(lora=jax.tree.map(lambda x: x + 0.05, made.state.lora))
     plain.lay(dropped.batches)
     batch = plain.batches[0]
     held_out = [setup.held_out_loss(setup.state.lora) for setup in (plain, dropped)]

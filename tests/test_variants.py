@@ -19,23 +19,29 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jlora import generate, lora, optim, ready, sharding, train
-from jlora.adapter_config import peft_config, read_spec
-from jlora.config import TARGETS, Config
-from jlora.config_files import load_config
+from jlora.adapters import hf_names, lora
+from jlora.adapters.peft_config import peft_config, read_spec
+from jlora.adapters.peft_io import read_adapter, write_adapter
+from jlora.adapters.provenance import WEIGHTS
+from jlora.adapters.spec import TARGETS, LoraConfig, settings_of, spec_of
+from jlora.api import finetune
+from jlora.bases.gguf import _half_rotation as half_rotation
+from jlora.common.errors import UserError
+from jlora.config.files import load_config
+from jlora.config.schema import Config
 from jlora.data.batches import Batch
-from jlora.errors import UserError
-from jlora.export import load_adapter, settings_of, spec_of
-from jlora.from_gguf import _half_rotation as half_rotation
-from jlora.loaders import form_for
-from jlora.model import hf
-from jlora.model.compute import FLOAT32
-from jlora.model.families import read_config
-from jlora.model.llama import Projection
-from jlora.peft_format import WEIGHTS, read_adapter, write_adapter
-from jlora.sites import LoraConfig
-from jlora.step import TrainState, make_train_step
-from jlora.to_gguf import FILE, check_gguf, side_by_side, write_gguf
+from jlora.distributed import sharding
+from jlora.export.exporter import load_adapter
+from jlora.export.gguf import FILE, check_gguf, side_by_side, write_gguf
+from jlora.export.servers import form_for
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.models.llama import Projection
+from jlora.serve import loading
+from jlora.steps import optim
+from jlora.steps.step import TrainState, make_train_step
+from jlora.training import setup
 
 STEPS, ROWS, LENGTH, V = 20, 2, 24, 256
 TOKENS = np.random.RandomState(1).randint(0, V, (4, ROWS, LENGTH)).astype(np.int32)[np.arange(STEPS + 1) % 4]
@@ -120,8 +126,8 @@ class Ours:
     def __init__(self, directory, spec, **settings):
         self.directory, self.spec = directory, spec
         self.config = read_config(directory)
-        self.graphdef, self.shapes, base = hf.abstract(self.config, spec, FLOAT32)
-        self.base = hf.load_base(directory, base, sharding.make_mesh(jax.devices()[:1]))
+        self.graphdef, self.shapes, base = hf_loader.abstract(self.config, spec, FLOAT32)
+        self.base = hf_loader.load_base(directory, base, sharding.make_mesh(jax.devices()[:1]))
         fixed = {"weight_decay": 0.1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
         self.settings = Config(**{"learning_rate": 1e-2, **fixed, **settings})
         self.optimizer = optim.make_optimizer(self.settings, STEPS)
@@ -404,7 +410,7 @@ def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_r
 
 
 def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, pairs, capsys, monkeypatch):
-    monkeypatch.setattr(ready, "find_devices", lambda config: jax.devices()[:1])
+    monkeypatch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
     (tmp_path / "few.txt").write_text("\n\n".join((pairs / "train.txt").read_text().split("\n\n")[:4]))
     settings = short_run(
         tiny,
@@ -427,7 +433,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
 
     def run(*overrides):
-        train.train(load_config(str(tmp_path / "run.yaml"), list(overrides)), "")
+        finetune(load_config(str(tmp_path / "run.yaml"), list(overrides)))
 
     run()
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
@@ -437,12 +443,13 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     assert "from step 2, exactly" in capsys.readouterr().out
     one, other = (load_file(tmp_path / place / "adapter" / WEIGHTS) for place in ("whole", "halved"))
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-    generator, adapter = generate.load(str(tiny), tmp_path / "whole/adapter")
+    generator, voices = loading.load_model(str(tiny), {"adapter": tmp_path / "whole/adapter"})
+    adapter = voices.adapters["adapter"]
     trained, spec = load_adapter(tmp_path / "whole", 4)
-    graphdef, _, _ = hf.abstract(read_config(tiny), spec, FLOAT32)
+    graphdef, _, _ = hf_loader.abstract(read_config(tiny), spec, FLOAT32)
     same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
     assert list(generator.tokens(adapter, [1, 2, 3], 8)) == list(same.tokens(trained, [1, 2, 3], 8))
-    bare = generate.load(str(tiny), None)[0]
+    bare = loading.load_model(str(tiny)).generator
     assert list(same.tokens(same.neutral(trained), [1, 2, 3], 8)) == list(bare.tokens({}, [1, 2, 3], 8))
 
 
@@ -504,7 +511,7 @@ def test_noise_is_within_its_bound_by_example_and_only_in_training(models):
 
 
 def test_sites_follow_pefts_rule_of_patterns():
-    assert {module.split(".")[-1] for module in hf.projections()} == set(TARGETS)
+    assert {module.split(".")[-1] for module in hf_names.projections()} == set(TARGETS)
     spec = LoraConfig(
         8, 16.0, 0.0, TARGETS, rank_pattern=(("proj", 1), ("layers.1.self_attn.q_proj", 2), ("q_proj", 3))
     )
@@ -512,5 +519,7 @@ def test_sites_follow_pefts_rule_of_patterns():
     assert spec.site("self_attn.q_proj", 3).scales == (16 / 3, 8.0, 16 / 3)
     assert spec.site("mlp.up_proj", 3).ranks == (8, 8, 8)
     wrong = dataclasses.replace(spec, layers_to_transform=(3,))
-    assert wrong.problems(hf.projections(), 3) == ["layers_to_transform has 3: the layers are 0 to 2"]
-    assert spec.problems(hf.projections(), 3) == ["rank_pattern has 'proj', which matches no module that is trained"]
+    assert wrong.problems(hf_names.projections(), 3) == ["layers_to_transform has 3: the layers are 0 to 2"]
+    assert spec.problems(hf_names.projections(), 3) == [
+        "rank_pattern has 'proj', which matches no module that is trained"
+    ]

@@ -12,13 +12,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from test_families import SIZES
 
-from jlora import sharding
-from jlora.errors import UserError
-from jlora.model import hf
-from jlora.model.compute import Compute
-from jlora.model.families import read_config
-from jlora.model.weights import INDEX, Weights, write_weights
-from jlora.sites import LoraConfig
+from jlora.adapters import hf_names
+from jlora.adapters.spec import LoraConfig
+from jlora.common.errors import UserError
+from jlora.distributed import sharding
+from jlora.models import hf_loader
+from jlora.models.compute import Compute
+from jlora.models.families import read_config
+from jlora.models.safetensors_files import INDEX, Weights, write_weights
 
 NONE = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 Q1 = "model.layers.1.self_attn.q_proj.weight"
@@ -40,8 +41,8 @@ def sharded(tmp_path):
 
 
 def load(directory, dtype=jnp.float32, progress=lambda size: None):
-    _, _, shapes = hf.abstract(read_config(directory), NONE, Compute(dtype, dtype))
-    return hf.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:1]), progress)
+    _, _, shapes = hf_loader.abstract(read_config(directory), NONE, Compute(dtype, dtype))
+    return hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:1]), progress)
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
@@ -52,7 +53,7 @@ def test_every_tensor_arrives_in_its_place_and_dtype(tmp_path, stored, wanted):
     files = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
     placed = flatten_dict(base)
     for path, leaf in placed.items():
-        names = hf.tensor_names(path, leaf.shape)
+        names = hf_names.tensor_names(path, leaf.shape)
         for name, value in zip(names, leaf if path[0] == "layers" else [leaf], strict=True):
             assert value.dtype == wanted and np.array_equal(value, files.pop(name).astype(wanted)), name
     assert not files and sum(seen) == sum(leaf.nbytes for leaf in placed.values())

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import command, process_options, run_module
 
-from jlora.data import __main__ as program
-from jlora.data import xray
+from jlora.cli import data as program
+from jlora.common.errors import UserError
+from jlora.data import preview
 from jlora.data.chat import Example, encode, end_tokens, load_tokenizer
 from jlora.data.conversation import Conversation, Message
-from jlora.errors import UserError
 
 EVIL = '<script>alert("x")</script> & \x1b[31mred\u202e 依据🙂'
 
@@ -32,23 +32,23 @@ def example(tokenizer, smollm):
 
 
 def test_what_is_marked_is_what_is_trained(tokenizer, example):
-    parts = xray.segments(tokenizer, example)
+    parts = preview.segments(tokenizer, example)
     assert [text for text, trained in parts if trained] == [f"{EVIL}<|im_end|>", "b<|im_end|>"]
     assert "".join(text for text, _ in parts) == tokenizer.decode(example.tokens)
-    text = xray.as_text(tokenizer, example, colour=False)
+    text = preview.as_text(tokenizer, example, colour=False)
     assert text.endswith("<|im_start|>assistant\n[[b<|im_end|>]]\n") and "\x1b" not in text and "\u202e" not in text
-    coloured = xray.as_text(tokenizer, example, colour=True)
-    assert f"{xray.GREEN}b<|im_end|>{xray.PLAIN}" in coloured and "\x1b[31m" not in coloured
+    coloured = preview.as_text(tokenizer, example, colour=True)
+    assert f"{preview.GREEN}b<|im_end|>{preview.PLAIN}" in coloured and "\x1b[31m" not in coloured
     whole = Example(example.tokens, np.ones_like(example.trained), "x")
-    assert xray.segments(tokenizer, whole) == [(tokenizer.decode(example.tokens), True)]
+    assert preview.segments(tokenizer, whole) == [(tokenizer.decode(example.tokens), True)]
 
 
 def test_the_page_is_self_contained_and_escapes_everything(tokenizer, example):
-    page = xray.as_page(tokenizer, "<title>", ["a < b {x}"], [example])
+    page = preview.as_page(tokenizer, "<title>", ["a < b {x}"], [example])
     assert "<script" not in page and "http" not in page and "src=" not in page and "\u202e" not in page
     assert "a &lt; b {x}" in page and "&lt;title&gt;" in page and "&lt;b&gt;.txt:1" in page
     marked = [html.unescape(text) for text in re.findall(r"<mark>(.*?)</mark>", page, re.DOTALL)]
-    assert marked == ["marked", xray.visible(f"{EVIL}<|im_end|>"), "b<|im_end|>"]
+    assert marked == ["marked", preview.visible(f"{EVIL}<|im_end|>"), "b<|im_end|>"]
 
 
 def test_the_program_shows_rows_and_a_summary_without_the_weights(tiny, config_file, tmp_path):
@@ -82,7 +82,7 @@ def test_on_a_terminal_it_is_coloured(config_file):
             break
     os.close(reader)
     assert process.wait() == 0
-    assert f"{xray.GREEN}Under Article" in said.decode() and "[[" not in said.decode()
+    assert f"{preview.GREEN}Under Article" in said.decode() and "[[" not in said.decode()
 
 
 def test_the_html_flag_writes_the_same(config_file, tmp_path, capsys):

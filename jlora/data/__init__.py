@@ -1,1 +1,1 @@
-"""From files to batches: conversations, tokens and masks, rows without padding."""
+"""Data: files to conversations, conversations to tokens and loss masks, examples to batches."""

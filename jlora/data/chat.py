@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from jlora.common.errors import UserError
 from jlora.data.conversation import Conversation, Message
 from jlora.data.templates import TEMPLATES, find_template
-from jlora.errors import UserError
 
 TEXT = "text"  # the role of a conversation's only message when it is plain text
 

@@ -25,10 +25,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from jlora.common.atomic_io import give_name, unnamed_directory
+from jlora.common.errors import UserError
 from jlora.data.chat import Example, Measured, common, encode_batch, sizes_of
 from jlora.data.conversation import Conversation
-from jlora.errors import UserError
-from jlora.whole import give_name, unnamed_directory
 
 LAYOUT = 4  # a change of chat.py or of the features below that alters what is stored raises it
 SPLIT = "rows"

@@ -5,7 +5,7 @@ Jinja, rendered in transformers' sandbox, with `messages`, `add_generation_promp
 
 from pathlib import Path
 
-from jlora.errors import UserError
+from jlora.common.errors import UserError
 
 # The answer opens in the prompt and ends with a token of its own.
 CHATML = """\

@@ -1,0 +1,1 @@
+"""The adapter: its settings, its methods, its PEFT files."""

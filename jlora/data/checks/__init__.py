@@ -1,0 +1,1 @@
+"""Checks of the rows before training: oddities and personal data."""

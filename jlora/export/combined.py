@@ -1,0 +1,70 @@
+"""A weighted sum of adapters as one PEFT directory. Ranks are laid end to end, so nothing is approximated."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from jlora.adapters import lora, mixing
+from jlora.adapters.peft_config import base_of, peft_config
+from jlora.adapters.peft_io import write_adapter
+from jlora.adapters.provenance import BASE
+from jlora.adapters.spec import LoraConfig
+from jlora.bases.identity import base_hash
+from jlora.bases.resolve import is_hub_id, resolve_base
+from jlora.common.errors import UserError
+from jlora.data.templates import find_template
+from jlora.distributed.sharding import make_mesh
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.serve.loading import common_template, read_all
+
+
+def combine_directories(weights: Mapping[str, float], base: str, target: Path) -> int:
+    """Writes the weighted sum of PEFT directories as one; returns its rank.
+
+    Args:
+      weights: by directory.
+      base: where their base is; "" for what they themselves name.
+
+    Raises:
+      UserError: they name different bases, are of another base, cannot be summed, or `target` exists.
+    """
+    directories = {name: Path(name) for name in weights}
+    places = {base_of(place) for place in directories.values()}
+    if not base and len(places) > 1:
+        raise UserError(
+            f"the adapters name different bases, {', '.join(sorted(p for p, _ in places))}: choose by --base"
+        )
+    place, revision = (base, "") if base else next(iter(places))
+    directory = resolve_base(place, revision)
+    template = common_template(directories)
+    forms = list(read_all(directories, directory).values())
+    for name, (_, spec) in zip(directories, forms, strict=True):
+        mixing.check(name, spec)
+    config = read_config(directory)
+    if any(spec.pissa for _, spec in forms):  # saved with PiSSA's start, which only the base's weights tell
+        nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+        _, _, shapes = hf_loader.abstract(config, nothing, FLOAT32)
+        frozen = hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
+        forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
+    adapter, spec = mixing.combine(forms, list(weights.values()))
+    called = place if is_hub_id(place) else str(directory)
+    written = peft_config(spec, called, revision or None, tied=config.tie_word_embeddings)
+    card = _card(weights, called, spec)
+    text = find_template(template) if template else ""
+    write_adapter(adapter, spec, written, card, target, {BASE: base_hash(directory)}, None, text)
+    return spec.rank
+
+
+def _card(weights: Mapping[str, float], base: str, spec: LoraConfig) -> str:
+    parts = "\n".join(f"- {weight:g} x {name}" for name, weight in weights.items())
+    return f"""---
+library_name: peft
+base_model: {base}
+---
+A LoRA adapter of rank {spec.rank}, the sum that jlora made of
+
+{parts}
+"""

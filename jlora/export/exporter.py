@@ -1,0 +1,154 @@
+"""From a run's checkpoint to a PEFT directory, a server's form of it, or a merged model."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.adapters.lora import Adapter
+from jlora.adapters.peft_config import base_of, peft_config, read_spec
+from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
+from jlora.adapters.provenance import WEIGHTS
+from jlora.adapters.spec import LoraConfig, spec_of
+from jlora.bases import identity
+from jlora.bases.identity import check_base
+from jlora.bases.resolve import resolve_base
+from jlora.common.errors import UserError
+from jlora.data.chat import load_tokenizer
+from jlora.data.templates import find_template
+from jlora.export.card import card, provenance_notes
+from jlora.export.gguf import write_gguf
+from jlora.export.merged import write_merged
+from jlora.export.servers import form_for
+from jlora.export.verify import Parity, verify
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.training.checkpoint import Checkpoints, read_record
+
+
+def export_adapter(
+    run: Path, output: Path | None = None, step: str | int = "best", server: str = "", max_rank: int = 0
+) -> Path:
+    """Writes the adapter of a run's checkpoint as a PEFT directory, and returns that directory.
+
+    Args:
+      run: the run's output_dir.
+      output: a new directory; None: RUN/adapter, with the step and the server in its name where they are given.
+      step: "best", "latest", or a step that has a checkpoint.
+      server: of servers.LOADERS; the adapter is then written in the form that it reads, and verified first.
+      max_rank: the rank that the server is started for; 0 is its default.
+
+    Raises:
+      UserError: `output` exists, there is no such checkpoint, or the server cannot read such an adapter.
+    """
+    number = find_step(run, str(step))
+    output = output or default_output(run, "adapter" if server in ("", "peft") else f"adapter-{server}", step, number)
+    _export(run, number, output, server, max_rank)
+    return output
+
+
+def default_output(run: Path, name: str, wanted: str | int, step: int) -> Path:
+    """Where an export goes unless told: RUN/NAME for the best step, else RUN/NAME-STEP."""
+    return run / (name if wanted == "best" else f"{name}-{step}")
+
+
+def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "best") -> Parity:
+    """Compares an exported adapter, read by PEFT, with the checkpoint that it was exported from.
+
+    Raises:
+      UserError: it cannot be read, or there is no such checkpoint.
+      SystemExit: they disagree.
+    """
+    number = find_step(run, str(step))
+    return verify(read_record(run, "--run"), *load_adapter(run, number), adapter or run / "adapter")
+
+
+def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> None:
+    record = read_record(run, "--run")
+    trained = adapter, spec = load_adapter(run, step)
+    tokenizer = trained_tokenizer(record)
+    if loader:
+        adapter, spec = form_for(loader, adapter, spec, max_rank)
+    if loader == "llama.cpp":
+        print(write_gguf(trained, (adapter, spec), Path(record["base"]["directory"]), target))
+        return
+    directory = Path(record["base"]["directory"])
+    template = tokenizer.chat_template if record["config"]["chat_template"] else ""
+    base = record["base"]["hub_id"] or record["base"]["directory"]
+    tied = read_config(directory).tie_word_embeddings
+    config = peft_config(spec, base, record["base"]["commit"] or None, tied=tied)
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        progress = checkpoints.progress(step)
+    notes = provenance_notes(record, step, progress.base_loss, progress.eval_loss, tokenizer)
+
+    def certify(made: Path) -> str:
+        parity = verify(record, *trained, made)
+        parity = dataclasses.replace(parity, sentence=parity.sentence.replace(str(made), str(target)))
+        print(parity.sentence)
+        return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
+
+    about = card(config, notes, own_template=bool(template))
+    write_adapter(adapter, spec, config, about, target, notes, certify if loader else None, template)
+
+
+def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
+    """The adapter of a run's checkpoint."""
+    record = read_record(run, "--run")
+    spec = spec_of(record["config"])
+    model_config = read_config(Path(record["base"]["directory"]))
+    _, shapes, _ = hf_loader.abstract(model_config, spec, FLOAT32)
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        adapter = jax.tree.map(jnp.asarray, checkpoints.restore_adapter(step, shapes))
+    return adapter, spec
+
+
+def trained_tokenizer(record: dict[str, Any]) -> Any:
+    """The tokenizer of a run with its chat template; UserError where it or the base changed since."""
+    tokenizer = load_tokenizer(Path(record["base"]["directory"]), record["config"]["chat_template"])
+    identity.check_unchanged(record, tokenizer)
+    return tokenizer
+
+
+def find_step(run: Path, wanted: str) -> int:
+    """`best`, `latest` or a number as a step that has a checkpoint; `best` without evaluations is the latest."""
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"--run {run}: no checkpoints there; expected the output_dir of a run")
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        steps, latest = checkpoints.steps(), checkpoints.latest()
+        if latest is None:
+            raise UserError(f"--run {run}: no checkpoint was completed")
+        best = checkpoints.best() if wanted == "best" else None
+    step = {"best": best, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)
+    if step not in steps:
+        raise UserError(f"--step {wanted}: there are {', '.join(map(str, steps))} (or best, latest)")
+    return step
+
+
+def merge_run(run: Path, step: int, target: Path) -> None:
+    """Writes the base of a run and the adapter of one of its checkpoints as one model."""
+    record = read_record(run, "--run")
+    adapter, spec = load_adapter(run, step)
+    tokenizer = trained_tokenizer(record)
+    template = tokenizer.chat_template if record["config"]["chat_template"] else ""
+    write_merged(Path(record["base"]["directory"]), adapter, spec, target, template)
+
+
+def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
+    """Writes a base, with a PEFT directory merged into it where one is given, as one model."""
+    revision, template, spec = "", "", LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    if adapter and not base:
+        base, revision = base_of(adapter)
+    directory = resolve_base(base, revision)
+    config, weights = read_config(directory), {}
+    if adapter:
+        check_base(adapter / WEIGHTS, directory)
+        spec = read_spec(adapter, config.num_hidden_layers)
+        _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
+        weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings)
+        template = find_template(str(adapter / TEMPLATE)) if (adapter / TEMPLATE).is_file() else ""
+    write_merged(directory, weights, spec, target, template)

@@ -1,0 +1,92 @@
+"""A base and an adapter as one Hugging Face directory: the base's own names, dtype, tokenizer and template."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapters import hf_names, lora
+from jlora.adapters.lora import Adapter
+from jlora.adapters.spec import TABLES, LoraConfig
+from jlora.common.atomic_io import new_directory
+from jlora.common.errors import UserError
+from jlora.models import hf_loader
+from jlora.models.compute import FLOAT32
+from jlora.models.families import read_config
+from jlora.models.safetensors_files import DTYPES, INDEX, write_weights
+
+# What a model directory may hold besides its model: other forms of the weights, and the base's own description.
+LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
+
+
+def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, template: str) -> None:
+    """Writes W + scale B A for every adapted weight, and every other tensor byte by byte as it is.
+
+    Args:
+      base: the model directory.
+      adapter: its leaves as hf_loader.abstract has them; {} for the base alone.
+      target: the new directory; whole or not at all.
+      template: the chat template to write instead of the base's own; "" for the latter.
+
+    Raises:
+      UserError: `target` exists or cannot be written; or the base does not fit its config.json.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
+    config = read_config(base)
+    _, _, shapes = hf_loader.abstract(config, spec, FLOAT32)
+    weights, changes = hf_loader.open_base(base, shapes), dict(_changes(adapter, spec, tied=config.tie_word_embeddings))
+
+    def read(name: str) -> np.ndarray:
+        values = weights.read(name)
+        return np.asarray(changes[name](jnp.asarray(values))) if name in changes else values
+
+    names = [name for name in weights.names() if weights.format(name) in DTYPES]
+    sizes = {name: math.prod(weights.shape(name)) * DTYPES[weights.format(name)].itemsize for name in sorted(names)}
+    try:
+        with new_directory(target) as made:
+            write_weights(made, sizes, read)
+            for file in base.iterdir():
+                if file.is_file() and file.suffix not in LEFT_OUT and file.name != INDEX:
+                    shutil.copyfile(file, made / file.name)
+            if template:
+                (made / "chat_template.jinja").write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the merged model could not be written to {target}: {error}") from None
+
+
+def _changes(
+    adapter: Adapter, spec: LoraConfig, *, tied: bool
+) -> Iterator[tuple[str, Callable[[jax.Array], jax.Array]]]:
+    """What becomes of each tensor that the adapter changes, by the file's name."""
+    for path, leaves in lora.modules(adapter):
+        if "modules_to_save" in leaves:
+            for table in TABLES if tied else path:
+                yield hf_names.NAMES[table, "weight"], partial(_replaced, leaves["modules_to_save"])
+            continue
+        layers = len(next(iter(leaves.values())))
+        site, scales_input = spec.site(".".join(path[1:]), layers), path[-1] in spec.feedforward_modules
+        names = [
+            hf_names.tensor_names((*path, part), (layers,))
+            for part in ("weight", "bias")
+            if (*path, part) in hf_names.NAMES
+        ]
+        for layer, (rank, scale) in enumerate(zip(site.ranks, site.scales, strict=True)):
+            own = {part: leaf[layer] for part, leaf in leaves.items()}
+            if rank:
+                yield names[0][layer], partial(lora.applied, leaves=own, scale=scale, scales_input=scales_input)
+            if rank and "ia3_l" in own and not scales_input:  # IA3 scales what the projection puts out, its bias too
+                yield names[1][layer], partial(_scaled, own["ia3_l"])
+
+
+def _replaced(table: jax.Array, values: jax.Array) -> jax.Array:
+    return table.astype(values.dtype)
+
+
+def _scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
+    return (values.astype(jnp.float32) * factor).astype(values.dtype)

@@ -1,1 +1,0 @@
-"""The network, its attention, and its names on disk."""

@@ -1,0 +1,1 @@
+"""The network: LLaMA-family models in Flax NNX, attention, quantization, and the loader of weights."""

@@ -1,0 +1,347 @@
+"""The LLaMA decoder and its kin in Flax NNX, with LoRA inside the projections (Touvron et al. 2023, arXiv:2302.13971).
+
+Mistral adds a sliding window, Qwen2 biases on q/k/v, Qwen3 a norm on q and k: each is a field of the config.
+
+Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim, D model,
+F feed-forward, V vocabulary, L layers, r rank. Weights lie as Hugging Face stores them: [out, in].
+Layers are stacked: every leaf under `layers` has a leading axis L, and the stack is run by `jax.lax.scan`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jlora.adapters import lora
+from jlora.adapters.spec import LoraConfig
+from jlora.distributed.sharding import split_rows, whole_rows
+from jlora.models.attention import attention
+from jlora.models.compute import KEPT, UNKNOWN, Compute
+from jlora.models.quant import linear, zeros
+from jlora.models.rope import DefaultRope, angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """What decides the numbers, under config.json's own names. No field has a default."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # N
+    num_key_value_heads: int  # K
+    head_dim: int  # H
+    rms_norm_eps: float
+    rope: DefaultRope
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None  # tokens that a query sees, itself included; None is all
+    tie_word_embeddings: bool
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of a layer's seven projections, without biases."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.hidden_size * (heads + 3 * self.intermediate_size)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for decoding."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    segments: Int[Array, "B S"]  # 0 where nothing, or padding, was written
+    fill: Int[Array, ""]  # places written
+
+
+class LayerCache(NamedTuple):
+    """One layer's share of the cache; `segments` already counts the tokens being written at `fill`."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+    segments: Int[Array, "B S"]
+    fill: Int[Array, ""]
+
+
+class Projection(nnx.Module):
+    """y = W x (+ bias), plus the adapter's scale * B A x where `spec` has a site; PiSSA, DoRA and IA3 are cases of it.
+
+    Args:
+      name: as "self_attn.q_proj".
+      layers: L; the projection is one layer's share of a stack, and is told which when it is called.
+    """
+
+    def __init__(
+        self, name: str, inputs: int, outputs: int, spec: LoraConfig, compute: Compute, *, bias: bool, layers: int
+    ) -> None:
+        self.weight = nnx.Param(zeros(compute.quantize, outputs, inputs, compute.param_dtype))
+        self.biased = bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), compute.param_dtype))
+        self.spec, self.site = spec, spec.site(name, layers)
+        rank = max(self.site.ranks)
+        self.ia3, self.adapted = (rank > 0 and spec.peft_type == kind for kind in ("IA3", "LORA"))
+        self.scales_input = name.rpartition(".")[2] in spec.feedforward_modules
+        if self.ia3:
+            self.ia3_l = nnx.LoRAParam(jnp.zeros((inputs if self.scales_input else outputs,), jnp.float32))
+        if self.adapted:
+            self.lora_A = nnx.LoRAParam(jnp.zeros((rank, inputs), jnp.float32))
+            self.lora_B = nnx.LoRAParam(jnp.zeros((outputs, rank), jnp.float32))
+        if self.adapted and spec.pissa:
+            self.pissa_A = nnx.LoRAParam(jnp.zeros((rank, inputs), jnp.float32))
+            self.pissa_B = nnx.LoRAParam(jnp.zeros((outputs, rank), jnp.float32))
+        if self.adapted and spec.use_dora:
+            self.lora_magnitude_vector = nnx.LoRAParam(jnp.zeros((outputs,), jnp.float32))
+
+    def __call__(
+        self, x: Float[Array, "B T i"], layer: Int[Array, ""], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T o"]:
+        bias = self.bias[...].astype(x.dtype)[None, None] if self.biased else 0.0
+        scale = lora.at(self.site.scales, layer)
+        if self.ia3:
+            factor = jnp.where(scale == 0, 1.0, self.ia3_l[...]).astype(x.dtype)[None, None]
+            return self._base(x * factor, scale) + bias if self.scales_input else (self._base(x, scale) + bias) * factor
+        y = self._base(x, scale)
+        if not self.adapted:
+            return y + bias
+        dropped = lora.dropout(x, self.spec.dropout, key)
+        change = lora.delta(dropped, self.lora_A[...], self.lora_B[...], scale)
+        if self.spec.use_dora:
+            factor = lora.dora_factor(self.weight.get_value(), self._leaves(), scale)[None, None]
+            direction = y if dropped is x else self._base(dropped, scale)
+            change = ((factor - 1.0) * direction + factor * change).astype(x.dtype)
+        return y + change + bias
+
+    def _base(self, x: Float[Array, "B T i"], scale: float | Float[Array, ""]) -> Float[Array, "B T o"]:
+        """W x; for PiSSA without the frozen pair's share, which is what trains."""
+        y = linear(x, self.weight.get_value())
+        if not (self.adapted and self.spec.pissa):
+            return y
+        leaves = self._leaves()
+        return y - lora.delta(x, leaves["pissa_A"], leaves["pissa_B"], scale)
+
+    def _leaves(self) -> lora.Leaves:
+        """The adapter's arrays by name; PiSSA's frozen pair takes no gradient."""
+        leaves = {"lora_A": self.lora_A[...], "lora_B": self.lora_B[...]}
+        if self.spec.pissa:
+            leaves["pissa_A"] = jax.lax.stop_gradient(self.pissa_A[...])
+            leaves["pissa_B"] = jax.lax.stop_gradient(self.pissa_B[...])
+        if self.spec.use_dora:
+            leaves["lora_magnitude_vector"] = self.lora_magnitude_vector[...]
+        return leaves
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight, the mean square in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.zeros((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return jnp.einsum("...D,D->...D", normed.astype(x.dtype), self.weight[...].astype(x.dtype))
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        self.compute = compute
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        D, L, bias = config.hidden_size, config.num_hidden_layers, config.qkv_bias
+        self.q_proj = Projection("self_attn.q_proj", D, queries, spec, compute, bias=bias, layers=L)
+        self.k_proj = Projection("self_attn.k_proj", D, keys, spec, compute, bias=bias, layers=L)
+        self.v_proj = Projection("self_attn.v_proj", D, keys, spec, compute, bias=bias, layers=L)
+        self.o_proj = Projection("self_attn.o_proj", queries, D, spec, compute, bias=config.o_bias, layers=L)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, compute.param_dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, compute.param_dtype)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
+        segments: Int[Array, "B T"],
+        layer: Int[Array, ""],
+        keys: list[PRNGKeyArray | None],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        B, T, _ = x.shape
+        q = self.q_proj(x, layer, keys[0]).reshape(B, T, -1, self.config.head_dim)
+        k = self.k_proj(x, layer, keys[1]).reshape(B, T, -1, self.config.head_dim)
+        v = self.v_proj(x, layer, keys[2]).reshape(B, T, -1, self.config.head_dim)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *turned), rotate(k, *turned)
+        k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.compute.attention
+        if cache is not None:
+            backend = "xla"  # few queries and many keys, which the kernels are not made for
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.fill, axis=1)
+            k_segments, start = cache.segments, cache.fill
+            cache = cache._replace(k=k, v=v)
+        mixed = attention(
+            q,
+            k,
+            v,
+            q_segments=segments,
+            k_segments=k_segments,
+            q_start=start,
+            window=self.config.sliding_window,
+            backend=backend,
+            mesh=self.compute.mesh,
+            packing=self.compute.packing if cache is None else UNKNOWN,
+        )
+        return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
+        self.gate_proj = Projection("mlp.gate_proj", D, F, spec, compute, bias=bias, layers=L)
+        self.up_proj = Projection("mlp.up_proj", D, F, spec, compute, bias=bias, layers=L)
+        self.down_proj = Projection("mlp.down_proj", F, D, spec, compute, bias=bias, layers=L)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Int[Array, ""], keys: list[PRNGKeyArray | None]
+    ) -> Float[Array, "B T D"]:
+        gated = jax.nn.silu(self.gate_proj(x, layer, keys[0])) * self.up_proj(x, layer, keys[1])
+        return self.down_proj(gated, layer, keys[2])
+
+
+class Layer(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
+        self.self_attn = Attention(config, spec, compute)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
+        self.mlp = MLP(config, spec, compute)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
+        segments: Int[Array, "B T"],
+        layer: Int[Array, ""],
+        key: PRNGKeyArray | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
+        mixed, cache = self.self_attn(self.input_layernorm(x), turned, segments, layer, keys[:4], cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x), layer, keys[4:]), cache
+
+
+class Embedding(nnx.Module):
+    """A token table [V, D], for input, head or both where they are tied; a trained copy of it where `trained`."""
+
+    def __init__(self, config: LlamaConfig, dtype: DTypeLike, *, trained: bool) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight, self.trained = nnx.Param(jnp.zeros(shape, dtype)), trained
+        if trained:
+            self.modules_to_save = nnx.LoRAParam(jnp.zeros(shape, jnp.float32))
+
+    def table(self) -> Float[Array, "V D"]:
+        """The table in use."""
+        return (self.modules_to_save if self.trained else self.weight)[...]
+
+
+class Llama(nnx.Module):
+    """The decoder; hidden states and logits are separate, so that a loss may take logits where it needs them.
+
+    Args:
+      config: the base.
+      spec: the adapter.
+      compute: dtypes, and what the backward pass recomputes.
+    """
+
+    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+        self.config, self.compute, param_dtype = config, compute, compute.param_dtype
+        self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
+        self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
+        stack = nnx.vmap(lambda _: Layer(config, spec, compute), axis_size=config.num_hidden_layers)
+        self.layers = stack(None)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        if not tied:
+            self.lm_head = Embedding(config, param_dtype, trained=spec.saves("lm_head", tied=tied))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states after the last norm, and the cache with these tokens written to it.
+
+        Args:
+          tokens: token ids.
+          segments: which example each token belongs to, from 1; 0 is padding.
+          positions: place of each token within its example, from 0.
+          key: for the adapter's dropout and for noise on embeddings; None turns both off.
+          cache: where to read and write keys and values; None in training.
+        """
+        turned = angles(self.config.rope, positions, self.config.head_dim)
+        x = self.embed_tokens.table()[tokens].astype(self.compute.compute_dtype)
+        if key is not None and self.noise:
+            key, noise_key = jax.random.split(key)
+            x = lora.noise(x, segments, self.noise, noise_key)
+        if cache is None:
+            x = split_rows(x, self.compute.mesh)
+        graphdef, layers = nnx.split(self.layers)
+        keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
+        if cache is not None:
+            written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.fill, axis=1)
+            cache = cache._replace(segments=written)
+
+        def layer(x: Array, leaves: tuple[Any, Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
+            state, index, key, kv = leaves
+            past = None if cache is None else LayerCache(kv[0], kv[1], cache.segments, cache.fill)
+            x, past = nnx.merge(graphdef, state)(x, turned, segments, index, key, past)
+            return x, None if past is None else (past.k, past.v)
+
+        policy = KEPT[self.compute.remat]
+        body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        kv = None if cache is None else (cache.k, cache.v)
+        x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
+        if cache is not None and kv is not None:
+            cache = Cache(kv[0], kv[1], cache.segments, cache.fill + tokens.shape[1])
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Scores of the next token, float32."""
+        return scores(hidden, self.head())
+
+    def head(self) -> Float[Array, "V D"]:
+        """The table that `logits` multiplies by; where devices share it, it comes together here."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return whole_rows(head.table(), self.compute.mesh)
+
+
+def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
+    """Scores of the next token, float32."""
+    return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:
+    """A cache for `batch` rows of up to `places` tokens, with nothing in it."""
+    c = config
+    shape = (c.num_hidden_layers, batch, places, c.num_key_value_heads, c.head_dim)
+    segments = jnp.zeros((batch, places), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))

@@ -1,0 +1,1 @@
+"""Before training: rows become batches, and memory and time are forecast for a device."""

@@ -1,0 +1,1 @@
+"""The compiled steps: loss, optimizer, training and evaluation step."""

@@ -1,0 +1,81 @@
+"""The optimizer: AdamW on the adapter, nothing on the base, and the learning-rate schedule.
+
+The base enters `multi_transform` as a masked node: it has no gradient, no state and no update.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from jlora.adapters.lora import Adapter
+from jlora.config.schema import Config
+
+State = optax.OptState
+
+
+def schedule(config: Config, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warm-up, then as `lr_scheduler_type` says; as transformers' own.
+
+    Args:
+      steps: optimizer steps of the run.
+    """
+    warmup = -int(-(config.warmup_ratio * steps) // 1)
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.lr_scheduler_type]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+# Leaves that LoRA+ gives its own rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354); leaves that never change.
+FAST, FROZEN = ("lora_B", "lora_magnitude_vector"), ("pissa_A", "pissa_B")
+
+
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); the base is labelled frozen."""
+    rate = schedule(config, steps)
+
+    def adamw(ratio: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: ratio * rate(step),
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        if path[-1].key in FROZEN:
+            return "frozen"
+        return "fast" if path[-1].key in FAST and config.loraplus_lr_ratio != 1 else "train"
+
+    def labels(tree: dict[str, Any]) -> dict[str, Any]:
+        return {"lora": jax.tree_util.tree_map_with_path(label, tree["lora"]), "base": "frozen"}
+
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    rates = {"train": adamw(1.0), "frozen": optax.set_to_zero()}
+    if config.loraplus_lr_ratio != 1:
+        rates["fast"] = adamw(config.loraplus_lr_ratio)
+    return optax.chain(clip, optax.multi_transform(rates, labels))
+
+
+def _tree(lora: Adapter) -> dict[str, Any]:
+    return {"lora": lora, "base": optax.MaskedNode()}
+
+
+def init(optimizer: optax.GradientTransformation, lora: Adapter) -> State:
+    """Optimizer state: two float32 moments of every leaf that trains, and counters."""
+    return optimizer.init(_tree(lora))
+
+
+def update(
+    optimizer: optax.GradientTransformation, grads: Adapter, state: State, lora: Adapter
+) -> tuple[Adapter, State]:
+    """The adapter and the optimizer state after one step."""
+    updates, state = optimizer.update(_tree(grads), state, _tree(lora))
+    return optax.apply_updates(lora, updates["lora"]), state

@@ -1,0 +1,138 @@
+"""The compiled programs of a run: from shapes alone, or with the arrays that they run on."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from jlora.adapters import lora
+from jlora.adapters.lora import Adapter
+from jlora.data.batches import Batch, Batches, Shape
+from jlora.distributed.sharding import place, places_of, row_ways, shardings
+from jlora.models.llama import Llama
+from jlora.steps import loss_scale, optim
+from jlora.steps.compilation import Compiler
+from jlora.steps.step import Metrics, TrainState, make_eval_step, make_train_step
+
+
+def fresh_state(
+    adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
+) -> TrainState:
+    """Step 0, without moments; placed on the mesh."""
+    places = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
+    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=places)(adapter)
+
+
+def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
+    scaling = loss_scale.first() if compute_dtype == jnp.float16 else None
+    return TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
+
+
+def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
+    """Shapes and dtypes with their places on the mesh, as `shardings` has them: what a program is compiled from."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh, root),
+    )
+
+
+def state_shapes(
+    adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
+) -> TrainState:
+    """What `fresh_state` would make, as shapes."""
+    made = jax.eval_shape(lambda adapter: _first(adapter, optimizer, compute_dtype), adapter)
+    return placed_shapes(made, mesh, "state")
+
+
+def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh) -> Batch:
+    """A batch of one compiled size, as shapes."""
+    places, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
+    tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (places, targets))
+    weights = jax.ShapeDtypeStruct(targets, jnp.float32)
+    return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, "batch")
+
+
+class Programs:
+    """The compiled steps of one run on one mesh; each size of batch is compiled when it first comes.
+
+    Args:
+      base: the frozen weights, placed; shapes of them are enough to compile, and arrays may take their place.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[Llama],
+        base: Any,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        dropout: bool,
+        seed: int,
+    ) -> None:
+        self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._seed = seed
+        self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
+        self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
+        self._compile = Compiler(mesh.devices.flat[0].platform)
+        self.compiled: dict[tuple[str, Shape], Any] = {}
+        self.after_compiling: Callable[[], None] = lambda: None
+
+    def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
+        """One optimizer step; the state given is used up."""
+        placed = self._place(batch)
+        return self.compile_training(state, placed, say)(state, self.base, placed, self._key)
+
+    def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
+        """Mean loss over all targets of the held-out examples, nats a target."""
+        sums = []
+        for step in range(batches.steps_per_epoch):
+            batch = batches[step]
+            arguments = (adapter, self.base, self._place(batch))
+            program = self._program("evaluation", batch, lambda: self._eval.lower(*arguments), say)  # noqa: B023
+            sums.append(program(*arguments))
+        losses, targets = np.sum(jax.device_get(sums), axis=0)
+        return float(losses / targets)
+
+    def neutral(self, adapter: Adapter) -> Adapter:
+        """An adapter of the same form and place that does nothing."""
+        return jax.jit(lora.neutral, out_shardings=places_of(adapter))(adapter, self.base)
+
+    def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
+        """The training step for a size of batch; `state` and `batch` may be placed shapes."""
+
+        def lower() -> jax.stages.Lowered:
+            step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(places_of(state), self._everywhere))
+            drawn = jax.eval_shape(jax.random.key, self._seed)
+            key = jax.ShapeDtypeStruct(drawn.shape, drawn.dtype, sharding=self._everywhere)
+            return step.lower(state, self.base, batch, key)
+
+        return self._program("training", batch, lower, say)
+
+    def _place(self, batch: Batch) -> Batch:
+        """A host batch on the mesh, its rows split."""
+        return place(batch, shardings(batch, self._mesh, "batch"))
+
+    @functools.cached_property
+    def _key(self) -> PRNGKeyArray:
+        """Of all that is drawn in training."""
+        return jax.jit(lambda: jax.random.key(self._seed), out_shardings=self._everywhere)()
+
+    def _program(
+        self, name: str, batch: Batch, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]
+    ) -> Any:
+        key = (name, Shape(batch.tokens.shape[2], batch.targets.shape[2]))
+        if key not in self.compiled:
+            rows, length = batch.tokens.shape[1:]
+            self.compiled[key] = self._compile(f"the {name} step for {rows} x {length} tokens", lower, say)
+            self.after_compiling()
+        return self.compiled[key]

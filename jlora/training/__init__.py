@@ -1,0 +1,1 @@
+"""Training: setup, resume, loop, checkpoints, metrics."""
