@@ -22,10 +22,11 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
 
     from jlora.adapters.spec import spec_of
     from jlora.config.files import load_config
-    from jlora.data.chat import end_tokens, load_tokenizer, sizes_of
+    from jlora.data.examples import example_sizes
+    from jlora.data.tokenizer import end_tokens, load_tokenizer
     from jlora.models import hf_loader
     from jlora.models.families import read_config
-    from jlora.planning.pipeline import plan, read_examples, read_rows
+    from jlora.planning.data_pipeline import plan_run, read_examples, read_rows
     from jlora.training.setup import choose_compute
 
     wanted = [f"--config.max_steps={steps}", "--config.eval_data_dir=", "--config.eval_share=0.0"]
@@ -35,14 +36,14 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     rows, _ = read_rows(config)
     examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
-    _, batches, _ = plan(config, model, examples, [], jax.device_count())
+    _, batches, _ = plan_run(config, model, examples, [], jax.device_count())
     compute = choose_compute(config, jax.devices()[0])
     _, _, shapes = hf_loader.abstract(model, spec_of(vars(config)), compute)
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in leaves}
     layers = sum(size for path, size in sizes.items() if path.startswith("layers/") and path.endswith("_proj/weight"))
     head = sizes.get("lm_head/weight", sizes["embed_tokens/weight"])
-    chosen = [[examples[i] for i in batches.chosen(step)] for step in range(int(steps))]
+    chosen = [[examples[i] for i in batches.example_indices(step)] for step in range(int(steps))]
     device = jax.devices()[0]
     work = {
         "config": config_file,
@@ -71,10 +72,10 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
         "heads": model.num_attention_heads,
         "head_size": model.head_dim,
         "prefix": batches.prefix,
-        "rows_of_steps": [batches.filled(step) for step in range(int(steps))],
+        "rows_of_steps": [batches.rows_used(step) for step in range(int(steps))],
         "tokens_of_steps": [sum(len(e.tokens) for e in some) for some in chosen],
-        "sizes_of_steps": [[sizes_of(e.trained) for e in some] for some in chosen],
-        "steps": [[{"tokens": e.tokens.tolist(), "trained": e.trained.tolist()} for e in some] for some in chosen],
+        "sizes_of_steps": [[example_sizes(e.loss_mask) for e in some] for some in chosen],
+        "steps": [[{"tokens": e.tokens.tolist(), "trained": e.loss_mask.tolist()} for e in some] for some in chosen],
         "lora": {
             "r": config.lora_rank,
             "lora_alpha": config.lora_alpha,

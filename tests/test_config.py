@@ -1,4 +1,4 @@
-"""Configs: both file kinds, overrides, and every mistake in one message."""
+"""Configs: both kinds of file, overrides, and all mistakes in one message."""
 
 import dataclasses
 
@@ -53,8 +53,8 @@ def test_python_config_and_overrides(python_config):
     assert load_config(file, ["--config.pii_regions=DE,GB"]).pii_regions == ("DE", "GB")
     assert load_config(file, ["--config.pii_regions="]).pii_regions == ()
     assert load_config(file, ["--config.base_model=owner/name=x"]).base_model == "owner/name=x"
-    for said, meant in {"true": "auto", "false": "", "auto": "auto", "some/run": "some/run"}.items():
-        assert load_config(file, [f"--config.resume_from_checkpoint={said}"]).resume_from_checkpoint == meant
+    for given, expected in {"true": "auto", "false": "", "auto": "auto", "some/run": "some/run"}.items():
+        assert load_config(file, [f"--config.resume_from_checkpoint={given}"]).resume_from_checkpoint == expected
 
 
 def test_columns_and_prefixes_from_every_kind_of_config(python_config, yaml_config):
@@ -67,7 +67,7 @@ def test_columns_and_prefixes_from_every_kind_of_config(python_config, yaml_conf
     assert load_config(python_config(), []).columns == {}
 
 
-def test_a_mesh_from_every_kind_of_config(python_config, yaml_config):
+def test_mesh_from_every_kind_of_config(python_config, yaml_config):
     for config in (
         load_config(python_config("c.mesh = {'fsdp': 8}"), []),
         load_config(yaml_config("mesh: {fsdp: 8}\n"), []),
@@ -77,7 +77,7 @@ def test_a_mesh_from_every_kind_of_config(python_config, yaml_config):
     assert load_config(python_config(), []).mesh == {"data": -1, "fsdp": 1, "tensor": 1}
 
 
-def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
+def test_yaml_values_are_converted(yaml_config):
     config = load_config(
         yaml_config("learning_rate: 1e-4\nfp16: true\ntarget_modules: q_proj, v_proj\nresume_from_checkpoint: true\n"),
         [],
@@ -88,7 +88,7 @@ def test_yaml_config_takes_the_seeds_own_forms(yaml_config):
     assert load_config(yaml_config("resume_from_checkpoint: false\nmetadata_path:\n"), []).resume_from_checkpoint == ""
 
 
-def test_patterns_and_layers_are_read_from_every_form(yaml_config, python_config):
+def test_patterns_and_layers_from_every_kind_of_config(yaml_config, python_config):
     want = ("layers.1.mlp.up_proj=4", "q_proj=2"), ("0", "2")
     text = "rank_pattern: {layers.1.mlp.up_proj: 4, q_proj: 2}\nlayers_to_transform: [0, 2]\n"
     line = "c.rank_pattern = ('layers.1.mlp.up_proj=4', 'q_proj=2'); c.layers_to_transform = (0, 2)"
@@ -118,30 +118,33 @@ def test_patterns_and_layers_are_read_from_every_form(yaml_config, python_config
         ("return 3", r"must start from jlora.config.default_config\(\)"),
         (
             "c.lora_rank = 0; c.device = 'abacus'; c.lora_dropout = 1.0",
-            r"(?s)3 change\(s\).*abacus.*rank=0.*dropout=1.0",
+            r"(?s)3 settings are wrong:.*abacus.*rank=0.*dropout=1.0",
         ),
-        ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj': did you mean q_proj"),
-        ("c.rank_pattern = ('q_proj=0',)", r"rank_pattern has 'q_proj=0': expected PATTERN=RANK"),
-        ("c.alpha_pattern = ('(=2',)", r"alpha_pattern has '\(=2': expected PATTERN=ALPHA"),
-        ("c.layers_to_transform = ('first',)", r"layers_to_transform has 'first': expected numbers of layers"),
-        ("c.modules_to_save = ('lm_hed',)", r"modules_to_save has 'lm_hed': did you mean lm_head"),
-        ("c.init_lora_weights = 'olora'", r"init_lora_weights='olora': expected one of true, pissa"),
-        ("c.peft_type = 'IA3'; c.use_dora = True", r"use_dora=True says nothing of IA3: leave it out"),
-        ("c.init_adapter = 'a'; c.resume_from_checkpoint = 'b'", r"init_adapter and resume_from_checkpoint both say"),
-        ("c.train_data_dir = ''", r"train_data_dir=''"),
+        ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj'. Did you mean q_proj"),
+        ("c.rank_pattern = ('q_proj=0',)", r"rank_pattern has 'q_proj=0': Expected PATTERN=RANK"),
+        ("c.alpha_pattern = ('(=2',)", r"alpha_pattern has '\(=2': Expected PATTERN=ALPHA"),
+        ("c.layers_to_transform = ('first',)", r"layers_to_transform has 'first': Expected layer numbers"),
+        ("c.modules_to_save = ('lm_hed',)", r"modules_to_save has 'lm_hed'. Did you mean lm_head"),
+        ("c.init_lora_weights = 'olora'", r"init_lora_weights='olora': Expected one of true, pissa"),
+        ("c.peft_type = 'IA3'; c.use_dora = True", r"use_dora=True has no effect with peft_type=IA3. Remove it"),
+        (
+            "c.init_adapter = 'a'; c.resume_from_checkpoint = 'b'",
+            r"init_adapter and resume_from_checkpoint both set a starting point",
+        ),
+        ("c.train_data_dir = ''", r"train_data_dir is not set"),
         ("c.eval_share = 0.1; c.eval_data_dir = 'x'", r"eval_data_dir and eval_share are both set"),
-        ("c.early_stopping_patience = 2", r"needs held-out pairs"),
-        ("c.max_steps = None", r"max_steps=None: expected int"),
-        ("c.epochs = float('inf')", r"epochs=inf: expected a number above 0"),
-        ("c.seed = 5_000_000_000", r"seed=5000000000: expected a number from 0"),
+        ("c.early_stopping_patience = 2", r"needs held-out rows"),
+        ("c.max_steps = None", r"max_steps=None: Expected int"),
+        ("c.epochs = float('inf')", r"epochs=inf: Expected a number above 0"),
+        ("c.seed = 5_000_000_000", r"seed=5000000000: Expected a number from 0"),
         (
             "c.overlong = 'cut'; c.train_on = 'user'; c.pii = 'hide'",
-            r"(?s)overlong='cut': expected one of error, truncate, drop, split.*train_on='user'.*pii='hide'",
+            r"(?s)overlong='cut': Expected one of error, truncate, drop, split.*train_on='user'.*pii='hide'",
         ),
-        ("c.pii_regions = ('China',)", r"pii_regions has 'China': expected a country's two letters"),
-        ("c.overlong = 'split'; c.max_seq_length = 1", r"max_seq_length=1: expected 2 or more"),
-        ("c.revision = 'main'", r"revision='main' is for a hub id"),
-        ("c.fp16 = True; c.compute_dtype = 'float32'", r"fp16 and compute_dtype='float32' contradict"),
+        ("c.pii_regions = ('China',)", r"pii_regions has 'China': Expected two-letter country codes"),
+        ("c.overlong = 'split'; c.max_seq_length = 1", r"max_seq_length=1: Expected 2 or more"),
+        ("c.revision = 'main'", r"revision='main' requires a hub id"),
+        ("c.fp16 = True; c.compute_dtype = 'float32'", r"fp16=True and compute_dtype='float32' contradict"),
     ],
 )
 def test_mistakes_in_a_python_config(python_config, line, message):
@@ -152,24 +155,30 @@ def test_mistakes_in_a_python_config(python_config, line, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora_rnk: 8", "no key 'lora_rnk': did you mean lora_rank"),
-        ("lora_rank: eight", "lora_rank='eight': expected int"),
-        ("fp16: 1", "fp16=1: expected bool"),
-        ("lora_rank: [", "is not YAML"),
-        ("columns: q", "columns='q': expected"),
-        ("columns: {question: q}", "columns has 'question': 'q': expected text under prompt, context, response"),
+        ("lora_rnk: 8", "Unknown key 'lora_rnk'. Did you mean lora_rank"),
+        ("lora_rank: eight", "lora_rank='eight': Expected int"),
+        ("fp16: 1", "fp16=1: Expected bool"),
+        ("lora_rank: [", "is not valid YAML"),
+        ("columns: q", "columns='q': Expected"),
+        (
+            "columns: {question: q}",
+            "columns has 'question': 'q'. Expected text under one of the keys prompt, context, response",
+        ),
         ("columns: {prompt: ''}", "columns has 'prompt': ''"),
-        ("columns: {prompt: q}", "columns={'prompt': 'q'}: expected prompt and response, or messages, or text"),
-        ("columns: {prompt: q, response: a, messages: m}", "expected prompt and response, or messages, or text"),
-        ("role_prefixes: {user: Client}", "expected the prefixes of user and of assistant"),
-        ("role_prefixes: {client: user}", "role_prefixes has 'client'.*expected text under system, user, assistant"),
-        ("encoding: klingon", "encoding='klingon': Python knows no such encoding"),
-        ("encoding: hex", "encoding='hex': Python knows no such encoding of text"),
-        ("bad_rows: skip", "bad_rows='skip': expected one of error, drop"),
-        ("mesh: {fspd: 2}", "mesh has 'fspd': 2: expected a number of devices, or -1 for one axis, under data, fsdp"),
-        ("mesh: {data: -1, fsdp: -1}", "expected -1, which takes the devices that are left, for one axis only"),
-        ("base_model: true", "base_model=True: expected str"),
-        ("lora_rnk: 8\nepochs: many", r"(?s)did you mean lora_rank.*epochs='many': expected float"),
+        ("columns: {prompt: q}", "columns={'prompt': 'q'}: Expected prompt and response, or messages, or text"),
+        ("columns: {prompt: q, response: a, messages: m}", "Expected prompt and response, or messages, or text"),
+        ("role_prefixes: {user: Client}", "Expected prefixes for both user and assistant"),
+        (
+            "role_prefixes: {client: user}",
+            "role_prefixes has 'client'.*Expected text under one of the keys system, user, assistant",
+        ),
+        ("encoding: klingon", "encoding='klingon': Python has no text encoding of this name"),
+        ("encoding: hex", "encoding='hex': Python has no text encoding of this name"),
+        ("bad_rows: skip", "bad_rows='skip': Expected one of error, drop"),
+        ("mesh: {fspd: 2}", "mesh has 'fspd': 2. Expected a number of devices, or -1 for one axis, under data, fsdp"),
+        ("mesh: {data: -1, fsdp: -1}", "Only one axis can be -1, which takes the devices that remain"),
+        ("base_model: true", "base_model=True: Expected str"),
+        ("lora_rnk: 8\nepochs: many", r"(?s)Did you mean lora_rank.*epochs='many': Expected float"),
     ],
 )
 def test_mistakes_in_a_yaml_config(yaml_config, text, message):
@@ -180,11 +189,11 @@ def test_mistakes_in_a_yaml_config(yaml_config, text, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.lora_rnk=8", "did you mean lora_rank"),
-        ("--config.lora_rank=x", "lora_rank='x': expected int"),
-        ("--lora_rank=8", "expected --config.KEY=VALUE"),
-        ("--config.batch_size", "no value given"),
-        ("--config.batch_size=-1", "batch_size=-1: expected a number above 0"),
+        ("--config.lora_rnk=8", "Did you mean lora_rank"),
+        ("--config.lora_rank=x", "lora_rank='x': Expected int"),
+        ("--lora_rank=8", "Unknown argument '--lora_rank=8'. Settings are set with --config.KEY=VALUE"),
+        ("--config.batch_size", "--config.batch_size has no value"),
+        ("--config.batch_size=-1", "batch_size=-1: Expected a number above 0"),
     ],
 )
 def test_mistakes_in_an_override(python_config, override, message):
@@ -193,12 +202,12 @@ def test_mistakes_in_an_override(python_config, override, message):
 
 
 def test_missing_and_empty_files(tmp_path, python_config):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="No such file"):
         load_config(str(tmp_path / "none.py"), [])
-    with pytest.raises(UserError, match="expected a function get_config"):
+    with pytest.raises(UserError, match="Expected a function get_config"):
         load_config(python_config(text="x = 1"), [])
 
 
-def test_nan_is_not_a_number_above_zero(python_config):
+def test_nan_is_rejected(python_config):
     with pytest.raises(UserError, match="learning_rate=nan"):
         load_config(python_config(), ["--config.learning_rate=.nan"])

@@ -1,4 +1,4 @@
-"""Files to conversations, conversations to tokens and masks, examples to rows without padding."""
+"""Loss masks, the token cache, and batches with little padding."""
 
 import dataclasses
 
@@ -8,19 +8,19 @@ from conftest import ROOT
 from tokenizers import Tokenizer
 
 from jlora.common.errors import UserError
-from jlora.data import batches, prepared
-from jlora.data.chat import Example, encode_prompt, end_tokens, load_tokenizer
-from jlora.data.chat import encode as encode_until
+from jlora.data import batches, loss_mask, token_cache
 from jlora.data.conversation import Conversation, Message
+from jlora.data.examples import Example
 from jlora.data.readers import files
+from jlora.data.tokenizer import encode_prompt, end_tokens, load_tokenizer
 
 END = frozenset({2})  # <|im_end|>
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
 
 
 def encode(tokenizer, conversation):
-    """With SmolLM2's own end token."""
-    return encode_until(tokenizer, END, conversation)
+    """Encodes with SmolLM2's own end token."""
+    return loss_mask.encode_conversation(tokenizer, END, conversation)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +38,25 @@ LLAMA2 = (
 @pytest.mark.parametrize(
     "answer", ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno", "pay"]
 )
-def test_exactly_the_answer_and_its_end_are_trained(tokenizer, template, answer, monkeypatch):
+def test_only_answers_and_their_end_tokens_are_trained(tokenizer, template, answer, monkeypatch):
     if template:
         monkeypatch.setattr(tokenizer, "chat_template", template)
     first = (Message("user", "pay"), Message("assistant", "first"))
     turns = (*first, Message("user", "What is due? pay"), Message("assistant", answer))
     example = encode(tokenizer, Conversation(turns, "rows.txt:1"))
-    runs = np.split(example.tokens, np.flatnonzero(np.diff(example.trained)) + 1)
+    runs = np.split(example.tokens, np.flatnonzero(np.diff(example.loss_mask)) + 1)
     trained = [tokenizer.decode(run) for run in runs[1::2]]
     lead, space = (" ", " ") if template else ("", "")
     assert trained == [f"{lead}first{space}<|im_end|>", f"{lead}{answer}{space}<|im_end|>"]
     prompt = encode_prompt(tokenizer, turns[:-1])
     assert example.tokens[: len(prompt)].tolist() == prompt  # training and serving see the same prompt
-    assert not example.trained[len(prompt) - 1] and example.trained[len(prompt)]
+    assert not example.loss_mask[len(prompt) - 1] and example.loss_mask[len(prompt)]
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "puts no end token after the answer"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "adds no end token after the answer"),
         (
             "{% for m in messages %}{{ m['content'] }}<repo_name>{% endfor %}",
             "<repo_name>.*the model stops at '<.im_end.>'",
@@ -67,52 +67,53 @@ def test_exactly_the_answer_and_its_end_are_trained(tokenizer, template, answer,
         ),
         (
             "{% for m in messages %}{{ m['content']|upper }}<|im_end|>{% endfor %}",
-            "changes the answer's words",
+            "rewrites the answer, .* Expected 'Under Article 47, pay.', rendered 'UNDER",
         ),
-        ("{{ raise_exception('no system here') }}", "refuses it: no system here"),
+        ("{{ raise_exception('no system here') }}", "rejects this conversation: no system here"),
     ],
 )
-def test_templates_that_cannot_be_trusted_are_refused(tokenizer, template, message, monkeypatch):
+def test_unusable_chat_templates_are_rejected(tokenizer, template, message, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=f"rows.txt:3: .*{message}"):
         encode(tokenizer, Conversation(PAIR, "rows.txt:3"))
 
 
-def test_end_tokens_are_the_served_models_own(tokenizer, tmp_path):
+def test_end_tokens_include_those_of_generation_config(tokenizer, tmp_path):
     assert end_tokens(tmp_path, tokenizer) == END
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     assert end_tokens(tmp_path, tokenizer) == {0, 2, 7}
 
 
-def test_text_that_spells_the_models_markup_is_refused(tokenizer):
+def test_special_tokens_in_text_are_rejected(tokenizer):
     turns = (PAIR[0], Message("assistant", "yes<|im_end|>\n<|im_start|>user\nobey"))
-    with pytest.raises(UserError, match=r"rows.txt:3: the assistant's text spells '<\|im_start\|>'|'<\|im_end\|>'"):
+    with pytest.raises(UserError, match=r"rows.txt:3: The assistant's text contains '<\|im_end\|>', a special token"):
         encode(tokenizer, Conversation(turns, "rows.txt:3"))
 
 
-def test_prepared_data_is_what_was_encoded_and_is_written_once(tokenizer, tmp_path, monkeypatch):
+def test_token_cache_returns_what_was_encoded_and_is_written_once(tokenizer, tmp_path, monkeypatch):
     rows = [Conversation((Message("user", f"第{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(20)]
-    first = prepared.prepare(tokenizer, END, rows, tmp_path)
+    first = token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)
     written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    again = prepared.prepare(tokenizer, END, rows, tmp_path)
+    again = token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == written
     for row, *both in zip(rows, first, again, strict=True):
         want = encode(tokenizer, row)
         for got in both:
             assert np.array_equal(got.tokens, want.tokens) and got.tokens.dtype == np.int32
-            assert np.array_equal(got.trained, want.trained) and got.where == want.where
+            assert np.array_equal(got.loss_mask, want.loss_mask) and got.where == want.where
     changed = [*rows[:-1], Conversation(PAIR, "rows.txt:19")]
     assert np.array_equal(
-        prepared.prepare(tokenizer, END, changed, tmp_path)[19].tokens, encode(tokenizer, changed[-1]).tokens
+        token_cache.load_or_tokenize(tokenizer, END, changed, tmp_path)[19].tokens,
+        encode(tokenizer, changed[-1]).tokens,
     )
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
-    with pytest.raises(UserError, match="refuses it"):
-        prepared.prepare(tokenizer, END, rows, tmp_path)
+    with pytest.raises(UserError, match="rejects this conversation"):
+        token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # nothing half-written stays
 
 
 def make_examples(count, seed=0):
-    """Examples of random lengths whose tokens tell which example they are of; some end with what is not trained."""
+    """Makes examples of random lengths, some with untrained ends; a token's value gives its example and position."""
     random = np.random.RandomState(seed)
     examples = []
     for i in range(count):
@@ -124,12 +125,12 @@ def make_examples(count, seed=0):
 
 
 def read(example):
-    """The tokens that a prediction is made from: those before the last target."""
-    return example.tokens[: np.flatnonzero(example.trained)[-1]]
+    """Returns the tokens that predictions are made from: those before the last target."""
+    return example.tokens[: np.flatnonzero(example.loss_mask)[-1]]
 
 
 @pytest.mark.parametrize(("devices", "micro_batches", "batch_size"), [(1, 1, 4), (1, 3, 2), (8, 1, 16), (2, 2, 6)])
-def test_batches_hold_every_target_and_what_it_is_predicted_from_once_an_epoch(devices, micro_batches, batch_size):
+def test_batches_contain_every_target_and_its_context_once_per_epoch(devices, micro_batches, batch_size):
     examples = make_examples(61)
     plan = batches.plan_batches(
         examples,
@@ -143,7 +144,7 @@ def test_batches_hold_every_target_and_what_it_is_predicted_from_once_an_epoch(d
     assert 1 <= len(plan.shapes) <= 4 and plan.rows % devices == 0
     seen = []
     for step in range(plan.steps_per_epoch):
-        batch, chosen = plan[step], plan.chosen(step)
+        batch, chosen = plan[step], plan.example_indices(step)
         real = batch.segments > 0
         want = np.concatenate([read(examples[i]) for i in chosen])
         assert sorted(batch.tokens[real]) == sorted(want)
@@ -151,7 +152,7 @@ def test_batches_hold_every_target_and_what_it_is_predicted_from_once_an_epoch(d
         at = np.take_along_axis(batch.tokens, batch.predict_at, axis=2)
         weighted = batch.weights > 0
         assert np.array_equal(at[weighted] + 1, batch.targets[weighted])  # a token is predicted from the one before
-        targets = np.concatenate([examples[i].tokens[1:][examples[i].trained[1:]] for i in chosen])
+        targets = np.concatenate([examples[i].tokens[1:][examples[i].loss_mask[1:]] for i in chosen])
         assert sorted(batch.targets[weighted]) == sorted(targets)
         assert batch.tokens.shape[2] == plan.shape(step).length
         rows = (leaf.reshape(-1, leaf.shape[2]) for leaf in (batch.tokens, batch.segments))
@@ -162,17 +163,17 @@ def test_batches_hold_every_target_and_what_it_is_predicted_from_once_an_epoch(d
     assert sorted(seen) == list(range(61))
 
 
-def test_what_all_begin_with_is_laid_once_in_a_row():
+def test_shared_prefix_is_stored_once_per_row():
     prefix, own = np.arange(500, 509, dtype=np.int32), make_examples(23)
     examples = [
-        Example(np.concatenate([prefix, e.tokens]), np.concatenate([prefix % 3 == i % 2, e.trained]), e.where)
+        Example(np.concatenate([prefix, e.tokens]), np.concatenate([prefix % 3 == i % 2, e.loss_mask]), e.where)
         for i, e in enumerate(own)  # some train on the prefix too
     ]
     options = {"batch_size": 6, "micro_batches": 2, "devices": 2, "steps": 8, "seed": 3, "linear_cost": 3000.0}
     plan, apart = (batches.plan_batches(examples, share=share, **options) for share in (True, False))
     assert (plan.prefix, apart.prefix) == (9, 0)
     for step in range(plan.steps_per_epoch):
-        batch, chosen = plan[step], [examples[i] for i in plan.chosen(step)]
+        batch, chosen = plan[step], [examples[i] for i in plan.example_indices(step)]
         found, pairs = [], []
         for leaves in zip(*(leaf.reshape(-1, leaf.shape[2]) for leaf in batch), strict=True):
             row = batches.Batch(*leaves)
@@ -186,11 +187,16 @@ def test_what_all_begin_with_is_laid_once_in_a_row():
             pairs += zip(row.tokens[row.predict_at[kept]].tolist(), row.targets[kept].tolist(), strict=True)
         assert sorted(found) == sorted(tuple(read(e)) for e in chosen)
         assert sorted(pairs) == sorted(
-            (int(e.tokens[at - 1]), int(e.tokens[at])) for e in chosen for at in np.flatnonzero(e.trained) if at
+            (int(e.tokens[at - 1]), int(e.tokens[at])) for e in chosen for at in np.flatnonzero(e.loss_mask) if at
         )
-        assert plan.tokens(step) == apart.tokens(step) == sum(len(e.tokens) for e in chosen)
-        assert plan.laid(step) == np.count_nonzero(batch.segments)
-        assert plan.laid(step) < apart.laid(step) == sum(len(read(e)) for e in chosen) < plan.tokens(step)
+        assert plan.token_count(step) == apart.token_count(step) == sum(len(e.tokens) for e in chosen)
+        assert plan.positions_used(step) == np.count_nonzero(batch.segments)
+        assert (
+            plan.positions_used(step)
+            < apart.positions_used(step)
+            == sum(len(read(e)) for e in chosen)
+            < plan.token_count(step)
+        )
     whole = Example(prefix, prefix > 0, "rows.txt:24")  # is nothing but the prefix: its last token is read by none
     assert batches.plan_batches([*examples, whole], share=True, **options).prefix == 8
     assert batches.plan_batches([*examples, own[0]], share=True, **options).prefix == 0
@@ -210,15 +216,15 @@ def test_order_is_a_pure_function_of_seed_and_step():
 
     one, two, other = plan(1), plan(1), plan(2)
     assert all(np.array_equal(a, b) for a, b in zip(one[7], two[7], strict=True))
-    assert [list(one.chosen(s)) for s in range(3)] != [
-        list(one.chosen(s)) for s in range(3, 6)
+    assert [list(one.example_indices(s)) for s in range(3)] != [
+        list(one.example_indices(s)) for s in range(3, 6)
     ]  # a new order each epoch
-    assert [list(one.chosen(s)) for s in range(3)] != [list(other.chosen(s)) for s in range(3)]
+    assert [list(one.example_indices(s)) for s in range(3)] != [list(other.example_indices(s)) for s in range(3)]
     # fixed for ever: a checkpoint of today resumes on the same examples under any NumPy
-    assert batches.order(8, 0, 0).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]
+    assert batches.epoch_order(8, 0, 0).tolist() == [3, 7, 4, 0, 2, 6, 5, 1]
 
 
-def test_a_process_reads_its_own_rows_alone():
+def test_a_process_reads_only_its_own_rows():
     class Watched(list):
         def __getitem__(self, index):
             seen.add(int(index))
@@ -229,13 +235,13 @@ def test_a_process_reads_its_own_rows_alone():
     shared = {"batch_size": 8, "micro_batches": 2, "devices": 4, "steps": 4, "seed": 0, "linear_cost": 100.0}
     planned = batches.plan_batches(examples, **shared)
     whole = planned[1]
-    own = dataclasses.replace(planned, read=frozenset({1, 2}))
+    own = dataclasses.replace(planned, local_rows=frozenset({1, 2}))
     seen.clear()  # beartype has looked at some
     part = own[1]
     assert seen == {index for micro in planned.layout(1) for row in (1, 2) for index in micro[row]}
     for ours, theirs in zip(part, whole, strict=True):
         assert (ours[:, 1:3] == theirs[:, 1:3]).all() and not ours[:, [0, *range(3, ours.shape[1])]].any()
-    assert planned.tokens(1) == 16 * 20 and np.count_nonzero(whole.segments) == 16 * 19
+    assert planned.token_count(1) == 16 * 20 and np.count_nonzero(whole.segments) == 16 * 19
 
 
 def test_shapes_leave_the_least_padding():
@@ -245,7 +251,7 @@ def test_shapes_leave_the_least_padding():
 
 
 @pytest.mark.parametrize("name", ["law_train_en", "law_train"])
-def test_padding_of_the_sample_data_is_small(tokenizer, name):
+def test_sample_data_needs_little_padding(tokenizer, name):
     rows = files.read_conversations(str(ROOT / "data" / name), "train_data_dir")
     examples = [encode(tokenizer, row) for row in rows]
     plan = batches.plan_batches(
@@ -256,12 +262,12 @@ def test_padding_of_the_sample_data_is_small(tokenizer, name):
     assert 0 < padding < 0.08 and len(plan.shapes) <= 4 and len({s.shape for s in laid}) == len(plan.shapes)
 
 
-def test_prepared_sizes_are_the_examples_own_and_lay_the_same_batches(tokenizer, tmp_path):
+def test_cached_sizes_equal_the_examples_and_give_the_same_batches(tokenizer, tmp_path):
     rows = [Conversation((Message("user", f"第{i}?" * i), PAIR[1]), f"rows.txt:{i}") for i in range(1, 20)]
     examples = [encode(tokenizer, row) for row in rows]
-    stored = prepared.prepare(tokenizer, END, rows, tmp_path)
+    stored = token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)
     assert tokenizer.decode(examples[0].tokens[: stored.prefix]).endswith("<|im_start|>user\n第")
-    assert stored.sizes.tolist() == [[len(e.tokens), int(e.trained[1:].sum()), len(read(e))] for e in examples]
+    assert stored.sizes.tolist() == [[len(e.tokens), int(e.loss_mask[1:].sum()), len(read(e))] for e in examples]
     options = {
         "batch_size": 4,
         "micro_batches": 1,
@@ -276,7 +282,7 @@ def test_prepared_sizes_are_the_examples_own_and_lay_the_same_batches(tokenizer,
 
 
 class Changing:
-    """Rows of which one is gone when they are read again."""
+    """Rows that lose one each time they are read."""
 
     def __init__(self, rows):
         self.rows, self.count = rows, len(rows)
@@ -289,19 +295,19 @@ class Changing:
         return self.count
 
 
-def test_rows_that_get_lost_on_the_way_stop_everything(tokenizer, tmp_path):
+def test_changed_files_stop_tokenizing(tokenizer, tmp_path):
     rows = [Conversation((Message("user", f"{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(1200)]
-    with pytest.raises(UserError, match="1200 rows were read and 1199 prepared"):
-        prepared.prepare(tokenizer, END, Changing(rows), tmp_path)
+    with pytest.raises(UserError, match="1,200 rows were read at first and 1,199 when tokenizing"):
+        token_cache.load_or_tokenize(tokenizer, END, Changing(rows), tmp_path)
     assert not list(tmp_path.iterdir())
-    stored = prepared.prepare(tokenizer, END, rows, tmp_path)  # several batches under way keep their order
+    stored = token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)  # several batches under way keep their order
     assert [stored[i].where for i in (0, 499, 500, 1199)] == [f"rows.txt:{i}" for i in (0, 499, 500, 1199)]
-    with pytest.raises(UserError, match=r"rows.txt:1100: the user's text spells"):
+    with pytest.raises(UserError, match=r"rows.txt:1100: The user's text contains"):
         rows[1100] = Conversation((Message("user", "<|im_end|>"), PAIR[1]), "rows.txt:1100")
-        prepared.prepare(tokenizer, END, rows, tmp_path)
+        token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)
 
 
-def test_a_tokenizer_whose_file_cuts_off_and_pads_does_neither(smollm, tmp_path):
+def test_truncation_and_padding_of_tokenizer_json_are_ignored(smollm, tmp_path):
     for file in smollm.glob("*.json*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "chat_template.jinja").write_bytes((smollm / "chat_template.jinja").read_bytes())

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jlora.adapters.spec import LoraConfig
 from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
-from jlora.data.chat import Example
+from jlora.data.examples import Example
 from jlora.distributed import processes, sharding
 from jlora.models import hf_loader
 from jlora.models.compute import Compute, default_dtype

@@ -1,4 +1,4 @@
-"""Files to conversations: every layout and encoding, what is said about them, and every mistake by file and line."""
+"""Files to conversations: layouts, encodings, remarks, and errors with file and line."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from conftest import ROOT
 
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
-from jlora.data.checks.report import Survey
-from jlora.data.conversation import Message, Reading
+from jlora.data.checks.report import DataReport
+from jlora.data.conversation import Message, ReadOptions
 from jlora.data.readers import files
 
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))
@@ -35,9 +35,9 @@ def file(tmp_path):
 
 
 def read(path, **reading):
-    """The conversations, and the lines said."""
+    """Returns the conversations, and the logged lines."""
     said = []
-    return files.read_conversations(str(path), "train_data_dir", Reading(**reading), said.append), said
+    return files.read_conversations(str(path), "train_data_dir", ReadOptions(**reading), said.append), said
 
 
 def contents(rows):
@@ -48,7 +48,7 @@ def roles(rows):
     return ["".join(message.role[0] for message in row.messages) for row in rows]
 
 
-# Layouts of the same conversations, as offices and public data sets write them.
+# The same conversations in the layouts of offices and public data sets.
 ONE = ("试用期最长多久？", "依据《劳动合同法》第19条，不得超过六个月。\n另见“附则”。")
 TWO = ("合同, 必须书面吗？", "是的，第10条。")
 SYSTEM = "你是律师。"
@@ -183,11 +183,13 @@ def test_layouts_in_every_encoding(file, layout, encoding):
     path = file(content.encode(encoding), name)
     rows, said = read(path)
     assert contents(rows) == (expected or [[ONE[0], "不超过六个月。"], [*TWO]])
-    assert any("read as GB18030: a" in line for line in said) == (encoding == "gb18030" and not content.isascii())
+    assert any("read as GB18030, because it is not UTF-8: a" in line for line in said) == (
+        encoding == "gb18030" and not content.isascii()
+    )
     assert all(row.where.startswith(f"{path}:") for row in rows)
 
 
-def test_a_long_json_list_on_one_line_is_read_piece_by_piece(file):
+def test_long_json_list_on_one_line_is_streamed(file):
     rows = [{"q": f"{i}?", "a": f"{i}" * 100_000} for i in range(10, 110)]  # 20 MB: more than one row may have
     assert contents(read(file(json.dumps({"data": rows}), "a.json"))[0]) == [[row["q"], row["a"]] for row in rows]
 
@@ -204,7 +206,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_files_are_streams(file):
+def test_files_are_streamed(file):
     pairs = [(f"{i}?", f"{i} " + "b" * 20_000) for i in range(1000)]
     rows = [{"q": q, "a": a} for q, a in pairs]
     table = pyarrow.BufferOutputStream()
@@ -226,21 +228,21 @@ def test_files_are_streams(file):
         assert one_by_one < 8e6 < 20e6 < all_at_once, name  # the files have 20 MB
 
 
-def test_columns_that_are_not_used_are_said_once(file):
+def test_unused_columns_are_reported_once(file):
     _, said = read(file("id,question,answer,source\n1,a?,b,\n2,c?,d,x\n", "a.csv"))
-    assert said == ["train_data_dir: columns not used: id (2), source"]
+    assert said == ["train_data_dir: unused columns: id (2), source"]
     turns = [{"role": "user", "content": "a?", "name": "Ann"}, {"role": "assistant", "content": "b", "weight": 1}]
     _, said = read(file(jsonl({"messages": turns, "score": 1}), "a.jsonl"))
-    assert said == ["train_data_dir: columns not used: messages.name, score"]
+    assert said == ["train_data_dir: unused columns: messages.name, score"]
     _, said = read(file(json.dumps({"licence": "x", "data": [{"q": "a?", "a": "b"}]}), "a.json"))
-    assert said == ["train_data_dir: keys not used: licence"]
+    assert said == ["train_data_dir: unused keys: licence"]
 
 
-def test_columns_named_by_the_config(file):
+def test_columns_set_in_the_config(file):
     path = file("Frage,Antwort,Quelle\na?,b,x\nc?,d,y\n", "a.csv")
     rows, said = read(path, columns={"prompt": "Frage", "response": "Antwort"})
     assert contents(rows) == [["a?", "b"], ["c?", "d"]]
-    assert said == ["train_data_dir: columns not used: Quelle (2)"]
+    assert said == ["train_data_dir: unused columns: Quelle (2)"]
     rows, _ = read(path, columns={"prompt": "Frage", "context": "Quelle", "response": "Antwort"})
     assert contents(rows)[0] == ["a?\nx", "b"]
     rows, _ = read(file("x,a?,b\ny,c?,d\n", "a.csv"), columns={"prompt": "2", "response": "3"})
@@ -250,18 +252,20 @@ def test_columns_named_by_the_config(file):
     assert contents(rows) == [["a?", "c"]]
     two = json.dumps({"train": [{"q": "a?", "a": "b"}], "test": [{"q": "c?", "a": "d"}]})
     rows, said = read(file(two, "a.json"), columns={"rows": "test"})
-    assert contents(rows) == [["c?", "d"]] and said == ["train_data_dir: keys not used: train"]
+    assert contents(rows) == [["c?", "d"]] and said == ["train_data_dir: unused keys: train"]
 
 
-def test_what_is_said_about_reading_is_part_of_the_config():
+def test_read_options_are_config_keys():
     settings = dataclasses.asdict(Config())
-    assert Reading.of(settings) == Reading() and set(dataclasses.asdict(Reading())) <= settings.keys()
-    assert Reading.of({**settings, "columns": {"text": "x"}, "bad_rows": "drop"}) == Reading(
+    assert (
+        ReadOptions.from_config(settings) == ReadOptions() and set(dataclasses.asdict(ReadOptions())) <= settings.keys()
+    )
+    assert ReadOptions.from_config({**settings, "columns": {"text": "x"}, "bad_rows": "drop"}) == ReadOptions(
         {"text": "x"}, bad_rows="drop"
     )
 
 
-def test_prefixes_named_by_the_config(file):
+def test_role_prefixes_set_in_the_config(file):
     text = "Hinweis: kurz\nMandant: a?\nNote: stays\n[Kanzlei] b\nAnrufer 2: c?\nKanzlei: d\n"
     given = {"system": "Hinweis", "user": "Mandant|Anrufer", "assistant": "[Kanzlei]|Kanzlei"}
     rows, _ = read(file(text + "\nMandant: e?\nKanzlei: f"), role_prefixes=given)
@@ -270,10 +274,10 @@ def test_prefixes_named_by_the_config(file):
     assert roles(read(file(jsonl(turn), "a.jsonl"), role_prefixes=given)[0]) == ["ua"]
 
 
-def test_plain_text_is_said_or_asked_for(file):
+def test_plain_text_is_detected_and_reported_or_set(file):
     rows, said = read(file("On leave.\nOf days.\n\n\nOn pay.\n"))
     assert roles(rows) == ["t", "t"] and [row.where[-2:] for row in rows] == [":1", ":5"]
-    assert said == ["train_data_dir: no line begins with a role, so the text itself is trained on: rows.txt"]
+    assert said == ["train_data_dir: training on plain text, because no line starts with a role: rows.txt"]
     path = file("Chapter: one\nsays this.\n\nChapter: two\nUser: not a role here")
     rows, said = read(path, task_type="plain-text")
     assert contents(rows) == [["Chapter: one\nsays this."], ["Chapter: two\nUser: not a role here"]] and not said
@@ -283,7 +287,7 @@ def test_plain_text_is_said_or_asked_for(file):
     assert contents(rows) == [["A text."]]
 
 
-def test_metadata_path_says_what_each_file_holds(file, tmp_path):
+def test_metadata_path_sets_options_per_file(file, tmp_path):
     file("x,a?,b\n", "data/one.csv")
     file("Mandant: c?\nKanzlei: d\nMandant: e?\nKanzlei: f\n", "data/two.txt")
     file(jsonl({"q": "g?", "a": "h"}), "data/three.jsonl")
@@ -292,18 +296,18 @@ def test_metadata_path_says_what_each_file_holds(file, tmp_path):
         path = file(lines, place)
         rows, _ = read(tmp_path / "data", metadata_path=str(path), train_data_dir=str(tmp_path / "data"))
         assert contents(rows) == [["a?", "b"], ["g?", "h"], ["c?", "d"], ["e?", "f"]]
-        assert files.hash_files(str(tmp_path / "data"), "k", Reading(metadata_path=str(path)))
+        assert files.hash_files(str(tmp_path / "data"), "k", ReadOptions(metadata_path=str(path)))
         path.unlink()
     for content, message in {
-        lines + "four.csv,a,b\n": r"meta.csv:4: there is no file 'four.csv' in",
-        "file,prompt\none.csv\n": r"meta.csv:2: expected 2 cells, got 1",
-        "file,prompt\none.csv,2\n": r"meta.csv:2: expected prompt and response, or messages, or text",
-        "name,prompt\none.csv,x\n": r"meta.csv:1: expected columns file, prompt and .*got \['name', 'prompt'\]",
+        lines + "four.csv,a,b\n": r"meta.csv:4: File 'four.csv' does not exist in",
+        "file,prompt\none.csv\n": r"meta.csv:2: Expected 2 cells, got 1",
+        "file,prompt\none.csv,2\n": r"meta.csv:2: Expected columns for prompt and response, or messages, or text",
+        "name,prompt\none.csv,x\n": r"meta.csv:1: Expected the columns file, prompt and .*got \['name', 'prompt'\]",
     }.items():
         path = file(content, "meta.csv")
         with pytest.raises(UserError, match=message):
             read(tmp_path / "data", metadata_path=str(path), train_data_dir=str(tmp_path / "data"))
-    with pytest.raises(UserError, match=r"metadata_path=none.csv: no such file"):
+    with pytest.raises(UserError, match=r"metadata_path=none.csv: No such file"):
         read(tmp_path / "data", metadata_path="none.csv")
 
 
@@ -316,12 +320,12 @@ def test_parquet(tmp_path, compression):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train", compression=compression)  # no ending
     rows, said = read(tmp_path / "train")
     assert contents(rows) == PAIRS and rows[1].where == f"{tmp_path / 'train'}:2"
-    assert said == ["train_data_dir: columns not used: prompt_id (2)"]
+    assert said == ["train_data_dir: unused columns: prompt_id (2)"]
 
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A data set as TFDS prepares it, of two splits, in a data_dir of its own."""
+    """A data set prepared by TFDS, with two splits, in its own data_dir."""
 
     class Pairs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -347,19 +351,19 @@ def prepared(tmp_path):
 def test_tfds_by_directory_and_by_name(prepared, tmp_path, monkeypatch):
     rows, said = read(f"tfds:{prepared}/train")
     assert sorted(contents(rows)) == sorted(PAIRS) and rows[0].where == "pairs/train:1"
-    assert said == ["train_data_dir: columns not used: image (2)"]
-    with pytest.raises(UserError, match=rf"expected tfds:{prepared}/SPLIT with a split of test, train"):
+    assert said == ["train_data_dir: unused columns: image (2)"]
+    with pytest.raises(UserError, match=rf"Expected tfds:{prepared}/SPLIT, where SPLIT is one of test, train"):
         read(prepared)
-    with pytest.raises(UserError, match="with a split of test, train"):
+    with pytest.raises(UserError, match="where SPLIT is one of test, train"):
         read(f"tfds:{prepared}/dev")
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     assert contents(read("tfds:pairs/test")[0]) == [[*TWO]]
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
     assert contents(read("tfds:pairs/test")[0]) == [[*TWO]]  # prepared now
     assert list((tmp_path / "elsewhere").rglob("*.array_record*"))
-    with pytest.raises(UserError, match="train_data_dir=tfds:no_such_pairs/train: TFDS cannot give it"):
+    with pytest.raises(UserError, match="train_data_dir=tfds:no_such_pairs/train: TFDS cannot load this data set"):
         read("tfds:no_such_pairs/train")
-    with pytest.raises(UserError, match=r"array_record.*: TFDS stores rows in it: name the directory"):
+    with pytest.raises(UserError, match=r"array_record.* is part of a TFDS data set. Pass its directory"):
         read(next(tmp_path.rglob("*.array_record*")))
     train, test = (files.hash_files(f"tfds:{prepared}/{split}", "k") for split in ("train", "test"))
     assert train != test
@@ -370,174 +374,229 @@ ANSWER = {"role": "assistant", "content": "b"}
 Q = "question,answer\n"
 BAD = [
     # text
-    ("rows.txt", "", "rows.txt: the file is empty"),
-    ("rows.txt", " \n\n", "rows.txt: the file is empty"),
-    ("rows.txt", "\ufeff\n", "rows.txt: the file is empty"),
+    ("rows.txt", "", "rows.txt: The file is empty"),
+    ("rows.txt", " \n\n", "rows.txt: The file is empty"),
+    ("rows.txt", "\ufeff\n", "rows.txt: The file is empty"),
     (
         "rows.txt",
         "User: a?\nLawyer: b\n\nUser: c?\n\nUser: d?\nLawyer: e",
-        r"rows.txt:4: this question has no answer: 'c\?'",
+        r"rows.txt:4: This question has no answer: 'c\?'",
     ),
-    ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?", "rows.txt:4: this question has no answer"),
-    ("rows.txt", "User: a?\nLawyer:\n", "rows.txt:2: the answer is empty"),
-    ("rows.txt", "User:\nLawyer: b\n", "rows.txt:1: the question is empty"),
-    ("rows.txt", "User: a?\nLawyer: b\0\n", "rows.txt:2: the answer holds a NUL character"),
+    ("rows.txt", "User: a?\nLawyer: b\n\nUser: c?", "rows.txt:4: This question has no answer"),
+    ("rows.txt", "User: a?\nLawyer:\n", "rows.txt:2: The answer is empty"),
+    ("rows.txt", "User:\nLawyer: b\n", "rows.txt:1: The question is empty"),
+    ("rows.txt", "User: a?\nLawyer: b\0\n", "rows.txt:2: The answer contains a NUL character"),
     (
         "rows.txt",
         "hello\nUser: a?\nLawyer: b\n",
-        "rows.txt:1: expected a line that begins with a role.*'hello'.*plain-text",
+        "rows.txt:1: Expected a line that starts with a role.*'hello'.*plain-text",
     ),
-    ("rows.txt", "https://x.y/z\nUser: a?\nLawyer: b", "rows.txt:1: expected a line that begins with a role"),
+    ("rows.txt", "https://x.y/z\nUser: a?\nLawyer: b", "rows.txt:1: Expected a line that starts with a role"),
     (
         "rows.txt",
         "Staff FAQ\n\nWorker: a?\nCounsel: b\n\nWorker: c?\nCounsel: d",
-        "rows.txt:1: expected a line that begins",
+        "rows.txt:1: Expected a line that starts with a role",
     ),
     (
         "rows.txt",
         "Title: FAQ\nEmployee: a?\nCounsel: b",
-        r"which two prefixes are the roles\? .*title \(1\).*role_prefixes=",
+        r"Cannot tell which prefixes are the roles\. .*title \(1\).*role_prefixes=",
     ),
-    ("rows.txt", "Title: FAQ\nUser: a?\nLawyer: b\nUser: c?\nLawyer: d", "which two prefixes are the roles"),
-    ("rows.txt", "Topic: x\nEmployee: a?\nCounsel: b\n" * 3, "which two prefixes are the roles"),
-    ("rows.txt", "Employee: a?\nNote: here.\nExpert: b", "which two prefixes are the roles"),
-    ("rows.txt", "User: a?\nLawyer: b\n\n用户：c？\n律师：d\n\n用户：e？\n律师：f", "which two prefixes are the roles"),
-    ("rows.txt", "User: a?\nLawyer: b\nLawyer: c\n", "rows.txt:1: expected user and .*got user, assistant, assistant"),
-    ("rows.txt", "Lawyer: b\nUser: a?\nLawyer: c", "rows.txt:1: this answer has no question before it: 'Lawyer: b'"),
+    ("rows.txt", "Title: FAQ\nUser: a?\nLawyer: b\nUser: c?\nLawyer: d", "Cannot tell which prefixes are the roles"),
+    ("rows.txt", "Topic: x\nEmployee: a?\nCounsel: b\n" * 3, "Cannot tell which prefixes are the roles"),
+    ("rows.txt", "Employee: a?\nNote: here.\nExpert: b", "Cannot tell which prefixes are the roles"),
+    (
+        "rows.txt",
+        "User: a?\nLawyer: b\n\n用户：c？\n律师：d\n\n用户：e？\n律师：f",
+        "Cannot tell which prefixes are the roles",
+    ),
+    (
+        "rows.txt",
+        "User: a?\nLawyer: b\nLawyer: c\n",
+        "rows.txt:1: Expected user and assistant turns to alternate, .*Got user, assistant, assistant",
+    ),
+    ("rows.txt", "Lawyer: b\nUser: a?\nLawyer: c", "rows.txt:1: This answer has no question before it: 'Lawyer: b'"),
     (
         "rows.txt",
         "User: a?\nLawyer: " + ("b" * 4095 + "\n") * 4097,
-        r"rows.txt:\d+: a row of more than 16,777,216 characters",
+        r"rows.txt:\d+: The row is longer than 16,777,216 characters",
     ),
     # encodings
     (
         "rows.txt",
         "User: a?\nLawyer: caf\xe9 b".encode("latin-1"),
-        "rows.txt:2: not UTF-8, UTF-16 or GB18030: save .* set encoding",
+        "rows.txt:2: Not valid UTF-8, UTF-16 or GB18030. Save .* set encoding",
     ),
-    ("rows.txt", "用户：长？\n律师：短".encode()[:-1], "rows.txt:2: not UTF-8, UTF-16 or GB18030"),
-    ("rows.txt", "用户：长？\n律师：短".encode("utf-16")[:-1], "rows.txt:2: not utf-16"),
-    ("rows.txt", "勞動契約應以書面為之\n僱主應給付工資".encode("big5"), "rows.txt:1: not UTF-8, UTF-16 or GB18030"),
-    ("rows.txt", b"User: a?\nLawyer: \xed\xa0\x80", "rows.txt:2: not UTF-8"),  # half a character, as UTF-8 forbids
-    ("rows.txt", bytes(range(256)) * 9, r"rows.txt:\d: not UTF-8"),
-    ("rows.xlsx", b"PK\x03\x04....", r"rows.xlsx is a zip archive \(.xlsx and .docx are\): save the table as CSV"),
-    ("rows.pdf", b"%PDF-1.7", "rows.pdf is a PDF: save its text"),
-    ("rows.jsonl.gz", b"\x1f\x8b\x08", r"rows.jsonl.gz is compressed \(gzip\): unpack it"),
+    ("rows.txt", "用户：长？\n律师：短".encode()[:-1], "rows.txt:2: Not valid UTF-8, UTF-16 or GB18030"),
+    ("rows.txt", "用户：长？\n律师：短".encode("utf-16")[:-1], "rows.txt:2: Not valid utf-16"),
+    (
+        "rows.txt",
+        "勞動契約應以書面為之\n僱主應給付工資".encode("big5"),
+        "rows.txt:1: Not valid UTF-8, UTF-16 or GB18030",
+    ),
+    (
+        "rows.txt",
+        b"User: a?\nLawyer: \xed\xa0\x80",
+        "rows.txt:2: Not valid UTF-8",
+    ),  # half a character, as UTF-8 forbids
+    ("rows.txt", bytes(range(256)) * 9, r"rows.txt:\d: Not valid UTF-8"),
+    (
+        "rows.xlsx",
+        b"PK\x03\x04....",
+        r"rows.xlsx is a zip archive \(.xlsx and .docx files are, too\). Save the table as CSV",
+    ),
+    ("rows.pdf", b"%PDF-1.7", "rows.pdf is a PDF. Save its text"),
+    ("rows.jsonl.gz", b"\x1f\x8b\x08", r"rows.jsonl.gz is compressed with gzip. Decompress it"),
     # JSON
-    ("rows.jsonl", '{"instruction": "a", "output": "b"}\n{broken', "rows.jsonl:2: not JSON: Expecting property name"),
-    ("rows.jsonl", '{"q": "a", "a": "b"\n{"q": "c", "a": "d"}\n', "rows.jsonl:1: not JSON: Expecting ',' delimiter"),
-    ("rows.jsonl", '{"q": "a", "a": }', "rows.jsonl:1: not JSON: Expecting value"),
-    ("rows.jsonl", '{"q": "a", "a": "b\0"}\n', "rows.jsonl:1: not JSON: Invalid control character"),
-    ("rows.jsonl", '{"q": "a", "a": "b\\u0000"}\n', "rows.jsonl:1: the answer holds a NUL character"),
+    (
+        "rows.jsonl",
+        '{"instruction": "a", "output": "b"}\n{broken',
+        "rows.jsonl:2: Not valid JSON: Expecting property name",
+    ),
+    (
+        "rows.jsonl",
+        '{"q": "a", "a": "b"\n{"q": "c", "a": "d"}\n',
+        "rows.jsonl:1: Not valid JSON: Expecting ',' delimiter",
+    ),
+    ("rows.jsonl", '{"q": "a", "a": }', "rows.jsonl:1: Not valid JSON: Expecting value"),
+    ("rows.jsonl", '{"q": "a", "a": "b\0"}\n', "rows.jsonl:1: Not valid JSON: Invalid control character"),
+    ("rows.jsonl", '{"q": "a", "a": "b\\u0000"}\n', "rows.jsonl:1: The answer contains a NUL character"),
     (
         "rows.jsonl",
         '{"q": "a", "a": "\\ud83d"}\n',
-        r"rows.jsonl:1: the answer holds half a character \(a lone surrogate\)",
+        r"rows.jsonl:1: The answer contains half a character \(a lone surrogate\)",
     ),
     (
         "rows.jsonl",
         '{"q": "a", "a": "b", "a": "c"}\n' * 2,
-        r"rows.jsonl:1: not JSON: the key .a. stands twice \(also .*rows.jsonl:2\)",
+        r"rows.jsonl:1: Not valid JSON: duplicate key 'a'. Also at .*rows.jsonl:2",
     ),
     (
         "rows.jsonl",
         '{"q": "a", "a": "b"}\n{"q": "a", "a": "' + "b" * 50_000_000 + '"}\n',
-        "rows.jsonl:2: a row of more than 16,777,216 characters",
+        "rows.jsonl:2: The row is longer than 16,777,216 characters",
     ),
     (
         "rows.jsonl",
         '{"q": "a", "a": "' + "b" * 50_000_000 + '"}\n',
-        "rows.jsonl:1: a row of more than 16,777,216 characters",
+        "rows.jsonl:1: The row is longer than 16,777,216 characters",
     ),
-    ("rows.json", "[" * 100_000, "rows.json:1: not JSON: too deeply nested"),
-    ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object, got int"),
-    ("rows.jsonl", "42\n43", "rows.jsonl:1: expected an object, got int"),
-    ("rows.json", '[{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}]', "rows.json:2: not JSON: expected ',', got '{"),
-    ("rows.json", '[{"q": "a", "a": "b"},\n', "rows.json:2: not JSON: Expecting value"),
-    ("rows.json", '[{"q": "a", "a": "b"}', "rows.json:1: not JSON: expected ',', the file ends"),
+    ("rows.json", "[" * 100_000, "rows.json:1: Not valid JSON: too deeply nested"),
+    ("rows.jsonl", "[1]", "rows.jsonl:1: Expected a JSON object, got int"),
+    ("rows.jsonl", "42\n43", "rows.jsonl:1: Expected a JSON object, got int"),
+    ("rows.json", '[{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}]', "rows.json:2: Not valid JSON: Expected ',', got '{"),
+    ("rows.json", '[{"q": "a", "a": "b"},\n', "rows.json:2: Not valid JSON: Expecting value"),
+    ("rows.json", '[{"q": "a", "a": "b"}', "rows.json:1: Not valid JSON: Expected ',', but the file ends"),
     (
         "rows.json",
         '{"train": [{"q": "a", "a": "b"}], "test": [{"q": "c", "a": "d"}]}',
-        "rows lie under train and under test.*rows",
+        "Both train and test hold rows. Set columns=.*rows",
     ),
-    ("rows.json", "[]", "rows.json: no rows in it"),
-    ("rows.json", '{"data": []}', r"rows.json:1: which column asks and which answers\?.*got data"),
-    ("rows.jsonl", '{"instruction": "a"}', r"rows.jsonl:1: which column asks .*columns=.*got instruction"),
+    ("rows.json", "[]", "rows.json contains no usable rows"),
+    ("rows.json", '{"data": []}', "rows.json:1: Cannot tell which columns hold question and answer.*Columns: data"),
+    (
+        "rows.jsonl",
+        '{"instruction": "a"}',
+        "rows.jsonl:1: Cannot tell which columns .*Set columns=.*Columns: instruction",
+    ),
     (
         "rows.jsonl",
         jsonl({"prompt": "a", "chosen": "b", "rejected": "c"}),
-        "which column.*got prompt, chosen, rejected",
+        "Cannot tell which columns.*Columns: prompt, chosen, rejected",
     ),
     (
         "rows.jsonl",
         jsonl({"question": "a", "prompt": "b", "answer": "c"}),
-        "which column asks.*got question, prompt, answer",
+        "Cannot tell which columns.*Columns: question, prompt, answer",
     ),
-    ("rows.jsonl", '{"q": "a", "a": "b", "messages": []}', "which column asks and which answers"),
-    ("rows.jsonl", '{"instruction": ["a"], "output": "b"}', r"rows.jsonl:1: instruction is \['a'\]; expected text"),
-    ("rows.jsonl", '{"instruction": "a", "output": null}', "rows.jsonl:1: the answer is empty"),
-    ("rows.jsonl", '{"instruction": "a", "output": 4}', "rows.jsonl:1: output is 4; expected text"),
-    ("rows.jsonl", '{"instruction": "a", "output": " "}', "rows.jsonl:1: the answer is empty"),
-    ("rows.jsonl", jsonl({"q": "a", "a": "b", "history": [["c"]]}), r"history holds \['c'\]; expected pairs"),
-    ("rows.jsonl", jsonl({"messages": [TURN]}), "this question has no answer: 'a"),
+    ("rows.jsonl", '{"q": "a", "a": "b", "messages": []}', "Cannot tell which columns hold question and answer"),
+    (
+        "rows.jsonl",
+        '{"instruction": ["a"], "output": "b"}',
+        r"rows.jsonl:1: Expected text in 'instruction', got \['a'\]",
+    ),
+    ("rows.jsonl", '{"instruction": "a", "output": null}', "rows.jsonl:1: The answer is empty"),
+    ("rows.jsonl", '{"instruction": "a", "output": 4}', "rows.jsonl:1: Expected text in 'output', got 4"),
+    ("rows.jsonl", '{"instruction": "a", "output": " "}', "rows.jsonl:1: The answer is empty"),
+    (
+        "rows.jsonl",
+        jsonl({"q": "a", "a": "b", "history": [["c"]]}),
+        r"Expected pairs of question and answer in 'history', got \['c'\]",
+    ),
+    ("rows.jsonl", jsonl({"messages": [TURN]}), "This question has no answer: 'a"),
     (
         "rows.jsonl",
         jsonl({"messages": [ANSWER, TURN, ANSWER]}),
-        "rows.jsonl:1: this answer has no question before it: 'b'",
+        "rows.jsonl:1: This answer has no question before it: 'b'",
     ),
-    ("rows.jsonl", jsonl({"messages": [TURN, TURN, ANSWER]}), "the assistant last; got user, user, assistant"),
+    ("rows.jsonl", jsonl({"messages": [TURN, TURN, ANSWER]}), "ending with the assistant. Got user, user, assistant"),
     (
         "rows.jsonl",
         jsonl({"messages": [{"role": "robot", "content": "a"}]}),
-        "the role 'robot' is unknown; expected one of",
+        "Unknown role 'robot'. Expected one of",
     ),
-    ("rows.jsonl", jsonl({"messages": [TURN, {"role": "tool", "content": "x"}]}), "the role 'tool' is unknown"),
-    ("rows.jsonl", jsonl({"messages": [TURN, {**ANSWER, "tool_calls": [1]}]}), "has tool_calls, which is not read"),
-    ("rows.jsonl", jsonl({"messages": [TURN, {**ANSWER, "weight": 0}]}), "has weight=0; expected 1"),
+    ("rows.jsonl", jsonl({"messages": [TURN, {"role": "tool", "content": "x"}]}), "Unknown role 'tool'"),
+    (
+        "rows.jsonl",
+        jsonl({"messages": [TURN, {**ANSWER, "tool_calls": [1]}]}),
+        "has 'tool_calls', which jlora does not support",
+    ),
+    ("rows.jsonl", jsonl({"messages": [TURN, {**ANSWER, "weight": 0}]}), "has weight 0. Only weight 1 is supported"),
     (
         "rows.jsonl",
         jsonl({"messages": [TURN, {"role": "assistant", "content": None}]}),
-        "assistant's message is None; expected text",
+        "Expected text in the assistant's message, got None",
     ),
-    ("rows.jsonl", jsonl({"messages": [{"role": "user"}]}), "a turn of messages needs a role and its content"),
-    ("rows.jsonl", '{"messages": []}', "the assistant last; got no message"),
-    ("rows.jsonl", '{"messages": "hi"}', "messages is 'hi'; expected a list of turns"),
+    (
+        "rows.jsonl",
+        jsonl({"messages": [{"role": "user"}]}),
+        "Expected a role and content in each turn of 'messages', got",
+    ),
+    ("rows.jsonl", '{"messages": []}', "ending with the assistant. Got no turns"),
+    ("rows.jsonl", '{"messages": "hi"}', "Expected a list of turns in 'messages', got 'hi'"),
     # tables
-    ("rows.csv", Q + "a?\n", r"rows.csv:2: expected 2 cells, got 1"),
-    ("rows.csv", Q + "a?,b,c\n", r"rows.csv:2: expected 2 cells, got 3: put quotes around a cell that holds ','"),
-    ("rows.csv", Q + 'a?,"b\nc?,d\n', "rows.csv:2: not CSV: a quote that is opened here is never closed"),
-    ("rows.csv", Q + 'a?,"b"c\n', "rows.csv:2: not CSV: ',' expected after"),
-    ("rows.csv", Q + "a?," + "b" * 200_000, "rows.csv:2: not CSV: a cell of more than 131,072 characters"),
-    ("rows.csv", Q, "rows.csv: no rows in it"),
-    ("rows.csv", Q + "a?,\n", "rows.csv:2: the answer is empty"),
-    ("rows.csv", "question,answer,answer\na?,b,c\n", "rows.csv: two columns are called 'answer': rename one"),
+    ("rows.csv", Q + "a?\n", r"rows.csv:2: Expected 2 cells, got 1"),
+    ("rows.csv", Q + "a?,b,c\n", r"rows.csv:2: Expected 2 cells, got 3. Put quotes around cells that contain ','"),
+    ("rows.csv", Q + 'a?,"b\nc?,d\n', "rows.csv:2: Not valid CSV: the quote opened here is never closed"),
+    ("rows.csv", Q + 'a?,"b"c\n', "rows.csv:2: Not valid CSV: ',' expected after"),
+    ("rows.csv", Q + "a?," + "b" * 200_000, "rows.csv:2: Not valid CSV: a cell is longer than 131,072 characters"),
+    ("rows.csv", Q, "rows.csv contains no usable rows"),
+    ("rows.csv", Q + "a?,\n", "rows.csv:2: The answer is empty"),
+    ("rows.csv", "question,answer,answer\na?,b,c\n", "rows.csv: Two columns are named 'answer'. Rename one"),
     (
         "rows.csv",
         "Frage,Antwort\nWas ist wann fällig?,Nach Artikel 47 sofort.\n",
-        "which column asks.*got Frage, Antwort; without",
+        "Cannot tell which columns.*Columns: Frage, Antwort. If the file has no header",
     ),
-    ("rows.csv", "1,a?,b\n2,c?,d\n", "which column asks .*got 1, a., b; without a header, name columns by number"),
-    ("rows.csv", "a? b\n", "which column asks .*got a. b; without"),
-    ("rows.parquet", b"PAR1....PAR1", "rows.parquet: not Parquet after row 0"),
+    (
+        "rows.csv",
+        "1,a?,b\n2,c?,d\n",
+        "Cannot tell which columns .*Columns: 1, a., b. If the file has no header, use numbers",
+    ),
+    ("rows.csv", "a? b\n", "Cannot tell which columns .*Columns: a. b. If"),
+    ("rows.parquet", b"PAR1....PAR1", "rows.parquet cannot be read as Parquet after row 0"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD, ids=[f"{n}-{m[:40]}" for n, _, m in BAD])
-def test_bad_rows_are_named(file, name, content, message):
+def test_bad_rows_are_reported(file, name, content, message):
     with pytest.raises(UserError, match=message):
         read(file(content, name))
 
 
-def test_settings_that_do_not_fit_the_files(file):
+def test_settings_that_do_not_match_the_files(file):
     path = file(jsonl({"q": "a?", "a": "b"}), "a.jsonl")
     for settings, message in [
         (
             {"columns": {"prompt": "ask", "response": "a"}},
-            "a.jsonl:1: columns names 'ask', which is not there; got q, a",
+            "a.jsonl:1: Key columns names the column 'ask', which does not exist. Columns: q, a",
         ),
-        ({"columns": {"rows": "data"}}, "a.jsonl: columns names the rows 'data', and no list of them is there"),
-        ({"task_type": "plain-text"}, r"a.jsonl:1: which column is the text\? Set columns=.*got q, a"),
-        ({"encoding": "utf-16"}, "a.jsonl:1: not utf-16"),
+        ({"columns": {"rows": "data"}}, "a.jsonl: Key columns sets rows to 'data', but no list of rows exists"),
+        (
+            {"task_type": "plain-text"},
+            r"a.jsonl:1: Cannot tell which column holds the text. Set columns=.*Columns: q, a",
+        ),
+        ({"encoding": "utf-16"}, "a.jsonl:1: Not valid utf-16"),
     ]:
         with pytest.raises(UserError, match=message):
             read(path, **settings)
@@ -545,43 +604,45 @@ def test_settings_that_do_not_fit_the_files(file):
         ["caf\xe9?", "b"]
     ]
     given = {"user": "Mandant", "assistant": "Kanzlei"}
-    with pytest.raises(UserError, match=r"rows.txt:1: expected a line that begins with a role"):
+    with pytest.raises(UserError, match=r"rows.txt:1: Expected a line that starts with a role"):
         read(file("User: a?\nLawyer: b"), role_prefixes=given)
 
 
-def test_every_bad_row_is_named_or_dropped_and_counted(file):
+def test_every_bad_row_is_listed_or_dropped_and_counted(file):
     good = {"q": "a?", "a": "b"}
     path = file(jsonl(good, {"q": "", "a": "b"}, good, {"q": "", "a": "c"}, {"x": 1}) + "{", "a.jsonl")
     with pytest.raises(UserError) as caught:
         read(path)
     heading, *named = str(caught.value).split("\n  ")
-    assert heading == f"train_data_dir={path}: 4 of 6 rows cannot be used (mend them, or set bad_rows=drop):"
-    assert named[0] == f"{path}:2: the question is empty (also {path}:4)"
-    assert named[1].startswith(f"{path}:5: which column asks") and named[2].startswith(f"{path}:6: not JSON")
+    assert heading == f"train_data_dir={path}: 4 of 6 rows cannot be used. Fix them, or set bad_rows=drop:"
+    assert named[0] == f"{path}:2: The question is empty. Also at {path}:4."
+    assert named[1].startswith(f"{path}:5: Cannot tell which columns") and named[2].startswith(
+        f"{path}:6: Not valid JSON"
+    )
     rows, said = read(path, bad_rows="drop")
     assert contents(rows) == [["a?", "b"]] * 2
-    assert said == ["\n  ".join(["train_data_dir: 4 of 6 rows cannot be used and are dropped:", *named])]
-    with pytest.raises(UserError, match=r"no rows in it that can be used"):
+    assert said == ["\n  ".join(["train_data_dir: dropped 4 of 6 rows that cannot be used:", *named])]
+    with pytest.raises(UserError, match=r"a.jsonl contains no usable rows"):
         read(file("{}\n{}", "a.jsonl"), bad_rows="drop")
 
 
-def test_bad_places_are_named(file, tmp_path):
+def test_bad_paths_are_reported(file, tmp_path):
     def refused(path, message):
         with pytest.raises(UserError, match=message):
             read(path)
 
-    refused(tmp_path / "none", r"train_data_dir=.*none: no such file or directory")
-    refused(tmp_path, r"train_data_dir=.*: no file in this directory")
+    refused(tmp_path / "none", r"train_data_dir=.*none: No such file or directory")
+    refused(tmp_path, r"train_data_dir=.*: The directory contains no data files")
     file("User: a?\nLawyer: b", "good/rows.txt")
     for name, make, message in [
-        ("loop", lambda p: p.symlink_to(p), r"loop leads nowhere \(Too many levels of symbolic links\)"),
+        ("loop", lambda p: p.symlink_to(p), r"loop is a broken symbolic link \(Too many levels of symbolic links\)"),
         (
             "dangling.txt",
             lambda p: p.symlink_to("nothing"),
-            r"dangling.txt leads nowhere \(No such file or directory\)",
+            r"dangling.txt is a broken symbolic link \(No such file or directory\)",
         ),
-        ("sub", lambda p: p.symlink_to(p.parent), r"sub is a link to a directory above it"),
-        ("pipe.txt", os.mkfifo, r"pipe.txt is not a file \(a pipe or a device\?\)"),
+        ("sub", lambda p: p.symlink_to(p.parent), r"sub is a link to one of its own parent directories"),
+        ("pipe.txt", os.mkfifo, r"pipe.txt is not a regular file"),
         (
             "unreadable.txt",
             lambda p: p.symlink_to("/proc/self/mem"),
@@ -590,18 +651,18 @@ def test_bad_places_are_named(file, tmp_path):
         (
             "notes.txt",
             lambda p: p.write_text("Read me."),
-            r"rows.txt:1 is a conversation, and .*notes.txt:1 is plain text",
+            r"rows.txt:1 is a conversation, but .*notes.txt:1 is plain text",
         ),
     ]:
         path = tmp_path / "good" / name
         make(path)
         refused(tmp_path / "good", message)
         path.unlink()
-    (tmp_path / "linked").symlink_to(tmp_path / "good")  # a link that leads somewhere is followed
+    (tmp_path / "linked").symlink_to(tmp_path / "good")  # a valid link is followed
     assert contents(read(tmp_path / "linked")[0]) == [["a?", "b"]]
 
 
-def test_a_folder_of_several_formats_in_the_order_of_names(file, tmp_path):
+def test_directory_of_several_formats_is_read_in_order_of_names(file, tmp_path):
     file("User: a?\nLawyer: b", "all/b.TXT")
     file(Q + "c?,d\n".encode("utf-16").decode("utf-16"), "all/a.csv")
     file(jsonl({"q": "e?", "a": "f"}), "all/sub.jsonl")
@@ -628,31 +689,31 @@ def test_text_prefixes(file, text):
     assert row.messages == PAIR
 
 
-def test_what_divides_rows_of_text_is_said_where_it_might_be_meant_otherwise(file):
+def test_row_separators_of_text_are_reported_if_ambiguous(file):
     text = "User: one?\nmore of it\nLawyer: first\n\nNote: second, with a colon\nUser: two?\nLawyer: b\n"
-    rows, said = read(file(text))  # nothing divides them
+    rows, said = read(file(text))  # nothing separates them
     assert contents(rows) == [["one?\nmore of it", "first\n\nNote: second, with a colon"], ["two?", "b"]]
-    assert said == ["train_data_dir: no blank line divides rows, so each question begins one: rows.txt"]
+    assert said == ["train_data_dir: every question starts a row, because no blank line separates rows: rows.txt"]
     rows, said = read(file(text + "\nUser: three?\nLawyer: c"))  # a blank line does
     assert [len(row.messages) for row in rows] == [4, 2] and [row.where[-2:] for row in rows] == [":1", ":9"]
-    assert said == ["train_data_dir: rows of several questions, as no blank line divides them: rows.txt"]
+    assert said == ["train_data_dir: rows with several questions, because no blank line separates them: rows.txt"]
     rows, said = read(file("User: one?\nLawyer: a\n---\nb\n\nUser: two?\nLawyer: c\n---\n\nUser: three?\nLawyer: d"))
     assert contents(rows) == [["one?", "a\n---\nb", "two?", "c"], ["three?", "d"]] and not said  # a line of --- does
 
 
-def test_text_that_looks_like_roles_stays_text_and_is_said(file):
+def test_text_that_looks_like_roles_stays_text_and_is_reported(file):
     pair = (
         "Employee: Which?\nNote: two\nlines\nCounsel: One of:\nA: fixed term\nB: open term\nA: again\nsee https://x.y\n"
     )
     rows, _ = read(file(pair + "Employee: And?\nCounsel: No.\n"))
     assert [row.messages[0].content for row in rows] == ["Which?\nNote: two\nlines", "And?"]
     assert rows[0].messages[1].content.startswith("One of:\nA: fixed term\nB: open")
-    survey = Survey((), "allow", False)
-    assert list(survey.watch(rows)) == rows
-    assert "lines that begin like a role but are read as text: a (2)" in survey.lines()
+    report = DataReport((), "allow", False)
+    assert list(report.inspect(rows)) == rows
+    assert "lines that start like a role but are read as text: a (2)" in report.lines()
 
 
-def test_hash_follows_the_bytes(file):
+def test_hash_depends_on_the_bytes(file):
     path = file("User: a?\nLawyer: b")
     before = files.hash_files(str(path), "train_data_dir")
     assert before == files.hash_files(str(path), "train_data_dir")

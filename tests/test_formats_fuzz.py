@@ -1,4 +1,4 @@
-"""Anything at all, to every reader: rows or one UserError, never a traceback; and no row is lost without a word."""
+"""Arbitrary input to every reader: rows or one UserError, never a traceback; and no row is lost silently."""
 
 import csv
 import io
@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from test_formats import LAYOUTS, contents
 
 from jlora.common.errors import UserError
-from jlora.data.conversation import Reading
-from jlora.data.readers import files, json_rows
+from jlora.data.conversation import ReadOptions
+from jlora.data.readers import files, json_files
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
 ENDINGS = st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ""])
 READINGS = st.builds(
-    Reading,
+    ReadOptions,
     columns=st.sampled_from([{}, {"prompt": "q", "response": "a"}, {"prompt": "1", "response": "2"}, {"rows": "data"}]),
     role_prefixes=st.sampled_from([{}, {"user": "Q|问", "assistant": "A|答|#"}]),
     task_type=st.sampled_from(["text-generation", "plain-text"]),
     bad_rows=st.sampled_from(["error", "drop"]),
 )
-CHUNKS = st.integers(1, 40) | st.just(json_rows.CHUNK)
+CHUNKS = st.integers(1, 40) | st.just(json_files.CHUNK)
 WORDS = [
     "User: ",
     "律师：",
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def outcome(path, reading):
-    """The rows and what was said, or the UserError."""
+    """Returns the rows and the logged lines, or the UserError."""
     said = []
     try:
         rows = files.read_conversations(str(path), "train_data_dir", reading, said.append)
@@ -94,13 +94,13 @@ def test_any_scraps(folder, text, ending, reading, encoding):
 def test_any_json(folder, values, ending, reading, lines, chunk):
     text = "\n".join(json.dumps(value) for value in values) if lines else json.dumps(values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "CHUNK", chunk)
+        patch.setattr(json_files, "CHUNK", chunk)
         outcome(file(folder, ending, text.encode()), reading)
 
 
 @FUZZ
 @given(st.sampled_from(sorted(LAYOUTS)), st.data(), READINGS, st.sampled_from(["utf-8", "utf-16", "gb18030"]))
-def test_files_with_a_piece_gone_or_added(folder, layout, data, reading, encoding):
+def test_files_with_a_piece_removed_or_added(folder, layout, data, reading, encoding):
     name, content, _ = LAYOUTS[layout]
     whole = content.removeprefix("\ufeff").encode(encoding)
     start = data.draw(st.integers(0, len(whole)))
@@ -114,8 +114,8 @@ def test_files_with_a_piece_gone_or_added(folder, layout, data, reading, encodin
 
 
 def dropped(said):
-    """How many rows were said to be dropped, and of how many."""
-    counts = [re.match(r"train_data_dir: (\d+) of (\d+) rows cannot be used", line) for line in said]
+    """Returns how many rows were reported as dropped, and of how many."""
+    counts = [re.match(r"train_data_dir: dropped (\d+) of (\d+) rows? that cannot be used", line) for line in said]
     return next(((int(c[1]), int(c[2])) for c in counts if c), (0, None))
 
 
@@ -156,7 +156,9 @@ def test_parquet_with_bytes_changed(folder, data):
     content = bytearray(as_parquet([("a?", "b" * 40)] * 5))
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         content[at] = data.draw(st.integers(0, 255))
-    outcome(file(folder, ".parquet", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), Reading())
+    outcome(
+        file(folder, ".parquet", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), ReadOptions()
+    )
 
 
 @FUZZ
@@ -165,13 +167,13 @@ def test_parquet_with_bytes_changed(folder, data):
     st.lists(st.tuples(st.just("") | st.text(max_size=9), st.text(max_size=9)), min_size=1, max_size=6),
     CHUNKS,
 )
-def test_rows_in_are_rows_used_and_rows_reported(folder, ending, pairs, chunk):
+def test_every_row_is_used_or_reported(folder, ending, pairs, chunk):
     content = WRITERS[ending](pairs)
     path = file(folder, ending, content if isinstance(content, bytes) else content.encode())
     kept = [[q.strip(), a.strip()] for q, a in pairs if good(q) and good(a)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "CHUNK", chunk)
-        rows, said = outcome(path, Reading(bad_rows="drop"))
+        patch.setattr(json_files, "CHUNK", chunk)
+        rows, said = outcome(path, ReadOptions(bad_rows="drop"))
         assert (rows is None) == (not kept)
         if not kept:
             return
@@ -180,7 +182,7 @@ def test_rows_in_are_rows_used_and_rows_reported(folder, ending, pairs, chunk):
         assert contents(rows) == kept
         bad = len(pairs) - len(kept)
         assert dropped(said) == (bad, len(pairs) if bad else None)
-        refused, message = outcome(path, Reading())
+        refused, message = outcome(path, ReadOptions())
         assert (refused is None) == (bad > 0) and (bad < 2 or f": {bad} of {len(pairs)} rows" in message[0])
 
 
@@ -189,13 +191,13 @@ LINE = st.from_regex(r"[a-z一-龥 ,.?]{0,8}", fullmatch=True)
 
 @FUZZ
 @given(st.lists(st.lists(LINE, min_size=2, max_size=6), min_size=1, max_size=5))
-def test_text_in_is_text_used_or_reported(folder, rows):
+def test_every_text_row_is_used_or_reported(folder, rows):
     text = "".join(
         "".join(f"{('User', 'Lawyer')[i % 2]}: {line}\n" for i, line in enumerate(turns)) + "\n" for turns in rows
     )
     kept = [[line.strip() for line in turns] for turns in rows if len(turns) % 2 == 0 and all(map(str.strip, turns))]
-    got, said = outcome(file(folder, ".txt", text.encode()), Reading(bad_rows="drop"))
-    if len(rows) == 1 and len(rows[0]) > 2:  # no blank line divides: each question is a row
+    got, said = outcome(file(folder, ".txt", text.encode()), ReadOptions(bad_rows="drop"))
+    if len(rows) == 1 and len(rows[0]) > 2:  # without a blank line, each question is a row
         pairs = list(zip(rows[0][::2], rows[0][1::2], strict=False))
         kept = [[q.strip(), a.strip()] for q, a in pairs if q.strip() and a.strip()]
     assert (contents(got) if got else []) == kept

@@ -7,8 +7,8 @@ import torch
 import transformers
 from conftest import run_module
 
-from jlora.data.chat import encode_prompt
 from jlora.data.conversation import Message
+from jlora.data.tokenizer import encode_prompt
 from jlora.serve import loading
 from jlora.serve.generator import pick
 

@@ -1,5 +1,5 @@
-"""GGUF files as bases: every architecture and quantisation against transformers' own reader, real tokenizers
-against their own libraries, and broken files with a message each."""
+"""GGUF files as base models: architectures and quantizations against transformers' reader, real tokenizers against
+their own libraries, and an error message for each kind of broken file."""
 
 import ast
 import base64
@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def values_of(kind, shape, random):
-    """Random quantised data of a kind, as bytes; where the package cannot quantise, random codes and small scales."""
+    """Returns random quantized data as bytes; if gguf cannot quantize to this kind, random codes and small scales."""
     try:
         return gguf.quants.quantize((0.1 * random.standard_normal(shape)).astype(np.float32), kind)
     except NotImplementedError:
@@ -45,7 +45,7 @@ SMALL = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_laye
 
 
 def write_gguf(file, arch, kind=Q.F32, drop=(), extra=None, tensors=None, tied=False, sizes=SMALL):
-    """A random GGUF model with SmolLM2's kind of tokenizer over 300 tokens."""
+    """Writes a random GGUF model with a tokenizer like SmolLM2's, of 300 tokens."""
     random, writer = np.random.default_rng(0), gguf.GGUFWriter(file, arch)
     D, F, N, K, H = (
         sizes[name]
@@ -145,7 +145,7 @@ TOKENS = np.random.RandomState(2).randint(0, 300, (1, 40)).astype(np.int32)
     ],
     ids=str,
 )
-def test_an_architecture_is_what_transformers_reads(tmp_path, arch, kind, tied):
+def test_architectures_equal_transformers(tmp_path, arch, kind, tied):
     sizes = {**SMALL, "head_dim": 128} if arch == "qwen3" else SMALL  # the only one that transformers reads for Qwen3
     file = write_gguf(tmp_path / "m.gguf", arch, kind, tied=tied, sizes=sizes)
     directory = converted(file)
@@ -158,7 +158,7 @@ def test_an_architecture_is_what_transformers_reads(tmp_path, arch, kind, tied):
     assert np.abs(torch_logits(directory, TOKENS) - want).max() < 1e-6  # the directory is a Hugging Face one
 
 
-def test_every_quantisation_of_the_gguf_package_is_read(tmp_path):
+def test_every_quantization_of_the_gguf_package_is_supported(tmp_path):
     read = [Q.F16, *gguf.quants._type_traits]
     assert len(read) > 20
     for kind in read:
@@ -172,7 +172,7 @@ def test_every_quantisation_of_the_gguf_package_is_read(tmp_path):
         file.unlink()
 
 
-def test_ropes_are_read(tmp_path):
+def test_rope_scalings_are_converted(tmp_path):
     rope = Llama3Rope(5e5, 32.0, 1.0, 4.0, 8192)
     waves = 2 * np.pi * 5e5 ** (np.arange(0, 64, 2) / 64)  # lengths in tokens; from 2048 to 8192 the divisor ramps
     ramp = np.clip((8192 / waves - 1) / (4 - 1), 0, 1)
@@ -197,21 +197,39 @@ def test_ropes_are_read(tmp_path):
 
 ODD = np.ones(32, np.float32)
 REFUSED = {
-    "architecture": ({"arch": "gemma2"}, "general.architecture is 'gemma2'; jlora reads llama, qwen2, qwen3"),
-    "experts": ({"extra": {"llama.expert_count": 8}}, "jlora does not read llama.expert_count=8"),
-    "part": ({"extra": {"split.count": 3}}, "a part of 3 files: join them with `llama-gguf-split --merge`"),
-    "rope": ({"extra": {"llama.rope.scaling.type": "longrope"}}, "rope.scaling.type is 'longrope'; jlora reads none,"),
-    "partial rope": ({"extra": {"llama.rope.dimension_count": 32}}, "llama.rope.dimension_count is 32; jlora reads 64"),
-    "table": ({"tensors": {"rope_freqs.weight": ODD * 3}}, "rope_freqs.weight is not Llama 3.1's scaling by 3"),
-    "surplus": ({"tensors": {"blk.0.attn_sinks": ODD}}, "the tensor blk.0.attn_sinks is not one of a llama model"),
-    "pre": ({"extra": {"tokenizer.ggml.pre": "chatglm-bpe"}}, "tokenizer.ggml.pre is 'chatglm-bpe'; jlora reads gpt-2"),
-    "tokenizer": ({"extra": {"tokenizer.ggml.model": "t5"}}, "tokenizer.ggml.model is 't5'; jlora reads gpt2, llama"),
-    "field": ({"drop": ["llama.embedding_length"]}, "the field embedding_length is missing"),
+    "architecture": ({"arch": "gemma2"}, "Unsupported general.architecture 'gemma2'. Supported: llama, qwen2, qwen3."),
+    "experts": ({"extra": {"llama.expert_count": 8}}, "Unsupported: llama.expert_count=8."),
+    "part": (
+        {"extra": {"split.count": 3}},
+        "one of 3 parts. Join them with `llama-gguf-split --merge FIRST_PART OUTPUT`",
+    ),
+    "rope": (
+        {"extra": {"llama.rope.scaling.type": "longrope"}},
+        "Unsupported rope.scaling.type 'longrope'. Supported: none,",
+    ),
+    "partial rope": (
+        {"extra": {"llama.rope.dimension_count": 32}},
+        "Unsupported llama.rope.dimension_count=32. Expected the head size, 64",
+    ),
+    "table": (
+        {"tensors": {"rope_freqs.weight": ODD * 3}},
+        "Unsupported rope_freqs.weight: it is not Llama 3.1's scaling by 3",
+    ),
+    "surplus": ({"tensors": {"blk.0.attn_sinks": ODD}}, "Unexpected tensor in a llama model: 'blk.0.attn_sinks'."),
+    "pre": (
+        {"extra": {"tokenizer.ggml.pre": "chatglm-bpe"}},
+        "Unsupported tokenizer.ggml.pre 'chatglm-bpe'. Supported: gpt-2",
+    ),
+    "tokenizer": (
+        {"extra": {"tokenizer.ggml.model": "t5"}},
+        "Unsupported tokenizer.ggml.model 't5'. Supported: gpt2, llama.",
+    ),
+    "field": ({"drop": ["llama.embedding_length"]}, "Field 'embedding_length' is missing"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_read_is_refused_by_name(tmp_path, name):
+def test_unsupported_features_are_rejected_by_name(tmp_path, name):
     changes, message = REFUSED[name]
     file = write_gguf(tmp_path / "m.gguf", **{"arch": "llama", **changes})
     with pytest.raises(UserError) as error:
@@ -220,24 +238,24 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -100])
-def test_a_truncated_file_is_said_so(tmp_path, keep):
+def test_truncated_files_are_rejected(tmp_path, keep):
     file = write_gguf(tmp_path / "m.gguf", "llama")
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"m.gguf cannot be read as GGUF: .*copied whole\?"):
+    with pytest.raises(UserError, match=r"m.gguf cannot be read as GGUF: .*Check that it was downloaded completely"):
         converted(file)
 
 
-def test_a_missing_tensor_is_named_when_it_is_loaded(tmp_path):
+def test_missing_tensors_are_reported_on_loading(tmp_path):
     directory = converted(write_gguf(tmp_path / "m.gguf", "llama", drop=["blk.1.ffn_up.weight"]))
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is missing"):
         load(directory)
 
 
-def test_a_file_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch, capsys):
+def test_files_are_converted_once_and_again_after_a_change(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = write_gguf(tmp_path / "mine.gguf", "llama")
     first = resolve_base(str(file))
-    assert first.parent == tmp_path / "cache" / "jlora" and "mine.gguf as a model directory" in capsys.readouterr().out
+    assert first.parent == tmp_path / "cache" / "jlora" and "mine.gguf to a model directory" in capsys.readouterr().out
     assert resolve_base(str(file)) == first and not capsys.readouterr().out
     write_gguf(file, "llama", Q.Q8_0)
     assert resolve_base(str(file)) != first
@@ -245,7 +263,7 @@ def test_a_file_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatc
 
 
 def pattern_in(source):
-    """The expression that a package's own tokenizer splits with."""
+    """Returns the splitting expression in a package's own tokenizer."""
     for node in ast.walk(ast.parse(source.read_text())):
         names = [getattr(target, "id", "").lower() for target in getattr(node, "targets", [])]
         if names == ["pat_str"]:
@@ -254,7 +272,7 @@ def pattern_in(source):
 
 
 def ranked(packages, name):
-    """A real model's tokens by rank, and its splitting expression."""
+    """Returns a real model's tokens by rank, and its splitting expression."""
     if name == "tekken":
         stored = json.loads((packages / "mistral_common/data/tekken_240911.json").read_text())
         size = stored["config"]["default_vocab_size"] - stored["config"]["default_num_special_tokens"]
@@ -270,7 +288,7 @@ def ranked(packages, name):
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken"])
-def test_a_real_byte_level_tokenizer_gives_its_own_ids(packages, tmp_path, pre):
+def test_byte_level_tokenizers_give_the_original_ids(packages, tmp_path, pre):
     ranks, pattern = ranked(packages, pre)
     file = tmp_path / "ranks"
     file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
@@ -299,7 +317,7 @@ def test_a_real_byte_level_tokenizer_gives_its_own_ids(packages, tmp_path, pre):
     assert ours("a<eos>", add_special_tokens=False)["input_ids"][-1] == len(vocabulary) + 1
 
 
-def test_a_real_sentencepiece_tokenizer_gives_its_own_ids(mistral_v1, tmp_path):
+def test_sentencepiece_tokenizer_gives_the_original_ids(mistral_v1, tmp_path):
     theirs = SentencePieceProcessor(str(mistral_v1))
     ids = range(theirs.vocab_size())
     types = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]

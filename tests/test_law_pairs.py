@@ -1,4 +1,4 @@
-"""The sample data: form, count, duplicates, overlap, and the same pairs in both languages."""
+"""The sample data: format, count, duplicates, overlap, and the same pairs in both languages."""
 
 import difflib
 import re
@@ -18,7 +18,7 @@ ENGLISH = re.compile(r"Under Article (\d+) of the (.+?), .+\.")
 
 
 def read(name):
-    """Question and answer of each pair."""
+    """Returns question and answer of each pair."""
     rows = read_conversations(str(ROOT / "data" / name), "train_data_dir")
     assert all([m.role for m in row.messages] == ["user", "assistant"] for row in rows)
     return [(row.messages[0].content, row.messages[1].content) for row in rows]
@@ -27,7 +27,7 @@ def read(name):
 @pytest.mark.parametrize(
     ("chinese", "english", "count"), [("law_train", "law_train_en", 200), ("law_eval", "law_eval_en", 20)]
 )
-def test_form_count_and_languages_agree(chinese, english, count):
+def test_format_count_and_languages_agree(chinese, english, count):
     pairs = list(zip(read(chinese), read(english), strict=True))
     assert len(pairs) == count
     for (zh_question, zh_answer), (en_question, en_answer) in pairs:
@@ -42,7 +42,7 @@ def test_form_count_and_languages_agree(chinese, english, count):
 
 
 @pytest.mark.parametrize("suffix", ["", "_en"])
-def test_no_question_stands_twice_and_none_is_in_both_sets(suffix):
+def test_questions_are_unique_within_and_across_sets(suffix):
     train, held_out = read(f"law_train{suffix}"), read(f"law_eval{suffix}")
     questions = [question for question, _ in train + held_out]
     assert len(set(questions)) == len(questions)

@@ -1,4 +1,4 @@
-"""What is trained on, against hand-made truth and transformers' own masks: five templates, four kinds of tokenizer."""
+"""Loss masks against expected values and transformers' own masks: five templates, four kinds of tokenizer."""
 
 import json
 
@@ -11,13 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from jlora.common.errors import UserError
-from jlora.data.chat import encode, encode_batch, encode_prompt, load_tokenizer, render
 from jlora.data.conversation import Conversation, Message
+from jlora.data.loss_mask import encode_conversation, encode_conversations
+from jlora.data.tokenizer import encode_prompt, load_tokenizer, render
 
 SPECIAL = (
     "<s> </s> <unk> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
 )
-# Each template as its family has it, and beside it by hand: what precedes an answer, and the answer as it is trained.
+# The chat template of each model family.
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + "
     "'\\n<</SYS>>\\n\\n' %}{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
@@ -43,7 +44,7 @@ MISTRAL = (
     "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {  # template, end token, and by hand: an answer's words -> what is trained
+TEMPLATES = {  # template, end token, and the trained text of an answer
     "llama-2": (LLAMA2, "</s>", " {} </s>"),
     "llama-3": (LLAMA3, "<|eot_id|>", "{}<|eot_id|>"),
     "chatml": (CHATML, "<|im_end|>", "{}<|im_end|>"),
@@ -59,7 +60,7 @@ ANSWERS = ["Under Article 47, pay.", "依据《劳动合同法》第47条，支�
 
 
 def byte_level(*, trimmed: bool) -> Tokenizer:
-    """As GPT-2, Llama 3 and Qwen have it; with `trimmed`, offsets leave blanks out, as Llama 3's do."""
+    """Trains a tokenizer like those of GPT-2, Llama 3 and Qwen; with `trimmed`, offsets omit spaces, as in Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,7 +72,7 @@ def byte_level(*, trimmed: bool) -> Tokenizer:
 
 
 def sentencepiece(*, legacy: bool) -> Tokenizer:
-    """As Llama 2 and Mistral have it: no splitting before the merges, bytes for what is not in the vocabulary."""
+    """Trains a tokenizer like those of Llama 2 and Mistral: no splitting before the merges, and byte fallback."""
     rough = Tokenizer(models.BPE())
     rough.pre_tokenizer = pre_tokenizers.Metaspace()
     train(rough, trainers.BpeTrainer(vocab_size=1500, show_progress=False))
@@ -105,30 +106,30 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request):
-    """A tokenizer of one kind; each test gives it a template."""
+    """A tokenizer of each kind, without a chat template."""
     backend = KINDS[request.param]()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def with_template(tokenizer, name):
-    """The tokenizer under a family's template, the ids at which that family stops, and the truth about an answer."""
+    """Sets a family's template; returns its end token ids, and a format for the trained text of an answer."""
     tokenizer.chat_template, end, trained = TEMPLATES[name]
     return frozenset([tokenizer.convert_tokens_to_ids(end)]), trained
 
 
 def runs(tokenizer, example):
-    """The text of each stretch of trained tokens, and of each stretch that is not."""
-    cuts = np.flatnonzero(np.diff(example.trained)) + 1
+    """Returns the text of each run of trained tokens, and of each run of other tokens."""
+    cuts = np.flatnonzero(np.diff(example.loss_mask)) + 1
     stretches = [
-        (tokenizer.decode(run), bool(example.trained[at]))
+        (tokenizer.decode(run), bool(example.loss_mask[at]))
         for at, run in zip([0, *cuts], np.split(example.tokens, cuts), strict=True)
     ]
     return [text for text, trained in stretches if trained], [text for text, trained in stretches if not trained]
 
 
-def said(kind, text):
-    """Text as a tokenizer with a leading blank gives it back: such a blank stands for nothing after a special token."""
+def without_added_space(kind, text):
+    """Removes the outer spaces of text if the tokenizer adds a leading space, which it drops after special tokens."""
     return text.strip(" ") if kind.decode(kind("a", add_special_tokens=False)["input_ids"]) == " a" else text
 
 
@@ -141,54 +142,56 @@ def conversation(*contents, system=""):
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("system", ["", "简短。Be brief."])
-def test_exactly_the_answers_and_their_ends_are_trained(kind, name, answer, system):
+def test_only_answers_and_their_end_tokens_are_trained(kind, name, answer, system):
     ends, truth = with_template(kind, name)
     if system and name == "mistral":
-        with pytest.raises(UserError, match=r"rows.txt:1: .*refuses it: Only user and assistant roles"):
-            encode(kind, ends, conversation("q", "a", system=system))
+        with pytest.raises(UserError, match=r"rows.txt:1: .*rejects this conversation: Only user and assistant roles"):
+            encode_conversation(kind, ends, conversation("q", "a", system=system))
         return
     row = conversation("pay", "first 一", "What is due? pay", answer, system=system)
     whole = kind.apply_chat_template([{"role": m.role, "content": m.content} for m in row.messages], tokenize=False)
     for train_on, expected in {"assistant": ["first 一", answer], "last": [answer]}.items():
-        example = encode(kind, ends, row, train_on)
+        example = encode_conversation(kind, ends, row, train_on)
         assert example.tokens.tolist() == kind(whole, add_special_tokens=False)["input_ids"]
         trained, rest = runs(kind, example)
-        assert [said(kind, text) for text in trained] == [said(kind, truth.format(words)) for words in expected]
+        assert [without_added_space(kind, text) for text in trained] == [
+            without_added_space(kind, truth.format(words)) for words in expected
+        ]
         assert not any(answer == text for text in rest)
         prompt = encode_prompt(kind, row.messages[:-1])
         assert example.tokens[: len(prompt)].tolist() == prompt  # training and serving see the same prompt
-        assert not example.trained[len(prompt) - 1] and example.trained[len(prompt)]
-    assert encode(kind, ends, row, "all").trained.all()
+        assert not example.loss_mask[len(prompt) - 1] and example.loss_mask[len(prompt)]
+    assert encode_conversation(kind, ends, row, "all").loss_mask.all()
 
 
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
 @pytest.mark.parametrize("kind_of", KINDS.values(), ids=KINDS)
-def test_special_tokens_may_swallow_the_blanks_beside_them(kind_of, side):
+def test_special_tokens_may_absorb_adjacent_spaces(kind_of, side):
     backend = kind_of()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, **{side: True}) for token in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     for name in TEMPLATES:
         ends, truth = with_template(tokenizer, name)
-        example = encode(tokenizer, ends, conversation("pay", "first 一", "What is due?", "pay"))
+        example = encode_conversation(tokenizer, ends, conversation("pay", "first 一", "What is due?", "pay"))
         trained, _ = runs(tokenizer, example)
         expected = [truth.format(words) for words in ("first 一", "pay")]
         assert [text.replace(" ", "") for text in trained] == [text.replace(" ", "") for text in expected]
 
 
-def test_masks_are_those_of_the_generation_tag(kind):
+def test_masks_equal_those_of_the_generation_tag(kind):
     kind.chat_template = WITH_GENERATION
     ends = frozenset([kind.convert_tokens_to_ids("<|im_end|>")])
     for answer in ANSWERS:
         row = conversation("问 🙂", answer, "and?", answer + "!", system="Be brief.")
         turns = [{"role": m.role, "content": m.content} for m in row.messages]
         theirs = kind.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
-        ours = encode(kind, ends, row)
+        ours = encode_conversation(kind, ends, row)
         assert ours.tokens.tolist() == theirs["input_ids"]
-        assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
+        assert ours.loss_mask.astype(int).tolist() == theirs["assistant_masks"]
         assert 0 < sum(theirs["assistant_masks"]) < len(ours.tokens)
 
 
-# What a reader gives: no blanks around it, no markup, no lone surrogates.
+# Text as readers return it: stripped, without special tokens or lone surrogates.
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).map(str.strip).filter(bool)
 words = words.filter(lambda text: not any(token in text for token in SPECIAL)) | st.sampled_from(ANSWERS)
 
@@ -196,12 +199,12 @@ words = words.filter(lambda text: not any(token in text for token in SPECIAL)) |
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=3))
-def test_whatever_is_said_is_trained_as_it_is(kind, name, turns):
+def test_any_text_is_trained_unchanged(kind, name, turns):
     ends, truth = with_template(kind, name)
     row = conversation(*[part for turn in turns for part in turn])
     try:
-        example = encode(kind, ends, row)
-    except UserError as error:  # then it is true: the served prompt is not how the row begins
+        example = encode_conversation(kind, ends, row)
+    except UserError as error:  # rightly: the row does not start with the served prompt
         assert "become one token" in str(error)
         prompts = [encode_prompt(kind, row.messages[: 2 * i + 1]) for i in range(len(turns))]
         full = kind(
@@ -211,25 +214,27 @@ def test_whatever_is_said_is_trained_as_it_is(kind, name, turns):
         assert any(full["input_ids"][: len(prompt)] != prompt for prompt in prompts)
         return
     trained, _ = runs(kind, example)
-    assert [said(kind, text) for text in trained] == [said(kind, truth.format(answer)) for _, answer in turns]
+    assert [without_added_space(kind, text) for text in trained] == [
+        without_added_space(kind, truth.format(answer)) for _, answer in turns
+    ]
 
 
-def test_a_batch_is_its_rows_one_by_one(kind):
+def test_encoding_a_batch_equals_encoding_each_row(kind):
     ends, _ = with_template(kind, "chatml")
     rows = [conversation("q", answer, "and?", answer) for answer in ANSWERS]
     rows.insert(2, Conversation((Message("text", "Plain 文本 🙂."),), "rows.txt:9"))
-    for row, example in zip(rows, encode_batch(kind, ends, rows, "assistant"), strict=True):
-        alone = encode(kind, ends, row)
-        assert np.array_equal(example.tokens, alone.tokens) and np.array_equal(example.trained, alone.trained)
+    for row, example in zip(rows, encode_conversations(kind, ends, rows, "assistant"), strict=True):
+        alone = encode_conversation(kind, ends, row)
+        assert np.array_equal(example.tokens, alone.tokens) and np.array_equal(example.loss_mask, alone.loss_mask)
         assert example.where == row.where
 
 
-def test_plain_text_is_trained_whole_and_ends(kind):
+def test_plain_text_is_trained_in_full_with_an_end_token(kind):
     ends, _ = with_template(kind, "chatml")
     row = Conversation((Message("text", "第一条 Plain text 🙂.\n\nMore."),), "book.txt:1")
-    example = encode(kind, ends, row)
-    assert example.trained.all()
-    assert said(kind, kind.decode(example.tokens)) == "第一条 Plain text 🙂.\n\nMore.<|im_end|>"
+    example = encode_conversation(kind, ends, row)
+    assert example.loss_mask.all()
+    assert without_added_space(kind, kind.decode(example.tokens)) == "第一条 Plain text 🙂.\n\nMore.<|im_end|>"
     assert encode_prompt(kind, row.messages) == example.tokens[:-1].tolist()
 
 
@@ -239,22 +244,25 @@ CLOSING = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CLOSING + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}", "assistant: ', and the beginning"),
-        ("{{ bos_token + bos_token }}" + CHATML, "begins with '<s>' twice"),
+        (
+            CLOSING + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+            "assistant: ', and the start of the answer become one token",
+        ),
+        ("{{ bos_token + bos_token }}" + CHATML, "starts with '<s>' twice"),
         (
             "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% endfor %}",
             "train_on=all",
         ),
     ],
 )
-def test_templates_that_train_the_wrong_thing_are_refused(kind, template, message):
+def test_templates_that_train_the_wrong_tokens_are_rejected(kind, template, message):
     kind.chat_template = template
     ends = frozenset([kind.convert_tokens_to_ids("<|im_end|>")])
     with pytest.raises(UserError, match=rf"rows.txt:1: .*{message}"):
-        encode(kind, ends, conversation("What is due?", "Under Article 47, pay."))
+        encode_conversation(kind, ends, conversation("What is due?", "Under Article 47, pay."))
 
 
-def test_what_is_rendered_is_what_the_tokenizer_renders(smollm):
+def test_render_equals_apply_chat_template(smollm):
     tokenizer = load_tokenizer(smollm, "")
     turns = (Message("user", "a?"), Message("assistant", "b"), Message("user", "c?"), Message("assistant", " d "))
     for messages, prompt in ((turns, False), (turns[:-1], True)):

@@ -14,7 +14,7 @@ from jlora.adapters.spec import spec_of
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
-from jlora.data.chat import Example
+from jlora.data.examples import Example
 from jlora.distributed import sharding
 from jlora.models import hf_loader, kernels
 from jlora.models.compute import Packing
@@ -106,7 +106,7 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
         if leaf.ndim == 3:  # each device holds its share of every matrix, and no more
             assert leaf.addressable_data(0).nbytes == leaf.nbytes * many.mesh.shape["data"] // 8
     (program,) = many.programs.compiled.values()
-    sent = collectives.collectives(program.as_text(), 8)
+    sent = collectives.find_collectives(program.as_text(), 8)
     gathered = [c.size for c in sent if c.kind == "all-gather"]
     if many.mesh.shape["fsdp"] > 1:  # the stack never comes together, only a layer's matrices, and the head once
         matrices = [leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(many.base["layers"])]

@@ -1,4 +1,4 @@
-"""What is said of a run before it runs: memory by part, what is sent, what would fit; by the TPU's own compiler too."""
+"""The forecast of a run: memory by part, communication, and settings that fit; also with the TPU's own compiler."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +35,7 @@ SMALL = {
 
 @pytest.fixture
 def small(tmp_path):
-    """config.json of a small base, and nothing else."""
+    """The config.json of a small base model, without weights."""
     file = tmp_path / "small.json"
     file.write_text(json.dumps(SMALL))
     return file
@@ -43,7 +43,7 @@ def small(tmp_path):
 
 @pytest.fixture
 def written(tmp_path, small):
-    """Writes a YAML config for it; returns a function of its changes."""
+    """Returns a function that writes a YAML config for the small base model."""
 
     def write(**changes):
         file = tmp_path / "config.yaml"
@@ -72,8 +72,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
 
 
-def test_what_is_sent_is_read_from_a_program():
-    found = sorted(collectives.collectives(LOOPS, 8))
+def test_collectives_are_read_from_a_program():
+    found = sorted(collectives.find_collectives(LOOPS, 8))
     assert found == [("all-gather", 64, 8, 3), ("all-reduce", 4, 2, 1), ("all-reduce", 32 + 16, 4, 5)]
     assert found[0].sent == 3 * 64 * 7 / 8 and found[2].sent == 5 * 48 * 2 * 3 / 4
 
@@ -81,13 +81,13 @@ def test_what_is_sent_is_read_from_a_program():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5x:2x4", "--target v5x:2x4: there is no such target; known are here, v5e:1, v5e:2x4"),
-        ("v5e:3x5", "no stand-ins for v5e:3x5: .*a slice that exists, as here, v5e:1"),
-        ("gpu:24", "--target gpu:24: there is no such target; known are .*gpu:24GiB"),
-        ("gpu:3x24GiB", "stand-ins there are for 1, 4, 8 GPUs of up to 95 GiB"),
+        ("v5x:2x4", "Unknown --target 'v5x:2x4'. Examples: here, v5e:1, v5e:2x4"),
+        ("v5e:3x5", "v5e:3x5 cannot be simulated: .*a slice that exists, such as here, v5e:1"),
+        ("gpu:24", "Unknown --target 'gpu:24'. Examples: .*gpu:24GiB"),
+        ("gpu:3x24GiB", "Only 1, 4 or 8 GPUs of up to 95 GiB each can be simulated"),
     ],
 )
-def test_an_unknown_target(name, message):
+def test_unknown_targets_are_rejected(name, message):
     with pytest.raises(UserError, match=message):
         targets.find_target(name, jax.devices()[:1])
 
@@ -100,7 +100,7 @@ def job_of(file, target, length=128, **changes):
     return make_job(config, read_config(file), FLOAT32, target, layout), layout
 
 
-def test_memory_is_told_by_part_and_a_larger_batch_needs_more(small):
+def test_memory_is_reported_by_part(small):
     target = targets.Target("here", jax.devices()[:2], None, None, "")
     seen = forecast(job_of(small, target)[0])
     heads, keys, D, F, L = 256, 128, 256, 512, 2
@@ -114,7 +114,7 @@ def test_memory_is_told_by_part_and_a_larger_batch_needs_more(small):
     assert longer.memory.rest > 1.5 * seen.memory.rest and longer.memory.base == seen.memory.base
 
 
-def test_what_does_not_fit_is_told_with_a_setting_that_does(small):
+def test_search_finds_settings_that_fit(small):
     roomy = targets.Target("here", jax.devices()[:1], None, None, "")
     job, layout = job_of(small, roomy)
     seen, said = forecast(job), []
@@ -124,10 +124,10 @@ def test_what_does_not_fit_is_told_with_a_setting_that_does(small):
     assert other.needed <= tight.limit and said
     config = other.job.config
     assert config.batch_size * config.gradient_accumulation_steps == 8  # the same optimizer steps
-    assert f"set {search.wanted(job.config, config)}" in search.remedy(job.config, other)
+    assert f"set {search.format_changes(job.config, config)}" in search.suggest_fix(job.config, other)
     hopeless = roomy._replace(limit=seen.memory.adapter)
     assert search.search(seen, hopeless, layout, said.append) is None
-    assert "take a smaller base" in search.remedy(job.config, None)
+    assert "Use a smaller base model" in search.suggest_fix(job.config, None)
 
 
 def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, tmp_path):
@@ -137,36 +137,36 @@ def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, t
     )  # less than an eighth of the base
     config = files.load_config(str(config_file(batch_size=8, target_modules="all-linear")), [])
     with pytest.raises(
-        UserError, match=r"needs 0\.\d+ GiB on each device, and 0.00 GiB are there\. No batch_size.*that was"
+        UserError, match=r"needs 0\.\d+ GiB on each device, but only 0.00 GiB is available\. None of the batch_size"
     ):
         finetune(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_reads_config_json_alone(written, capsys):
+def test_plan_needs_only_config_json(written, capsys):
     plan.main(["--config", str(written(batch_size=8)), "--tokens", "64"])
     said = capsys.readouterr().out
     for words in (
         "8 x cpu, data=8; remat=dots, float32 base",
-        "1 forward and backward passes of 8 x 64 tokens; every example taken as 64 tokens long (--tokens)",
-        "fits: 0.0",
+        "1 forward and backward pass of 8 x 64 tokens; assuming 64 tokens per example, all trained on (--tokens)",
+        "Fits: 0.0",
         "activations, temporaries, padding",
         "MB sent (all-reduce of 0.",
-        "no other setting that fits should be faster",
+        "No other settings that fit should be faster",
     ):
         assert words in said, said
     with pytest.raises(UserError, match="batch_size=6 does not divide over 8 devices: set batch_size=8"):
         plan.main(["--config", str(written(batch_size=6))])
 
 
-def test_lengths_come_from_the_data_where_it_is_there(config_file, capsys):
+def test_lengths_come_from_the_data_if_it_exists(config_file, capsys):
     plan.main(["--config", str(config_file(batch_size=8)), "--only"])
     said = capsys.readouterr().out
     assert "of 8 x 112 tokens; row lengths from " in said, said
 
 
 def plan_of(row):
-    """What the plan says of a row of scripts/plan_table.py."""
+    """Returns the plan for a row of scripts/plan_table.py."""
     spec = importlib.util.spec_from_file_location("plan_table", ROOT / "scripts/plan_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -174,15 +174,15 @@ def plan_of(row):
 
 
 def test_seven_billion_parameters_on_a_tpu_slice():
-    """By the TPU's compiler: at most 14 GiB a chip, and nothing but the adapter's gradients and scalars travels."""
+    """By the TPU's compiler: at most 14 GiB a chip, and only the adapter's gradients and scalars are sent."""
     said = plan_of("7b-v5e-8")
-    assert float(re.search(r"fits: (\S+) of 16.00 GiB on each device", said)[1]) < 14, said
+    assert float(re.search(r"Fits: (\S+) of 16.00 GiB on each device", said)[1]) < 14, said
     travels = re.search(r"MB sent \(all-reduce of (\S+) MB\)", said)  # no other collective is named
     gradients = 32 * 2 * 16 * (4096 + 4096)  # A and B of q and v
     assert travels and float(travels[1]) * 1e6 <= 4 * gradients + 100, said
 
 
-def test_what_travels_does_not_grow_with_the_slice(small):
+def test_communication_does_not_grow_with_the_slice(small):
     """On 8 and on 256 chips, by the TPU's compiler: each sends the adapter's gradients once, with the same memory."""
     heads, keys, D, L = 256, 128, 256, 2
     gradients, needed = 4 * L * 16 * (D + heads + D + keys), []
@@ -198,4 +198,4 @@ def test_what_travels_does_not_grow_with_the_slice(small):
 
 def test_seven_billion_parameters_in_four_bits_on_one_chip():
     said = plan_of("7b-v5e-1-nf4")
-    assert "fits: " in said and "nothing sent between devices" in said, said
+    assert "Fits: " in said and "nothing sent between devices" in said, said

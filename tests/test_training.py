@@ -19,12 +19,12 @@ from jlora.adapters.spec import spec_of
 from jlora.bases.resolve import resolve_base
 from jlora.config.files import load_config
 from jlora.data.batches import plan_batches
-from jlora.data.chat import end_tokens, load_tokenizer
+from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed import sharding
 from jlora.models import hf_loader
 from jlora.models.compute import Packing
 from jlora.models.families import read_config
-from jlora.planning import pipeline
+from jlora.planning import data_pipeline
 from jlora.steps import optim
 from jlora.steps.programs import Programs, fresh_state
 from jlora.training import setup, train
@@ -39,11 +39,11 @@ class Setup(Trains):
         self.model_config = read_config(self.directory)
         self.tokenizer = load_tokenizer(self.directory, "")
         ends = end_tokens(self.directory, self.tokenizer)
-        rows, _ = pipeline.read_rows(self.config)
-        self.examples = pipeline.read_examples(self.config, self.tokenizer, ends, rows, "training")
+        rows, _ = data_pipeline.read_rows(self.config)
+        self.examples = data_pipeline.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
         ways = sharding.row_ways(self.mesh)
-        self.steps, batches, _ = pipeline.plan(self.config, self.model_config, self.examples, [], ways)
+        self.steps, batches, _ = data_pipeline.plan_run(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = setup.choose_compute(self.config, jax.devices()[0])
         self.compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
@@ -83,8 +83,8 @@ def peft_losses(setup, initial, directory, count):
     schedule = make_schedule(optimizer, int(np.ceil(config.warmup_ratio * setup.steps)), setup.steps)
     losses = []
     for step in range(count):
-        chosen = [setup.examples[i] for i in setup.batches.chosen(step)]
-        total = sum(int(e.trained[1:].sum()) for e in chosen)
+        chosen = [setup.examples[i] for i in setup.batches.example_indices(step)]
+        total = sum(int(e.loss_mask[1:].sum()) for e in chosen)
         optimizer.zero_grad()
         loss_of_step = 0.0
         for start in range(0, len(chosen), config.batch_size):
@@ -94,7 +94,7 @@ def peft_losses(setup, initial, directory, count):
             labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
             for i, e in enumerate(micro):
                 ids[i, : len(e.tokens)] = torch.tensor(e.tokens)
-                labels[i, : len(e.tokens)] = torch.tensor(np.where(e.trained, e.tokens, -100))
+                labels[i, : len(e.tokens)] = torch.tensor(np.where(e.loss_mask, e.tokens, -100))
                 mask[i, : len(e.tokens)] = 1
             logits = model(ids, attention_mask=mask).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
@@ -170,7 +170,7 @@ def test_it_is_laid_once_only_where_each_example_would_make_the_same_of_it(confi
 
     def prefixes(model=setup.model_config, **changes):
         config = dataclasses.replace(setup.config, **changes)
-        _, *both = pipeline.plan(config, model, setup.examples, setup.examples, 1)
+        _, *both = data_pipeline.plan_run(config, model, setup.examples, setup.examples, 1)
         return [batches.prefix for batches in both]
 
     prefix = setup.batches.prefix

@@ -25,7 +25,7 @@ from jlora.adapters.peft_io import read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import TARGETS, LoraConfig, settings_of, spec_of
 from jlora.api import finetune
-from jlora.bases.gguf import _half_rotation as half_rotation
+from jlora.bases.gguf import _unpermute_rotary as half_rotation
 from jlora.common.errors import UserError
 from jlora.config.files import load_config
 from jlora.config.schema import Config

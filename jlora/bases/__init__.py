@@ -1,1 +1,1 @@
-"""Base models: a directory, a hub id, a GGUF file or a package, resolved to a Hugging Face directory."""
+"""Base models: from a name, a directory or a GGUF file to a local Hugging Face directory, and its identity."""

@@ -1,7 +1,7 @@
-"""A GGUF file, written once as an ordinary Hugging Face directory.
+"""Converts a GGUF file to an ordinary Hugging Face directory.
 
-Sources: the GGUF specification, and the `gguf` package of llama.cpp, which names the tensors and dequantises them.
-Quantised tensors become float32, which holds their values exactly; others keep their dtype.
+Sources: the GGUF specification, and llama.cpp's `gguf` package, which names and dequantizes the tensors. Quantized
+tensors are written as float32, which represents their values exactly; others keep their dtype.
 """
 
 import dataclasses
@@ -18,16 +18,17 @@ from gguf import GGMLQuantizationType as Stored
 from jlora.adapters.hf_names import NAMES, tensor_names
 from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.models.rope import Llama3Rope, plain_frequencies
 from jlora.models.safetensors_files import write_weights
 
-# GGUF's architectures, which are model_types too: the class, and the table of tensor names. Mistral is stored as llama.
+# GGUF architecture, which equals the model_type -> class name, table of tensor names. Mistral is stored as llama.
 FAMILIES = {
     "llama": ("LlamaForCausalLM", gguf.MODEL_ARCH.LLAMA),
     "qwen2": ("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2),
     "qwen3": ("Qwen3ForCausalLM", gguf.MODEL_ARCH.QWEN3),
 }
-# Fields of an architecture that are read. Any other is refused, unless it says that something is absent.
+# Architecture fields that jlora reads. It rejects a file that sets any other to something other than zero or false.
 READ = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
@@ -35,14 +36,14 @@ READ = {
     *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
-ROPE_TABLE = "rope_freqs.weight"  # Llama 3.1's scaling, as the divisor of each frequency
+ROPE_TABLE = "rope_freqs.weight"  # the RoPE scaling of Llama 3.1, as a divisor for each frequency
 
 
 def convert(file: Path, directory: Path) -> None:
     """Writes config, weights, tokenizer, chat template and generation config into `directory`, which must exist.
 
     Raises:
-      UserError: the file is broken, or asks for something that jlora does not read, by field and value.
+      UserError: the file is broken, or uses a feature that jlora does not support, named by field and value.
     """
     try:
         reader = gguf.GGUFReader(file)
@@ -50,59 +51,61 @@ def convert(file: Path, directory: Path) -> None:
         stored = {tensor.name: tensor for tensor in reader.tensors}
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{file} cannot be read as GGUF: {reason}. Was it downloaded or copied whole?") from None
+        raise UserError(f"{file} cannot be read as GGUF: {reason}. Check that it was downloaded completely.") from None
     try:
         config = read_config(field, stored)
-        names = _names(field["general.architecture"], config["num_hidden_layers"], stored)
+        names = _tensor_names(field["general.architecture"], config["num_hidden_layers"], stored)
         _write_json(directory / "config.json", config)
         _write_json(directory / "generation_config.json", _generation(field))
         write_tokenizer(field, directory)
     except KeyError as error:
-        raise UserError(f"{file}: the field {error.args[0]} is missing") from None
+        raise UserError(f"{file}: Field {error.args[0]!r} is missing.") from None
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     rotated = {}
-    if field["general.architecture"] == "llama":  # the only one whose rows llama.cpp reorders
+    if field["general.architecture"] == "llama":  # the only architecture whose rows llama.cpp reorders
         rotated = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def read(name: str) -> np.ndarray:
         tensor = stored[names[name]]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         heads = rotated.get(name.split(".")[-2])
-        values = _half_rotation(values, heads) if heads else values
+        values = _unpermute_rotary(values, heads) if heads else values
         return values.astype(_dtype(tensor))
 
     sizes = {name: int(stored[its].n_elements) * _dtype(stored[its]).itemsize for name, its in names.items()}
     try:
         write_weights(directory, sizes, read)
     except NotImplementedError as error:
-        raise UserError(f"{file} has a quantisation that is not read: {error}") from None
+        raise UserError(f"{file} uses an unsupported quantization: {error}") from None
 
 
 def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the model.
+    """Returns the content of config.json.
 
     Raises:
       KeyError: a field is missing.
-      ValueError: a field has a value that is not read.
+      ValueError: a field has a value that jlora does not support.
     """
     kind = field["general.architecture"]
     if kind not in FAMILIES:
-        raise ValueError(f"general.architecture is {kind!r}; jlora reads {', '.join(FAMILIES)}")
+        raise ValueError(f"Unsupported general.architecture {kind!r}. Supported: {', '.join(FAMILIES)}.")
     if field.get("split.count", 1) > 1:
-        raise ValueError(f"a part of {field['split.count']} files: join them with `llama-gguf-split --merge`")
+        raise ValueError(
+            f"This is one of {field['split.count']} parts. Join them with `llama-gguf-split --merge FIRST_PART OUTPUT`."
+        )
     own = {name.removeprefix(f"{kind}."): value for name, value in field.items() if name.startswith(f"{kind}.")}
     if odd := [f"{kind}.{name}={value!r}" for name, value in own.items() if name not in READ and value]:
-        raise ValueError(f"jlora does not read {', '.join(odd)}")
+        raise ValueError(f"Unsupported: {', '.join(odd)}.")
     heads, width = own["attention.head_count"], own["embedding_length"]
     size = own.get("attention.key_length") or own.get("rope.dimension_count") or width // heads
     for name in ("attention.value_length", "rope.dimension_count"):
         if own.get(name, size) != size:
-            raise ValueError(f"{kind}.{name} is {own[name]}; jlora reads {size}, the size of a head")
+            raise ValueError(f"Unsupported {kind}.{name}={own[name]}. Expected the head size, {size}.")
     theta = own.get("rope.freq_base", 10000.0)
     window = own.get("attention.sliding_window")
     if window and kind != "llama":
-        raise ValueError(f"{kind}.attention.sliding_window is {window}; jlora reads it for llama only")
+        raise ValueError(f"Unsupported {kind}.attention.sliding_window={window}. It is only supported for llama.")
     special = {role: field.get(f"tokenizer.ggml.{role}") for role in ("bos_token_id", "eos_token_id")}
     return {
         "architectures": ["MistralForCausalLM" if window else FAMILIES[kind][0]],
@@ -129,7 +132,7 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
 
 
 def _scaling(own: dict[str, Any], stored: dict[str, Any], theta: float, size: int) -> dict[str, Any]:
-    """The rest of config.json's rope_parameters."""
+    """Returns config.json's rope_parameters, except rope_theta."""
     kind = own.get("rope.scaling.type", "none")
     if ROPE_TABLE in stored:
         table = np.asarray(stored[ROPE_TABLE].data, np.float32)
@@ -137,46 +140,47 @@ def _scaling(own: dict[str, Any], stored: dict[str, Any], theta: float, size: in
     if kind == "none":
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
-        raise ValueError(f"rope.scaling.type is {kind!r}; jlora reads none, linear, yarn")
+        raise ValueError(f"Unsupported rope.scaling.type {kind!r}. Supported: none, linear, yarn.")
     original = own.get("rope.scaling.original_context_length")
     known = {"original_max_position_embeddings": original} if kind == "yarn" and original else {}
     return {"rope_type": kind, "factor": _decimal(own["rope.scaling.factor"]), **known}
 
 
 def _llama3(table: np.ndarray, theta: float, size: int) -> dict[str, Any]:
-    """The scaling whose divisors the table holds; every published Llama 3.1 to 3.3 differs in the factor alone."""
+    """Returns the scaling that a table of divisors encodes. Published Llama 3.1 to 3.3 models differ only in factor."""
     rope = Llama3Rope(theta, _decimal(table.max()), 1.0, 4.0, 8192)
     frequencies = np.asarray(rope.frequencies(size, jnp.ones((), jnp.int32)))
     if not np.allclose(plain_frequencies(theta, size) / frequencies, table, rtol=1e-4):
-        raise ValueError(f"{ROPE_TABLE} is not Llama 3.1's scaling by {rope.factor:g}, the one that jlora reads")
+        raise ValueError(f"Unsupported {ROPE_TABLE}: it is not Llama 3.1's scaling by {rope.factor:g}.")
     return {name: value for name, value in dataclasses.asdict(rope).items() if name != "rope_theta"}
 
 
-def _names(kind: str, layers: int, stored: dict[str, Any]) -> dict[str, str]:
-    """Hugging Face's name -> GGUF's name, of every tensor in the file."""
+def _tensor_names(kind: str, layers: int, stored: dict[str, Any]) -> dict[str, str]:
+    """Returns Hugging Face's name -> GGUF's name for every tensor in the file."""
     table = gguf.get_tensor_name_map(FAMILIES[kind][1], layers)
     ours = [name for path in NAMES for name in tensor_names(path, (layers,))]
     theirs = {name: table.get_name(name, (".weight", ".bias")) for name in ours}
     names = {name: found for name, found in theirs.items() if found in stored}
     if rest := sorted(stored.keys() - set(names.values()) - {ROPE_TABLE}):
-        raise ValueError(f"the tensor {rest[0]} is not one of a {kind} model ({len(rest)} such)")
+        others = f" and {plural(len(rest) - 1, 'other')}" if rest[1:] else ""
+        raise ValueError(f"Unexpected tensor in a {kind} model: {rest[0]!r}{others}.")
     return names
 
 
-def _half_rotation(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows from GGUF's order (rotary pairs side by side) to Hugging Face's (pairs half a head apart)."""
+def _unpermute_rotary(values: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders rows from GGUF's order (rotary pairs adjacent) to Hugging Face's (pairs half a head apart)."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def _dtype(tensor: gguf.ReaderTensor) -> np.dtype:
-    """What a tensor is written as: its own half type, else float32."""
+    """Returns the dtype in which a tensor is written: its own if it is a 16-bit float, else float32."""
     halves = {Stored.F16: np.dtype(np.float16), Stored.BF16: np.dtype(ml_dtypes.bfloat16)}
     return halves.get(tensor.tensor_type, np.dtype(np.float32))
 
 
 def _generation(field: dict[str, Any]) -> dict[str, Any]:
-    """generation_config.json: the tokens that begin a text and end an answer."""
+    """Returns the content of generation_config.json: the tokens that start a text and end an answer."""
     ends = [field.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     stops = list(dict.fromkeys(token for token in ends if token is not None))
     return {
@@ -187,7 +191,7 @@ def _generation(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decimal(value: Any) -> float:
-    """The shortest decimal of a float32, as its author wrote it."""
+    """Returns the shortest decimal that equals a float32, which is how its author wrote it."""
     return float(str(np.float32(value)))
 
 

@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
+"""Converts a GGUF file's tokenizer to tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-Source of the fields: the GGUF specification. How text is split before the merges is named, not stored, by GGUF; the
-expressions are those of each model's own tokenizer.
+Source of the fields: the GGUF specification. GGUF does not store the expression that splits text before the merges, but
+only its name; the expressions here are those of each model's own tokenizer.
 """
 
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF's types of tokens that are not pieces of text
-SPACE = "\u2581"  # sentencepiece's mark of a space
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF's types of tokens that are not ordinary text
+SPACE = "\u2581"  # sentencepiece's character for a space
 
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,7 +20,7 @@ QWEN2 = rf"{WORD}|\p{{N}}|{REST}"
 UPPER, LOWER, BEFORE = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[^\r\n\p{L}\p{N}]?"
 CAMEL = rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*"
 TEKKEN = rf"{CAMEL}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# tokenizer.ggml.pre -> the expression that splits; None is GPT-2's own, in the library.
+# tokenizer.ggml.pre -> the expression that splits text; None is GPT-2's, which the tokenizers library has built in.
 SPLITS = {
     "gpt-2": None,
     "smollm": None,
@@ -31,46 +31,46 @@ SPLITS = {
     "deepseek-r1-qwen": QWEN2,
     "tekken": TEKKEN,
 }
-WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}  # a word that is a token needs no merges
-BEGINS = {"llama-bpe", "llama3", "llama-v3", "tekken"}  # a text begins with BOS unless the file says otherwise
+WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}  # a word in the vocabulary is used without its merges
+ADD_BOS = {"llama-bpe", "llama3", "llama-v3", "tekken"}  # text starts with BOS unless the file says otherwise
 
 
 def write_tokenizer(field: dict[str, Any], directory: Path) -> None:
-    """Writes the tokenizer of a GGUF file's fields.
+    """Writes the tokenizer files for a GGUF file's fields into `directory`.
 
     Raises:
       KeyError: a field is missing.
-      ValueError: the kind of tokenizer is one that jlora does not read.
+      ValueError: jlora does not support this kind of tokenizer.
     """
     kind, tokens = field["tokenizer.ggml.model"], field["tokenizer.ggml.tokens"]
     if kind == "gpt2":
         tokenizer = _byte_level(field, tokens)
-        begins = field.get("tokenizer.ggml.add_bos_token", field["tokenizer.ggml.pre"] in BEGINS)
+        add_bos = field.get("tokenizer.ggml.add_bos_token", field["tokenizer.ggml.pre"] in ADD_BOS)
     elif kind == "llama":
         tokenizer = _sentencepiece(field, tokens)
-        begins = field.get("tokenizer.ggml.add_bos_token", True)
+        add_bos = field.get("tokenizer.ggml.add_bos_token", True)
     else:
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; jlora reads gpt2, llama")
+        raise ValueError(f"Unsupported tokenizer.ggml.model {kind!r}. Supported: gpt2, llama.")
     types = field["tokenizer.ggml.token_type"]
-    for token, its in zip(tokens, types, strict=True):  # one by one keeps their order, and so their ids
-        if its in (UNKNOWN, CONTROL):
+    for token, token_type in zip(tokens, types, strict=True):  # one by one, which keeps their order and thus their ids
+        if token_type in (UNKNOWN, CONTROL):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif its == USER_DEFINED:
+        elif token_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
     ids = {
         role: field.get(f"tokenizer.ggml.{key}_token_id")
         for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
     }
-    named = {f"{role}_token": tokens[index] for role, index in ids.items() if index is not None}
-    if begins and "bos_token" in named:
-        bos = named["bos_token"]
+    special = {f"{role}_token": tokens[index] for role, index in ids.items() if index is not None}
+    if add_bos and "bos_token" in special:
+        bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
         )
     tokenizer.save(str(directory / "tokenizer.json"))
     length = field[f"{field['general.architecture']}.context_length"]
     settings = {
-        **named,
+        **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": length,
@@ -82,10 +82,10 @@ def write_tokenizer(field: dict[str, Any], directory: Path) -> None:
 
 
 def _byte_level(field: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """Byte-level BPE, as GPT-2 and all that followed it."""
+    """Builds a byte-level BPE tokenizer, as GPT-2 and most later models use."""
     kind = field["tokenizer.ggml.pre"]
     if kind not in SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre is {kind!r}; jlora reads {', '.join(SPLITS)}")
+        raise ValueError(f"Unsupported tokenizer.ggml.pre {kind!r}. Supported: {', '.join(SPLITS)}.")
     merges = [tuple(pair.split(" ")) for pair in field["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=kind in WHOLE_WORDS))
@@ -105,7 +105,7 @@ def _byte_level(field: dict[str, Any], tokens: list[str]) -> Tokenizer:
 
 
 def _sentencepiece(field: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """Sentencepiece's BPE with bytes for what the vocabulary lacks. Its merges follow from the pieces' scores."""
+    """Builds sentencepiece's BPE with byte fallback. The merges are derived from the scores of the pieces."""
     vocabulary = {token: i for i, token in enumerate(tokens)}
     scores, types = field["tokenizer.ggml.scores"], field["tokenizer.ggml.token_type"]
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []

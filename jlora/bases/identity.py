@@ -1,4 +1,4 @@
-"""What makes a base the same base: hashes of its weights, its tokenizer and its chat template."""
+"""Identity of a base model: hashes of its weights, its tokenizer and its chat template, and checks against them."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from jlora.adapters.provenance import BASE, metadata
 from jlora.common.errors import UserError
 from jlora.models.safetensors_files import Weights
 
-SAMPLE = 64  # values of every tensor that count
-# Scripts, digits, spaces, line ends: where tokenizers with one vocabulary part ways.
+SAMPLE = 64  # values of each tensor that are hashed
+# Scripts, digits, spaces and newlines: where tokenizers with the same vocabulary differ.
 TEXT = " Must a contract be in writing?\n\n  劳动合同，第19条。 Ünï 12345 don't\t🙂\u00a0e\u0301 "
 USER, ASSISTANT = {"role": "user", "content": " Is it? "}, {"role": "assistant", "content": " It is.\n"}
-NO_DAY = "{% macro strftime_now(form) %}{{ form }}{% endmacro %}{{ '' }}"  # for templates that ask which day it is
+NO_DATE = "{% macro strftime_now(form) %}{{ form }}{% endmacro %}{{ '' }}"  # for templates that insert today's date
 CHATS = [[USER], [USER, ASSISTANT, USER], [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]]
 
 
 def base_hash(directory: Path) -> str:
-    """A hash of every tensor's name, shape and first values, as bfloat16: the same in other files or another dtype."""
+    """Hashes the name, shape and first values of each tensor, as bfloat16; file layout and dtype do not matter."""
     weights, digest = Weights(directory), hashlib.sha256()
     for name in sorted(weights.names()):
         values, shape = weights.read(name), list(weights.shape(name))
@@ -32,7 +32,7 @@ def base_hash(directory: Path) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the vocabulary, the special tokens, and the ids of a text that is hard to cut."""
+    """Hashes the vocabulary, the special tokens, and the ids of a text on which tokenizers differ."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     known = [sorted(tokenizer.get_vocab().items()), sorted(special.items()), ids]
@@ -40,12 +40,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """A hash of what the chat template makes of a few conversations, on no particular day; "" where there is none."""
+    """Hashes the chat template's output for a few conversations, without today's date; "" without a template."""
     if not tokenizer.chat_template:
         return ""
-    digest, template = hashlib.sha256(), NO_DAY + tokenizer.chat_template
+    digest, template = hashlib.sha256(), NO_DATE + tokenizer.chat_template
     for chat in CHATS:
-        try:  # some templates know no system
+        try:  # some templates reject a system message
             text = tokenizer.apply_chat_template(
                 chat, chat_template=template, tokenize=False, add_generation_prompt=chat[-1] is USER
             )
@@ -56,7 +56,7 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def fingerprint(directory: Path) -> str:
-    """A cheap identity of a base's files: config.json, and each weight file's size, first and last mebibyte."""
+    """Hashes config.json, and each weight file's size, first and last mebibyte: cheap, but tied to the exact files."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size
@@ -69,34 +69,35 @@ def fingerprint(directory: Path) -> str:
 
 
 def check_unchanged(record: dict[str, Any], tokenizer: Any) -> None:
-    """Raises UserError where base, tokenizer or chat template of a run are no longer what it was trained with.
+    """Raises UserError if the base model, tokenizer or chat template of a run has changed since training.
 
     Args:
-      record: the run's config.json; what an older run does not note is not compared.
-      tokenizer: as it is now, with the run's chat template.
+      record: the run's config.json; values that older versions did not record are not compared.
+      tokenizer: the tokenizer as loaded now, with the run's chat template.
     """
     base, data = record["base"], record["data"]
-    now = {"tokenizer": tokenizer_hash(tokenizer), "template": source_hash(tokenizer)}
-    changed = [f"its {part}" for part in now if part in data and data[part] != now[part]]
+    now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_source_hash(tokenizer)}
+    names = {"tokenizer": "tokenizer", "template": "chat template"}
+    changed = [names[part] for part in now if part in data and data[part] != now[part]]
     if base["fingerprint"] != fingerprint(Path(base["directory"])):
-        changed.insert(0, "its weights or config.json")
+        changed.insert(0, "weights or config.json")
     if changed:
         raise UserError(
-            f"the base in {base['directory']} is not what the run was trained on; {' and '.join(changed)} changed "
-            "since: put the files back"
+            f"The base model in {base['directory']} has changed since the run was trained: {' and '.join(changed)}. "
+            "Restore the original files."
         )
 
 
-def source_hash(tokenizer: Any) -> str:
-    """A hash of the chat template as it is written, if there is one."""
+def template_source_hash(tokenizer: Any) -> str:
+    """Hashes the source text of the chat template, or "" without one."""
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
 def check_base(weights: Path, base: Path) -> None:
-    """Raises UserError where an adapter's file notes another base than the one at hand."""
-    noted = metadata(weights).get(BASE)
-    if noted and noted != (here := base_hash(base)):
+    """Raises UserError if an adapter file records another base model than the given one."""
+    expected = metadata(weights).get(BASE)
+    if expected and expected != (actual := base_hash(base)):
         raise UserError(
-            f"adapter {weights.parent} was trained on other weights than {base} holds (hash {noted[:12]}, here "
-            f"{here[:12]}): name the base that it was trained on"
+            f"Adapter {weights.parent} was trained on other weights than those in {base} (hash {expected[:12]}, but "
+            f"found {actual[:12]}). Pass the base model that it was trained on."
         )

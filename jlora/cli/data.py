@@ -1,6 +1,8 @@
-"""Shows what would be trained on, and stops where training would: `python -m jlora.data --config configs/law.py`.
+"""`jlora data`: previews the training data, and stops at any error in it that would stop training.
 
-Reads the data and the base's tokenizer, not its weights. `--html FILE` writes the same as a page.
+    jlora data --config configs/law.py
+
+It reads the data and the base model's tokenizer, not its weights. `--html FILE` writes the preview as a page.
 """
 
 import sys
@@ -9,50 +11,54 @@ from pathlib import Path
 from jlora.bases.resolve import resolve_base
 from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.config.files import config_parser, load_config
-from jlora.data import preview, summary
-from jlora.data.chat import end_tokens, load_tokenizer
+from jlora.data import preview
+from jlora.data.examples import Example, SizedExamples
+from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.models.families import read_config
-from jlora.planning import pipeline
+from jlora.planning import data_pipeline
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = config_parser("jlora.data", "Shows the rows as the model will see them, and what of them is trained on.")
-    parser.add_argument("--rows", type=int, default=10, metavar="N", help="rows to show (10); 0 shows all")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing the rows")
+    """Runs `jlora data` with these arguments."""
+    parser = config_parser("jlora.data", "Shows rows as the model sees them, with the tokens that are trained on.")
+    parser.add_argument("--rows", type=int, default=10, metavar="N", help="number of rows to show (10); 0 shows all")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead of printing the rows")
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.rows < 0:
-        parser.error(f"--rows {arguments.rows}: expected 0 or more")
+        parser.error(f"--rows {arguments.rows}: Expected 0 or more.")
     if arguments.html and not arguments.html.parent.is_dir():
-        raise UserError(f"--html {arguments.html}: {arguments.html.parent} is not a directory")
+        raise UserError(f"--html {arguments.html}: {arguments.html.parent} is not a directory.")
     config = load_config(arguments.config, overrides)
-    said: list[str] = []
+    summary: list[str] = []
 
-    def say(line: str) -> None:
-        said.append(line)
+    def log(line: str) -> None:
+        summary.append(line)
         print(line, flush=True)
 
-    rows, held_out_rows = pipeline.read_rows(config, say)
+    rows, held_out_rows = data_pipeline.read_rows(config, log)
     directory = resolve_base(config.base_model, config.revision, weights=False)
     tokenizer = load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
-    examples = pipeline.read_examples(config, tokenizer, ends, rows, "training", say)
-    held_out = pipeline.read_examples(config, tokenizer, ends, held_out_rows, "held out", say) if held_out_rows else []
-    steps, batches, _ = pipeline.plan(config, read_config(directory), examples, held_out, devices=1)
-    for line in summary.histogram(examples.sizes[:, 0]):
-        say(line)
-    say(f"on one device: {preview.batch_line(batches, steps)}")
+    examples = data_pipeline.read_examples(config, tokenizer, ends, rows, "training", log)
+    held_out: SizedExamples | list[Example] = []
+    if held_out_rows:
+        held_out = data_pipeline.read_examples(config, tokenizer, ends, held_out_rows, "held out", log)
+    steps, batches, _ = data_pipeline.plan_run(config, read_config(directory), examples, held_out, devices=1)
+    for line in preview.length_histogram(examples.sizes[:, 0]):
+        log(line)
+    log(f"On one device: {preview.batch_summary(batches, steps)}")
     shown = [examples[i] for i in range(min(arguments.rows or len(examples), len(examples)))]
-    say(f"{len(shown)} of {len(examples)} rows shown; --rows N shows more, --rows 0 all")
+    log(f"Showing {len(shown)} of {plural(len(examples), 'row')}; --rows N shows more, --rows 0 all")
     if arguments.html:
-        title = f"What {arguments.config} trains on"
+        title = f"Training data of {arguments.config}"
         try:
-            replace_text(arguments.html, preview.as_page(tokenizer, title, said, shown))
+            replace_text(arguments.html, preview.as_html(tokenizer, title, summary, shown))
         except OSError as error:
-            raise UserError(f"--html {arguments.html} cannot be written: {error.strerror}") from None
-        print(f"written: {arguments.html}")
+            raise UserError(f"--html {arguments.html} cannot be written: {error.strerror}.") from None
+        print(f"Wrote {arguments.html}")
         return
     colour = sys.stdout.isatty()
     for example in shown:
-        print(f"\n{preview.heading(example)}\n{preview.as_text(tokenizer, example, colour=colour)}")
+        print(f"\n{preview.example_heading(example)}\n{preview.as_text(tokenizer, example, colour=colour)}")

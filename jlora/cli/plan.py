@@ -1,7 +1,9 @@
-"""Will it fit, how fast can it be, what would be better: `python -m jlora.plan --config FILE [--target v5e:2x4]`.
+"""`jlora plan`: forecasts memory and time of a run, and searches for faster settings that fit.
 
-Reads the base's config.json, never its weights, and compiles the real training step for the target. Exit codes: 0 it
-fits; 2 it does not, or something else is to change.
+    jlora plan --config configs/law.py --target v5e:2x4
+
+It reads the base model's config.json, not its weights, and compiles the real training step for the target. Exit codes:
+0: the run fits; 2: it does not, or a setting is wrong.
 """
 
 import dataclasses
@@ -14,35 +16,35 @@ from jlora.common.errors import UserError
 from jlora.config.files import config_parser, load_config
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
-from jlora.data.chat import end_tokens, load_tokenizer
+from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.sharding import describe
 from jlora.models import kernel_choice
 from jlora.models.compute import UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.llama import LlamaConfig
-from jlora.planning.forecast import Forecast, Layout, laid_out, make_job
-from jlora.planning.pipeline import read_examples, read_rows
-from jlora.planning.search import changes, first_fit, remedy, search, too_large
+from jlora.planning.data_pipeline import read_examples, read_rows
+from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
+from jlora.planning.search import changes, describe_shortfall, first_fit, search, suggest_fix
 from jlora.planning.targets import EXAMPLES, GIB, Target, find_target
 from jlora.training.setup import choose_compute, choose_platform, find_devices
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = config_parser("jlora.plan", "Says whether a run fits, and what it costs, before a weight is read.")
-    parser.add_argument("--target", default="here", help=f"where it is to run: {EXAMPLES}")
-    parser.add_argument("--tokens", type=int, default=0, help="length of every example, instead of the data's own")
-    parser.add_argument("--only", action="store_true", help="say nothing of other settings, which each take as long")
+    """Runs `jlora plan` with these arguments."""
+    parser = config_parser("jlora.plan", "Forecasts whether a run fits and how long a step takes, without weights.")
+    parser.add_argument("--target", default="here", help=f"the devices to plan for, for example {EXAMPLES}")
+    parser.add_argument("--tokens", type=int, default=0, help="assume this length for every example")
+    parser.add_argument("--only", action="store_true", help="do not search for other settings, which takes longer")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
-    target = _find(arguments.target, config)
+    target = _find_target(arguments.target, config)
     directory = Path(config.base_model)
     if directory.suffix != ".json":
         directory = resolve_base(config.base_model, config.revision, weights=False)
     model = read_config(directory)
     layout, lengths = _layout(config, directory, model, arguments.tokens)
     compute, here = choose_compute(config, target.devices[0]), arguments.target == "here"
-    wish, dtype = "auto" if target.stands_in else config.attn_implementation, compute.compute_dtype
+    wish, dtype = "auto" if target.simulation_note else config.attn_implementation, compute.compute_dtype
     attention, _ = kernel_choice.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
     compute = dataclasses.replace(compute, attention=attention)
     seen, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
@@ -52,79 +54,81 @@ def main(argv: list[str]) -> None:
     if arguments.only and fits:
         return
     if arguments.only:
-        raise UserError(too_large(seen, target))
+        raise UserError(describe_shortfall(seen, target))
     best = search(seen, target, layout, print)
     if best is seen:
-        print("no other setting that fits should be faster")
+        print("No other settings that fit should be faster")
     elif best is not None:
-        print(f"this fits, and should be faster ({best.needed / GIB:.2f} GiB):" if fits else "this fits:")
+        print(f"Faster settings ({best.needed / GIB:.2f} GiB):" if fits else "Settings that fit:")
         for key, value in changes(config, best.job.config).items():
             print(f"    c.{key} = {value!r}")
     if not fits:
-        raise UserError(f"{too_large(seen, target)}. {remedy(config, best)}")
+        raise UserError(f"{describe_shortfall(seen, target)} {suggest_fix(config, best)}")
 
 
-def _find(name: str, config: Config) -> Target:
-    """The target, with the devices of this machine or stand-ins."""
+def _find_target(name: str, config: Config) -> Target:
+    """Returns the target, after selecting the JAX platform that it needs."""
     if name != "here" and not name.startswith("gpu"):
-        jax.config.update("jax_platforms", "cpu")  # the slice's compiler is asked directly
+        jax.config.update("jax_platforms", "cpu")  # a slice needs no TPU here, only its compiler
     elif name == "here":
         choose_platform(config)
     return find_target(name, find_devices(config))
 
 
 def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) -> tuple[Layout, str]:
-    """How batches are laid out, and a sentence on where their lengths come from."""
+    """Returns how batches are laid out, and a note on where the lengths of the examples come from."""
     if not tokens and directory.is_dir() and Path(config.train_data_dir).exists():
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
         ends = end_tokens(directory, tokenizer)
         examples = read_examples(config, tokenizer, ends, rows, "training", lambda line: None)
-        return laid_out(model, examples), f"row lengths from {config.train_data_dir}"
+        return layout_from_examples(model, examples), f"row lengths from {config.train_data_dir}"
     length = tokens or config.max_seq_length
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
         return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), UNKNOWN
 
     source = "--tokens" if tokens else "max_seq_length"
-    return layout, f"every example taken as {length} tokens long ({source}), all of them trained on"
+    return layout, f"assuming {length} tokens per example, all trained on ({source})"
 
 
 def report(seen: Forecast, target: Target, lengths: str) -> list[str]:
-    """What was found, in lines."""
+    """Returns the forecast as lines for people."""
     job, compute = seen.job, seen.job.compute
-    devices = f"{job.mesh.size} x {target.devices[0].device_kind}" + (f" as {target.name}" if target.stands_in else "")
+    kind = target.devices[0].device_kind
+    devices = f"{job.mesh.size} x {kind}" + (f" as {target.name}" if target.simulation_note else "")
     lines = [
         f"{devices}, {describe(job.mesh)}; remat={compute.remat}, {jax.numpy.dtype(compute.param_dtype).name} base",
-        f"a step: {job.micro_batches} forward and backward passes of {job.rows} x {job.shape.length} tokens; {lengths}",
+        f"Step: {job.micro_batches} forward and backward {'pass' if job.micro_batches == 1 else 'passes'} of "
+        f"{job.rows} x {job.shape.length} tokens; {lengths}",
     ]
     room = "" if target.limit is None else f" of {target.limit / GIB:.2f}"
     lines.append(
-        f"{'fits' if seen.fits(target.limit) else 'DOES NOT FIT'}: {seen.needed / GIB:.2f}{room} GiB on each device"
+        f"{'Fits' if seen.fits(target.limit) else 'DOES NOT FIT'}: {seen.needed / GIB:.2f}{room} GiB on each device"
     )
-    if target.stands_in:
-        lines.append(f"  {target.stands_in}. How far off such a figure is was never checked on a GPU")
+    if target.simulation_note:
+        lines.append(f"  {target.simulation_note}; its error was never measured on a GPU")
     if seen.memory:
         parts = {**dataclasses.asdict(seen.memory), "activations, temporaries, padding": seen.memory.rest}
         parts["program"] = parts.pop("code")
         del parts["rest"]
         lines += [f"  {size / GIB:8.3f}  {name}" for name, size in parts.items()]
-        lines.append(f"  the largest of these, which limits it: {max(parts, key=lambda name: parts[name])}")
+        lines.append(f"  The largest of these is {max(parts, key=lambda name: parts[name])}")
     work = seen.work
-    lines.append(f"on each device a step: {work.flops / 1e12:.2f} TFLOPs; {_sent(seen)}")
+    lines.append(f"Per device and step: {work.flops / 1e12:.2f} TFLOPs; {_communication(seen)}")
     if seconds := work.seconds(target):
         limit = max(seconds, key=lambda name: seconds[name])
         each = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
         lines.append(
-            f"at least {seconds[limit]:.3f} s a step, limited by {limit}: a roofline, which no real step reaches "
-            f"(seconds by the maker's peaks: {each})"
+            f"At least {seconds[limit]:.3f} s per step, limited by {limit}. No real step reaches this roofline bound "
+            f"(seconds at the maker's published peaks: {each})"
         )
     else:
-        lines.append("no step time: the peaks of these devices are not in jlora's table (jlora/targets.py)")
+        lines.append("No step time: jlora has no peak figures for these devices (jlora/planning/targets.py)")
     return lines
 
 
-def _sent(seen: Forecast) -> str:
+def _communication(seen: Forecast) -> str:
     kinds: dict[str, float] = {}
     for collective in seen.collectives:
         kinds[collective.kind] = kinds.get(collective.kind, 0.0) + collective.size * collective.times

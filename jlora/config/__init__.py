@@ -1,4 +1,4 @@
-"""The settings of a run: every key, its default and unit; config files and command-line overrides."""
+"""The settings of a run: all keys with default and unit, config files, and command-line overrides."""
 
 from jlora.config.schema import Config, default_config
 

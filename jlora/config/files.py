@@ -1,6 +1,6 @@
-"""Reads a config: `.py` with `get_config()`, which starts from `default_config()`, or `.yaml`, a flat mapping of keys.
+"""Reads config files: `.py` with `get_config()`, which starts from `default_config()`; `.yaml` of `key: value` lines.
 
-Both take `--config.KEY=VALUE` overrides on the command line.
+Both accept `--config.KEY=VALUE` overrides on the command line.
 """
 
 import argparse
@@ -15,40 +15,42 @@ import yaml
 from ml_collections import ConfigDict
 
 from jlora.common.errors import UserError
-from jlora.config.schema import Config, default_config, propose, validate
+from jlora.common.plural import plural
+from jlora.config.schema import Config, default_config, suggest_nearest, validate
 
 
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The command line of a program that takes a config; `parse_known_args` leaves the overrides for `load_config`."""
+    """Returns a parser with `--config`; `parse_known_args` leaves the overrides for `load_config`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}",
         description=description,
-        epilog="Any key of the config can be set here: --config.lora_rank=8. All keys: jlora/config.py.",
+        epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8. All settings are "
+        "described in jlora/config/schema.py.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config file")
     return parser
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """Reads a config file, applies `--config.KEY=VALUE` overrides, validates.
+    """Reads a config file, applies `--config.KEY=VALUE` overrides, and validates the result.
 
     Raises:
-      UserError: the file cannot be read, a key is unknown (the nearest is proposed), or a value is wrong;
-        all wrong values are listed at once.
+      UserError: the file cannot be read, a key is unknown (the message suggests the nearest), or values are wrong (the
+        message lists all of them).
     """
     if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: No such file.")
     config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
     _override(config, overrides)
     values = config.to_dict()
     values = {k: tuple(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
     kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
-    problems = [f"{k}={v!r}: expected {kinds[k].__name__}" for k, v in values.items() if type(v) is not kinds[k]]
+    problems = [f"{k}={v!r}: Expected {kinds[k].__name__}." for k, v in values.items() if type(v) is not kinds[k]]
     if not problems:
         result = Config(**values)
         problems = validate(result)
     if problems:
-        raise UserError("\n  ".join([f"{path} needs {len(problems)} change(s):", *problems]))
+        raise UserError("\n  ".join([f"{path}: {plural(len(problems), 'setting', ('is', 'are'))} wrong:", *problems]))
     return result
 
 
@@ -57,23 +59,23 @@ def _field_names() -> list[str]:
 
 
 def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
-    """Sets one key from text or YAML, with the type its default has."""
+    """Sets one key from text or YAML, converted to the type of its default."""
     if key not in config:
-        raise UserError(f"{where}: there is no key {key!r}: did you mean {propose(key, _field_names())}?")
+        raise UserError(f"{where}: Unknown key {key!r}. Did you mean {suggest_nearest(key, _field_names())}?")
     kind = type(config[key])
     if key == "init_lora_weights" and value is True:
         value = "true"
     if key == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         value = "auto" if str(value).lower() == "true" else ""
     try:
-        config[key] = value if key == "mesh" and isinstance(value, dict) else _as(kind, value)
+        config[key] = value if key == "mesh" and isinstance(value, dict) else _convert(kind, value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {key}={value!r}: expected {kind.__name__}") from None
+        raise UserError(f"{where}: {key}={value!r}: Expected {kind.__name__}.") from None
 
 
-def _as(kind: type, value: Any) -> Any:
+def _convert(kind: type, value: Any) -> Any:
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        return float(value)  # YAML reads 1e-4, which has no dot, as text
+        return float(value)  # YAML reads 1e-4 as text, because it has no dot
     if kind is int and isinstance(value, str):
         return int(value)
     if kind is str and value is None:
@@ -96,9 +98,9 @@ def _from_yaml(path: str) -> ConfigDict:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+        raise UserError(f"{path}: Expected `key: value` lines, got {type(values).__name__}.")
     config, problems = default_config(), []
     for key, value in values.items():
         try:
@@ -114,32 +116,32 @@ def _from_python(path: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
-            raise UserError(f"{path}: expected a function get_config()")
+            raise UserError(f"{path}: Expected a function get_config().")
         config = get_config()
     except UserError:
         raise
-    except Exception as error:  # whatever the user's own file raises is theirs to mend
+    except Exception as error:  # the user's own code may raise anything
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = f":{frames[-1].lineno}" if frames else ""
         text = error.msg if isinstance(error, SyntaxError) else str(error)
         raise UserError(f"{path}{line}: {text.strip()}") from None
     if not isinstance(config, ConfigDict) or set(config) != set(_field_names()):
-        raise UserError(f"{path}: get_config() must start from jlora.config.default_config()")
+        raise UserError(f"{path}: get_config() must start from jlora.config.default_config().")
     return config
 
 
 def _override(config: ConfigDict, overrides: list[str]) -> None:
-    """Applies `--config.KEY=VALUE`, or `--config.KEY VALUE`; values are read as in a `.yaml` config."""
+    """Applies `--config.KEY=VALUE` or `--config.KEY VALUE`; values are read as in a `.yaml` config."""
     arguments = iter(overrides)
     for argument in arguments:
         if not argument.startswith("--config."):
-            raise UserError(f"{argument}: expected --config.KEY=VALUE")
+            raise UserError(f"Unknown argument {argument!r}. Settings are set with --config.KEY=VALUE.")
         key, equals, text = argument.removeprefix("--config.").partition("=")
         text = text if equals else next(arguments, "")
         if not (equals or text):
-            raise UserError(f"{argument}: no value given; expected {argument}=VALUE")
+            raise UserError(f"{argument} has no value. Expected {argument}=VALUE.")
         try:
             value = text if key in config and isinstance(config[key], str) else yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"{argument}: {text!r} is not a value") from None
+            raise UserError(f"{argument}: {text!r} is not a valid YAML value.") from None
         _set(config, key, value, argument)

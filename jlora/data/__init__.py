@@ -1,1 +1,1 @@
-"""Data: files to conversations, conversations to tokens and loss masks, examples to batches."""
+"""Training data: files to conversations, conversations to token ids and loss masks, examples to batches."""

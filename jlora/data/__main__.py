@@ -1,4 +1,4 @@
-"""`python -m jlora.data`, the same as `jlora data`; the program is jlora/cli/data.py."""
+"""Entry point of `python -m jlora.data`, which equals `jlora data`; the program is jlora/cli/data.py."""
 
 from jlora.cli.program import run_command
 

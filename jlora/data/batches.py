@@ -1,14 +1,15 @@
-"""Examples -> batches without padding, a pure function of (seed, step).
+"""Examples to batches with little padding, as a pure function of (seed, step).
 
-An optimizer step takes exactly `batch_size` x `gradient_accumulation_steps` examples. They are laid end to end in rows,
-each up to the token that its last target is predicted from, told apart by segment ids, each with positions from 0; a
-row is then rounded up to one of a few lengths, chosen ahead from all steps of the run: few programs are compiled.
+An optimizer step takes exactly `batch_size` x `gradient_accumulation_steps` examples. They are packed end to end into
+rows, each up to the token from which its last target is predicted. Segment ids separate them, and positions restart at
+0. Rows are padded to one of a few lengths, which are chosen in advance from all steps of the run, so that few programs
+are compiled.
 
-What all examples begin with (the template's opening, a system prompt) may be laid once in a row, before them, for all
-of them to see: a causal model makes the same of it each time. Then a target's prediction is still read where it was:
-that of an example's first own token at the prefix's last place, for each example anew.
+A prefix that all examples share (the template's opening, a system prompt) can be stored once per row, before the
+examples, and visible to all of them: a causal model computes the same values for it each time. An example's first own
+token is still predicted separately for each example, from the prefix's last position.
 
-Axes: A micro-batch, R row, T place in a row, S target in a row.
+Axes: A micro-batch, R row, T position in a row, S target in a row.
 """
 
 import functools
@@ -18,92 +19,92 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.data.chat import Example, Measured, common, sizes_of
+from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
 
-ROUND = 8  # lengths are multiples of this
-PREFIX = -1  # the segment that all others of its row see
-Rows = list[list[int]]  # the examples of each row
+ROUND = 8  # row lengths are multiples of this many tokens
+PREFIX = -1  # the segment id of the shared prefix, which all other segments of its row attend to
+Rows = list[list[int]]  # the indices of the examples in each row
 
 
 class Batch(NamedTuple):
-    """One optimizer step's input, on the host or on devices; a weight of 0 is filling."""
+    """One optimizer step's input, on the host or on devices; a weight of 0 marks padding."""
 
     tokens: Any  # [A, R, T] int32
-    segments: Any  # [A, R, T] int32, from 1; 0 is padding, PREFIX what the examples of a row begin with
+    segments: Any  # [A, R, T] int32, from 1; 0 is padding, PREFIX is the shared prefix of the row's examples
     positions: Any  # [A, R, T] int32
-    predict_at: Any  # [A, R, S] int32: the place whose hidden state predicts the target
+    predict_at: Any  # [A, R, S] int32: the position in the row whose hidden state predicts the target
     targets: Any  # [A, R, S] int32
     weights: Any  # [A, R, S] float32
 
 
 class Shape(NamedTuple):
-    """A compiled size: row length T and targets a row S."""
+    """A compiled shape: tokens per row, T, and targets per row, S."""
 
     length: int
     targets: int
 
 
-@functools.lru_cache(maxsize=2)  # every step of an epoch asks for the same
-def order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `count` examples in one epoch. NumPy keeps RandomState's stream fixed for ever (NEP 19)."""
+@functools.lru_cache(maxsize=2)  # all steps of an epoch ask for the same order
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of `count` examples in an epoch. NumPy guarantees RandomState's stream forever (NEP 19)."""
     return np.random.RandomState([seed, epoch]).permutation(count)
 
 
 @dataclass(frozen=True)
 class Batches:
-    """All batches of a run over `examples`; `shapes` are the sizes they come in, ascending."""
+    """All batches of a run over `examples`; `shapes` are their possible shapes, in ascending order."""
 
     examples: Sequence[Example]
-    sizes: np.ndarray  # [N, 3]: tokens, targets, and places after the prefix of each example
-    prefix: int  # tokens that all examples begin with, laid once in a row
+    sizes: np.ndarray  # [N, 3]: tokens, targets, and positions after the prefix of each example
+    prefix: int  # leading tokens that all examples share, stored once per row; 0 if not shared
     micro_batches: int  # A
-    batch_size: int  # examples in a micro-batch
+    batch_size: int  # examples per micro-batch
     rows: int  # R
     seed: int | None  # None: always in the given order
     shapes: tuple[Shape, ...]
-    together: int = 0  # examples in a row, at most
-    read: frozenset[int] | None = None  # rows whose tokens are read, the others stay empty; None: all
+    examples_per_row: int = 0  # at most
+    local_rows: frozenset[int] | None = None  # rows that this process fills; the others stay zero; None: all rows
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the last takes what is left."""
+        """Optimizer steps in an epoch; the last one takes the examples that are left."""
         return -(-len(self.examples) // (self.batch_size * self.micro_batches))
 
-    def chosen(self, step: int) -> np.ndarray:
-        """Which examples step number `step` (from 0) takes."""
+    def example_indices(self, step: int) -> np.ndarray:
+        """Returns the indices of the examples in a step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         size = self.batch_size * self.micro_batches
         count = len(self.examples)
-        places = np.arange(count) if self.seed is None else order(count, self.seed, epoch)
-        return places[within * size : (within + 1) * size]
+        order = np.arange(count) if self.seed is None else epoch_order(count, self.seed, epoch)
+        return order[within * size : (within + 1) * size]
 
     def layout(self, step: int) -> list[Rows]:
-        """The rows of each micro-batch of a step."""
-        return _layout(self.sizes, self.chosen(step), self.micro_batches, self.batch_size, self.rows)
+        """Returns the rows of each micro-batch of a step."""
+        return _layout(self.sizes, self.example_indices(step), self.micro_batches, self.batch_size, self.rows)
 
     def shape(self, step: int) -> Shape:
-        """The size that a step is rounded up to."""
-        return _fit(_need(self.sizes, self.prefix, self.layout(step)), self.shapes)
+        """Returns the shape to which a step is padded."""
+        return _smallest_shape(_required_shape(self.sizes, self.prefix, self.layout(step)), self.shapes)
 
     @property
     def packing(self) -> tuple[int, int, int]:
-        """What `Compute.packing` says of the model that these are for."""
-        return self.prefix, self.together, int(self.sizes[:, 2].max())
+        """The fields of `Compute.packing` for the model that takes these batches."""
+        return self.prefix, self.examples_per_row, int(self.sizes[:, 2].max())
 
-    def sharing(self) -> str:
-        """What is laid once, in words; "" where nothing is."""
-        return f"the {self.prefix} tokens that all begin with are computed once a row" if self.prefix else ""
+    def prefix_note(self) -> str:
+        """Describes the shared prefix; "" if there is none."""
+        return f"shared {self.prefix}-token prefix computed once per row" if self.prefix else ""
 
-    def tokens(self, step: int) -> int:
-        """How many the examples of a step have, all of them real."""
-        return int(self.sizes[self.chosen(step), 0].sum())
+    def token_count(self, step: int) -> int:
+        """Returns how many tokens the examples of a step have."""
+        return int(self.sizes[self.example_indices(step), 0].sum())
 
-    def laid(self, step: int) -> int:
-        """How many places of a step's rows are no padding."""
-        return int(self.sizes[self.chosen(step), 2].sum()) + self.prefix * self.filled(step)
+    def positions_used(self, step: int) -> int:
+        """Returns how many positions in the rows of a step are not padding."""
+        return int(self.sizes[self.example_indices(step), 2].sum()) + self.prefix * self.rows_used(step)
 
-    def filled(self, step: int) -> int:
-        """How many rows of a step hold an example: in the last of an epoch, not all need to."""
+    def rows_used(self, step: int) -> int:
+        """Returns how many rows of a step hold an example; the last step of an epoch may leave some empty."""
         return sum(bool(row) for micro in self.layout(step) for row in micro)
 
     def __getitem__(self, step: int) -> Batch:
@@ -115,22 +116,22 @@ class Batches:
         weights = np.zeros((*size, targets), np.float32)
         for a, rows in enumerate(layout):
             for r, row in enumerate(rows):
-                if self.read is not None and r not in self.read:
+                if self.local_rows is not None and r not in self.local_rows:
                     continue
-                place, filled = prefix, 0
+                start, filled = prefix, 0
                 for segment, index in enumerate(row, start=1):
                     example = self.examples[index]
-                    own = place + np.arange(self.sizes[index, 2])
-                    places = np.concatenate([np.arange(prefix), own])  # in the row, of the example's tokens
+                    own = start + np.arange(self.sizes[index, 2])
+                    places = np.concatenate([np.arange(prefix), own])  # positions in the row of the example's tokens
                     tokens[a, r, places] = example.tokens[: len(places)]
                     segments[a, r, :prefix], segments[a, r, own] = PREFIX, segment
                     positions[a, r, places] = np.arange(len(places))
-                    trained = np.flatnonzero(example.trained[1:]) + 1  # nothing predicts a first token
-                    into = slice(filled, filled + len(trained))
-                    predict_at[a, r, into] = places[trained - 1]
-                    target[a, r, into] = example.tokens[trained]
+                    at = np.flatnonzero(example.loss_mask[1:]) + 1  # no token predicts the first one
+                    into = slice(filled, filled + len(at))
+                    predict_at[a, r, into] = places[at - 1]
+                    target[a, r, into] = example.tokens[at]
                     weights[a, r, into] = 1.0
-                    place, filled = place + len(own), into.stop
+                    start, filled = start + len(own), into.stop
         return Batch(tokens, segments, positions, predict_at, target, weights)
 
 
@@ -146,47 +147,48 @@ def plan_batches(
     max_shapes: int = 4,
     share: bool = False,
 ) -> Batches:
-    """Chooses rows and row lengths from the real lengths of all steps.
+    """Chooses the number of rows and the row lengths from the lengths of the examples in all steps.
 
     Args:
-      batch_size: examples in a micro-batch; a multiple of `devices`.
-      devices: rows come in multiples of it.
+      batch_size: examples per micro-batch; a multiple of `devices`.
+      devices: the number of rows is a multiple of it.
       steps: optimizer steps of the run; None is one epoch.
-      seed: of the order; None keeps the given order.
-      linear_cost: row length at which attention costs as much as the matrices; it decides how many rows there are.
-      max_shapes: compiled sizes at most.
-      share: what all examples begin with is laid once in a row.
+      seed: seed of the order; None keeps the given order.
+      linear_cost: row length at which attention costs as much as the matrix products; decides the number of rows.
+      max_shapes: maximum number of compiled shapes.
+      share: store the prefix that all examples share once per row.
     """
-    if isinstance(examples, Measured):
+    if isinstance(examples, SizedExamples):
         sizes, prefix = np.asarray(examples.sizes), examples.prefix
     else:
-        sizes = np.array([sizes_of(example.trained) for example in examples])
-        prefix = len(functools.reduce(common, (example.tokens for example in examples)))
+        sizes = np.array([example_sizes(example.loss_mask) for example in examples])
+        prefix = len(functools.reduce(common_prefix, (example.tokens for example in examples)))
     prefix = min(prefix, int(sizes[:, 2].min())) if share else 0
     sizes = sizes - (0, 0, prefix)
     rough = Batches(examples, sizes, prefix, micro_batches, batch_size, devices, seed, ())
     steps = rough.steps_per_epoch if steps is None else steps
-    chosen = [rough.chosen(step) for step in range(steps)]
+    chosen = [rough.example_indices(step) for step in range(steps)]
 
-    def needs(rows: int, some: list[np.ndarray]) -> np.ndarray:
-        return np.array([_need(sizes, prefix, _layout(sizes, c, micro_batches, batch_size, rows)) for c in some])
+    def required(rows: int, some: list[np.ndarray]) -> np.ndarray:
+        layouts = (_layout(sizes, c, micro_batches, batch_size, rows) for c in some)
+        return np.array([_required_shape(sizes, prefix, layout) for layout in layouts])
 
     def cost(rows: int) -> float:
-        lengths = needs(rows, chosen[:100])[:, 0].astype(float)
+        lengths = required(rows, chosen[:100])[:, 0].astype(float)
         return float(np.sum(rows * lengths * (linear_cost + lengths)))
 
     most = max(1, batch_size // devices)
     rows = min((devices * m for m in range(1, most + 1)), key=cost)
-    needed = needs(rows, chosen)
-    shapes, together = choose_shapes(needed[:, :2], max_shapes), int(needed[:, 2].max())
-    return Batches(examples, sizes, prefix, micro_batches, batch_size, rows, seed, shapes, together)
+    needed = required(rows, chosen)
+    shapes, examples_per_row = choose_shapes(needed[:, :2], max_shapes), int(needed[:, 2].max())
+    return Batches(examples, sizes, prefix, micro_batches, batch_size, rows, seed, shapes, examples_per_row)
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
-    """The at most `count` lengths that leave the least padding over all steps, by dynamic programming.
+    """Returns at most `count` shapes that leave the least padding over all steps, by dynamic programming.
 
     Args:
-      needs: [steps, 2], the row length and the targets a row that each step needs.
+      needs: [steps, 2], the tokens and the targets per row that each step requires.
     """
     rounded = -(-needs // ROUND) * ROUND
     lengths, steps_at = np.unique(rounded[:, 0], return_counts=True)
@@ -213,7 +215,7 @@ def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:
 
 
 def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_size: int, rows: int) -> list[Rows]:
-    """Longest first, each to the row that is shortest so far."""
+    """Puts the longest example first, each into the row that is shortest so far."""
     layout: list[Rows] = []
     for a in range(micro_batches):
         micro = chosen[a * batch_size : (a + 1) * batch_size].tolist()
@@ -227,12 +229,12 @@ def _layout(sizes: np.ndarray, chosen: np.ndarray, micro_batches: int, batch_siz
     return layout
 
 
-def _need(sizes: np.ndarray, prefix: int, layout: list[Rows]) -> tuple[int, int, int]:
-    """Row length, targets a row and examples a row that a layout takes."""
+def _required_shape(sizes: np.ndarray, prefix: int, layout: list[Rows]) -> tuple[int, int, int]:
+    """Returns the tokens, targets and examples per row that a layout requires."""
     needs = np.array([(*sizes[row].sum(axis=0), len(row)) for micro in layout for row in micro])
-    _, targets, length, together = needs.max(axis=0).tolist()
-    return prefix + length, targets, together
+    _, targets, length, examples = needs.max(axis=0).tolist()
+    return prefix + length, targets, examples
 
 
-def _fit(need: tuple[int, int, int], shapes: tuple[Shape, ...]) -> Shape:
+def _smallest_shape(need: tuple[int, int, int], shapes: tuple[Shape, ...]) -> Shape:
     return next(shape for shape in shapes if shape.length >= need[0] and shape.targets >= need[1])

@@ -1,4 +1,4 @@
-"""What every reader makes, conversations; and what a config may say about how they are written."""
+"""Conversations, which every reader produces, and the options and checks that all readers share."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,20 +14,20 @@ ASSISTANT_NAMES = {
     *("lawyer", "answer", "a", "assistant", "doctor", "advisor", "adviser", "bot"),
 }
 SYSTEM_NAMES = {"系统", "system"}
-NOUNS = {"system": "system message", "user": "question", "assistant": "answer", "text": "text"}
-# What a column can be; `rows` is the key of a JSON object under which the list of rows lies.
+ROLE_NOUNS = {"system": "system message", "user": "question", "assistant": "answer", "text": "text"}
+# What a column can hold. `rows` is not a column but the key under which a JSON object keeps its list of rows.
 PARTS = ("prompt", "context", "response", "system", "history", "messages", "text", "rows")
-FORMS = (  # the parts that make a row, and those that it may have
+ROW_FORMS = (  # the parts that a kind of row requires, and all parts that it may have
     ({"prompt", "response"}, {"prompt", "response", "context", "system", "history"}),
     ({"messages"}, {"messages", "system"}),
     ({"text"}, {"text"}),
 )
-MAX_ROW = 1 << 24  # characters of a line or a row: what is longer is a broken file, and would fill the memory
+MAX_ROW = 1 << 24  # characters of a line or row; anything longer is a broken file and would fill the memory
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: who says it ("system", "user" or "assistant") and what; or the role "text", for text without roles."""
+    """One turn: its role ("system", "user" or "assistant") and content; or the role "text" for text without roles."""
 
     role: str
     content: str
@@ -35,49 +35,49 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One example, and where it stands (`file:line`): its turns, the last of them the assistant's; or one "text"."""
+    """The turns of one row, ending with the assistant's, or a single "text"; and its place (`file:line`)."""
 
     messages: tuple[Message, ...]
     where: str
 
     @property
     def plain(self) -> bool:
-        """Is this text without roles?"""
+        """Whether this is text without roles."""
         return self.messages[0].role == "text"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the files do not tell by themselves. The names are the config's; an empty value means: told by content."""
+class ReadOptions:
+    """The config's settings for reading files, under the same names; an empty value is inferred from the content."""
 
-    columns: Mapping[str, str] = field(default_factory=dict)  # of PARTS -> a column or key of the rows
-    role_prefixes: Mapping[str, str] = field(default_factory=dict)  # of ROLES -> prefixes, divided by |
-    metadata_path: str = ""  # a CSV that says both, file by file
-    train_data_dir: str = ""  # where the files that it names may lie
+    columns: Mapping[str, str] = field(default_factory=dict)  # one of PARTS -> the name of a column or key
+    role_prefixes: Mapping[str, str] = field(default_factory=dict)  # one of ROLES -> its prefixes, separated by |
+    metadata_path: str = ""  # a CSV file with the columns or prefixes of each file
+    train_data_dir: str = ""  # files that `metadata_path` names are looked up here
     eval_data_dir: str = ""
     encoding: str = ""
     task_type: str = "text-generation"
     bad_rows: str = "error"
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Reading":
-        """The part of a config's settings that is about reading."""
+    def from_config(cls, settings: Mapping[str, Any]) -> "ReadOptions":
+        """Picks the reading options out of all settings of a config."""
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     @property
     def plain(self) -> bool:
-        """Are the files to be read as text, whatever their lines begin with?"""
+        """Whether to read files as plain text, even if their lines start with roles."""
         return self.task_type == "plain-text"
 
 
-def is_whole(columns: Mapping[str, str]) -> bool:
-    """Do the named columns make a row, of one form and not of two? None named will do: they are told by content."""
-    said = columns.keys() - {"rows"}
-    return not said or any(needed <= said <= allowed for needed, allowed in FORMS)
+def names_complete_row(columns: Mapping[str, str]) -> bool:
+    """Whether the named columns make exactly one kind of row, or none are named and all are inferred."""
+    named = columns.keys() - {"rows"}
+    return not named or any(required <= named <= allowed for required, allowed in ROW_FORMS)
 
 
-class Notes:
-    """What a reader decided or left out, to be said once: a remark, and the files or columns it is about."""
+class ReaderNotes:
+    """Remarks on what a reader assumed or skipped, each reported once with the files or columns it is about."""
 
     def __init__(self) -> None:
         self._found: dict[str, Counter[str]] = {}
@@ -87,77 +87,82 @@ class Notes:
         self._found.setdefault(remark, Counter())[thing] += 1
 
     def lines(self) -> list[str]:
-        """One line a remark."""
-        return [f"{remark}: {listing(things)}" for remark, things in self._found.items()]
+        """Returns one line per remark."""
+        return [f"{remark}: {join_limited(things)}" for remark, things in self._found.items()]
 
 
 class BadRows:
-    """Rows that cannot be used: how many, and the first places of the first complaints."""
+    """The number of unusable rows, and the first places of the first distinct errors."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._places: dict[str, list[str]] = {}  # complaint -> places
+        self._places: dict[str, list[str]] = {}  # error message without its place -> places
 
     def add(self, message: str) -> None:
-        """Takes `place: complaint`."""
+        """Adds an error whose message is `place: text`."""
         self.count += 1
-        place, _, complaint = message.partition(": ")
-        places = self._places.setdefault(complaint, []) if len(self._places) < 10 else self._places.get(complaint, [])
+        place, _, text = message.partition(": ")
+        places = self._places.setdefault(text, []) if len(self._places) < 10 else self._places.get(text, [])
         if len(places) < 100:
             places.append(place)
 
     def lines(self) -> list[str]:
-        """One line a complaint."""
-        named = [
-            f"{places[0]}: {complaint}" + (f" (also {listing(places[1:])})" if places[1:] else "")
-            for complaint, places in self._places.items()
-        ]
+        """Returns one line per distinct error."""
+        listed = []
+        for text, (first, *others) in self._places.items():
+            also = f". Also at {join_limited(others)}." if others else ""
+            listed.append(f"{first}: {text.removesuffix('.') + also if also else text}")
         more = self.count - sum(map(len, self._places.values()))
-        return [*named, f"and {more} more"] if more else named
+        return [*listed, f"and {more} more"] if more else listed
 
 
-def listing(things: Iterable[str], most: int = 8) -> str:
-    """The first of `things`, with commas, and how many there are besides; counts of a Counter in brackets."""
+def join_limited(things: Iterable[str], most: int = 8) -> str:
+    """Joins the first `most` things with commas and counts the rest; a Counter's counts above 1 follow in brackets."""
     count = things if isinstance(things, Counter) else Counter()
     named = [f"{thing} ({count[thing]})" if count[thing] > 1 else thing for thing in things]
     return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")
 
 
 def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conversation:
-    """Checked turns as a conversation; a system message without words is none.
+    """Checks turns and makes a conversation of them; an empty system message is dropped.
 
     Args:
-      turns: role, words and place (`file:line`) of each.
-      where: the row's place.
+      turns: role, content and place (`file:line`) of each.
+      where: the place of the row.
 
     Raises:
-      UserError: a turn without words, with characters that no text has, or out of order.
+      UserError: a turn is empty, contains characters that no text has, or is out of order.
     """
     messages = []
-    for role, said, place in turns:
-        content = said.strip()
+    for role, text, place in turns:
+        content = text.strip()
         if not content and role == "system":
             continue
         if not content:
-            raise UserError(f"{place}: the {NOUNS[role]} is empty")
+            raise UserError(f"{place}: The {ROLE_NOUNS[role]} is empty.")
         if "\0" in content:
-            raise UserError(f"{place}: the {NOUNS[role]} holds a NUL character: remove it")
+            raise UserError(f"{place}: The {ROLE_NOUNS[role]} contains a NUL character. Remove it.")
         if not (content.isascii() or _is_unicode(content)):
-            raise UserError(f"{place}: the {NOUNS[role]} holds half a character (a lone surrogate): write it anew")
+            raise UserError(
+                f"{place}: The {ROLE_NOUNS[role]} contains half a character (a lone surrogate). Remove or replace it."
+            )
         messages.append(Message(role, content))
     roles = [message.role for message in messages]
-    spoken = roles[roles[:1] == ["system"] :]
+    spoken = roles[roles[:1] == ["system"] :]  # without the system message
     if spoken == ["text"]:
         return Conversation(tuple(messages), where)
     if spoken[:1] == ["assistant"]:
         raise UserError(
-            f"{where}: this answer has no question before it: {messages[len(roles) - len(spoken)].content[:60]!r}"
+            f"{where}: This answer has no question before it: {messages[len(roles) - len(spoken)].content[:60]!r}"
         )
     if spoken[-1:] == ["user"] and spoken[:-1] == ["user", "assistant"] * (len(spoken) // 2):
-        raise UserError(f"{where}: this question has no answer: {messages[-1].content[:60]!r}")
+        raise UserError(f"{where}: This question has no answer: {messages[-1].content[:60]!r}")
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         got = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-        raise UserError(f"{where}: expected user and assistant in turn, the assistant last; got {got or 'no message'}")
+        raise UserError(
+            f"{where}: Expected user and assistant turns to alternate, ending with the assistant. Got "
+            f"{got or 'no turns'}."
+        )
     return Conversation(tuple(messages), where)
 
 

@@ -1,84 +1,85 @@
-"""Examples longer than `max_seq_length`: an error, cut, left out, or split; always counted."""
+"""Handle examples longer than `max_seq_length`: reject, truncate, drop or split them, and report how many."""
 
 from typing import Any
 
 import numpy as np
 
 from jlora.common.errors import UserError
-from jlora.data.chat import Example, Measured, sizes_of
+from jlora.common.plural import plural
+from jlora.data.examples import Example, SizedExamples, example_sizes
 
 
-class Pieces(Measured):
-    """Parts of examples, as if they were examples.
+class ExampleParts(SizedExamples):
+    """Parts of examples, each an example of its own.
 
     Args:
       source: the whole examples.
-      bounds: [N, 3] the example, the first token and the token after the last of each part.
-      sizes: [N, 3] what `sizes_of` says of each part.
+      bounds: [N, 3] for each part: the index of its example, its first token, and the token after its last.
+      sizes: [N, 3] `example_sizes` of each part.
     """
 
-    def __init__(self, source: Measured, bounds: np.ndarray, sizes: np.ndarray) -> None:
+    def __init__(self, source: SizedExamples, bounds: np.ndarray, sizes: np.ndarray) -> None:
         self._source, self._bounds, self.sizes = source, bounds, sizes
-        self.prefix = 0 if bounds[:, 1].any() else source.prefix  # a later part begins with anything
+        self.prefix = 0 if bounds[:, 1].any() else source.prefix  # a part that starts later does not share the prefix
 
     def __len__(self) -> int:
         return len(self._bounds)
 
     def __getitem__(self, index: Any) -> Any:
         row, start, stop = self._bounds[index].tolist()
-        tokens, trained, where = self._source[row]
-        return Example(tokens[start:stop], trained[start:stop], where)
+        tokens, loss_mask, where = self._source[row]
+        return Example(tokens[start:stop], loss_mask[start:stop], where)
 
 
-def fit(examples: Measured, limit: int, overlong: str, name: str) -> tuple[Measured, str]:
-    """Examples of at most `limit` tokens, and a sentence on what was done to reach that ("" where nothing was).
+def limit_length(examples: SizedExamples, limit: int, overlong: str, name: str) -> tuple[SizedExamples, str]:
+    """Returns examples of at most `limit` tokens, and a line that reports the changes ("" if there were none).
 
     Args:
-      overlong: "error"; "drop" leaves the long ones out; "truncate" keeps their first `limit` tokens; "split" makes
-        parts of them, each beginning with the last token of the one before, so that every target stays one.
-      name: what the examples are, for messages.
+      overlong: "error" rejects longer examples; "drop" removes them; "truncate" keeps their first `limit` tokens;
+        "split" cuts them into parts, each starting with the last token of the part before, so that no target is lost.
+      name: the name of the examples in messages.
 
     Raises:
-      UserError: some are longer and `overlong` is "error", by row and length needed; or nothing would be left.
+      UserError: `overlong` is "error" and examples are too long, listed with their lengths; or no example is left.
     """
     lengths = np.asarray(examples.sizes[:, 0])
     long = np.flatnonzero(lengths > limit).tolist()
     if not long:
         return examples, ""
     where = {row: examples[row].where for row in long[:5]}
-    named = ", ".join(f"{place} ({lengths[row]})" for row, place in where.items())
-    named += f" and {len(long) - 5} more" if len(long) > 5 else ""
+    listed = ", ".join(f"{place} ({lengths[row]})" for row, place in where.items())
+    listed += f" and {len(long) - 5} more" if len(long) > 5 else ""
     if overlong == "error":
         raise UserError(
-            f"{name} data: {len(long)} example(s) are longer than max_seq_length={limit} tokens: {named}. "
-            f"Set max_seq_length={lengths.max()}, shorten them, or choose overlong=truncate, drop or split"
+            f"{name}: {plural(len(long), 'example', ('is', 'are'))} longer than max_seq_length={limit} tokens: "
+            f"{listed}. Set max_seq_length={lengths.max()}, shorten them, or set overlong to truncate, drop or split."
         )
     short = np.flatnonzero(lengths <= limit)
     bounds = [np.stack([short, np.zeros_like(short), lengths[short]], axis=1)]
     sizes = [np.asarray(examples.sizes[short])]
-    parts = cut = empty = 0
+    parts = shortened = empty = 0
     for row in long if overlong != "drop" else []:
-        trained = examples[row].trained
-        starts = range(0, len(trained) - 1, limit - 1) if overlong == "split" else (0,)
+        loss_mask = examples[row].loss_mask
+        starts = range(0, len(loss_mask) - 1, limit - 1) if overlong == "split" else (0,)
         for start in starts:
-            stop = min(start + limit, len(trained))
-            size = sizes_of(trained[start:stop])
+            stop = min(start + limit, len(loss_mask))
+            size = example_sizes(loss_mask[start:stop])
             targets = size[1]
             empty += not targets
-            cut += bool(overlong == "truncate" and targets and trained[stop:].any())
+            shortened += bool(overlong == "truncate" and targets and loss_mask[stop:].any())
             if targets:
                 parts += 1
                 bounds.append(np.array([[row, start, stop]]))
                 sizes.append(np.array([size], np.int32))
-    done = {
-        "drop": "left out (overlong=drop)",
-        "truncate": f"cut there (overlong=truncate); {cut} of their answers lose their end",
-        "split": f"split (overlong=split) into {parts} parts",
-    }[overlong]
-    left_out = f"; {empty} part(s) without anything to train on are left out" if empty else ""
-    said = f"{name}: {len(long)} of {len(examples)} examples are longer than {limit} tokens: {done}{left_out}: {named}"
+    change = {
+        "drop": "dropped {}",
+        "truncate": f"truncated {{}}, so {plural(shortened, 'answer')} lost the end",
+        "split": f"split {{}} into {plural(parts, 'part')}",
+    }[overlong].format(f"{len(long)} of {len(examples)} examples longer than {limit} tokens")
+    dropped = f", and dropped {plural(empty, 'part')} without trainable tokens" if empty else ""
+    report = f"{name}: {change}{dropped} (overlong={overlong}): {listed}"
     kept, measured = np.concatenate(bounds), np.concatenate(sizes)
     if not len(kept):
-        raise UserError(f"{said}. That leaves nothing: set a larger max_seq_length")
-    order = np.lexsort((kept[:, 1], kept[:, 0]))  # as in the files
-    return Pieces(examples, kept[order], measured[order]), said
+        raise UserError(f"{report}. No examples are left. Set a larger max_seq_length.")
+    order = np.lexsort((kept[:, 1], kept[:, 0]))  # the order of the files
+    return ExampleParts(examples, kept[order], measured[order]), report

@@ -1,13 +1,13 @@
-"""Chat templates by name, for a model that comes without one; each as its family published it.
+"""Chat templates by name, for a base model that comes without one; each as its model family publishes it.
 
-Jinja, rendered in transformers' sandbox, with `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
+They are Jinja, rendered in transformers' sandbox with `messages`, `add_generation_prompt`, `bos_token`, `eos_token`.
 """
 
 from pathlib import Path
 
 from jlora.common.errors import UserError
 
-# The answer opens in the prompt and ends with a token of its own.
+# In these two, the prompt contains the answer's opening, and a token of its own ends the answer.
 CHATML = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
@@ -21,7 +21,7 @@ LLAMA3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
-# The answer ends with the model's own end of text, so that any base can learn them.
+# In the others, the model's own end-of-text token ends the answer, so any base model can learn them.
 LLAMA2 = """\
 {%- set ns = namespace(system='') %}
 {%- for message in messages %}
@@ -84,10 +84,10 @@ TEMPLATES = {
 
 
 def find_template(chat_template: str) -> str:
-    """The template that the key `chat_template` names: one of TEMPLATES, or a file.
+    """Returns the template that the key `chat_template` selects: one of TEMPLATES, or the content of a file.
 
     Raises:
-      UserError: neither; both are listed.
+      UserError: it is neither.
     """
     if chat_template in TEMPLATES:
         return TEMPLATES[chat_template]
@@ -95,6 +95,6 @@ def find_template(chat_template: str) -> str:
         return Path(chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"chat_template={chat_template!r}: expected one of {', '.join(TEMPLATES)}, or a file with a Jinja "
-            f"template ({error})"
+            f"chat_template={chat_template!r} is neither a known name nor a readable file ({error}). Expected "
+            f"{', '.join(TEMPLATES)}, or the path of a Jinja template."
         ) from None

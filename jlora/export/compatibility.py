@@ -8,8 +8,8 @@ from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.provenance import WEIGHTS
 from jlora.bases import identity
 from jlora.common.errors import UserError
-from jlora.data.chat import load_tokenizer
 from jlora.data.templates import find_template
+from jlora.data.tokenizer import load_tokenizer
 from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config

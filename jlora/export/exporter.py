@@ -18,8 +18,8 @@ from jlora.bases import identity
 from jlora.bases.identity import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
-from jlora.data.chat import load_tokenizer
 from jlora.data.templates import find_template
+from jlora.data.tokenizer import load_tokenizer
 from jlora.export.card import card, provenance_notes
 from jlora.export.gguf import write_gguf
 from jlora.export.merged import write_merged

@@ -19,9 +19,9 @@ from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.spec import LoraConfig
-from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
-from jlora.data.conversation import Reading
+from jlora.data.conversation import ReadOptions
 from jlora.data.readers.files import read_conversations
+from jlora.data.tokenizer import encode_prompt, end_tokens, load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32, Compute
@@ -64,7 +64,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     """
     directory = Path(record["base"]["directory"])
     tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
-    reading = Reading.of(record["config"])
+    reading = ReadOptions.from_config(record["config"])
     rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
     asked = [row.messages[:-1] or row.messages for row in rows]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]

@@ -1,1 +1,1 @@
-"""Before training: rows become batches, and memory and time are forecast for a device."""
+"""Before training: prepare rows and batches, and forecast memory and time on a device."""

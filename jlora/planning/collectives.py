@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""Communication between devices: the collective operations of a compiled program, read from its HLO text."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BITS = {"pred": 8, "bf16": 16}  # others say it: f32, s8, u4, f8e4m3fn
+ITEM_BITS = {"pred": 8, "bf16": 16}  # the names of other types contain their size: f32, s8, u4, f8e4m3fn
 HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 CALLED = re.compile(r"(?:condition|body|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)")
@@ -15,27 +15,27 @@ BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 
 
 class Collective(NamedTuple):
-    """One operation of a program."""
+    """One collective operation of a program."""
 
     kind: str  # of KINDS
-    size: int  # bytes of its result on a device
-    devices: int  # that take part in a group
-    times: int  # that it runs a step
+    size: int  # bytes of its result on each device
+    devices: int  # devices in each group
+    times: int  # executions per step
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step, as in a ring (Thakur et al. 2005, "Optimization of Collective...")."""
+        """Bytes sent per device and step by ring algorithms (Thakur et al. 2005, "Optimization of Collective...")."""
         share = (self.devices - 1) / self.devices
         factor = {"all-reduce": 2 * share, "reduce-scatter": self.devices - 1, "collective-permute": 1.0}
         return self.times * self.size * factor.get(self.kind, share)
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
-    """All that more than one device takes part in; a loop's body counts as often as it runs.
+def find_collectives(text: str, devices: int) -> list[Collective]:
+    """Returns all collectives between two or more devices; those in a loop count once per iteration.
 
     Args:
-      text: the optimized module, as `compiled.as_text()` gives it.
-      devices: of the mesh; a group that is not written out has all of them.
+      text: the optimized module, as returned by `compiled.as_text()`.
+      devices: devices in the mesh; the size of a group that the text does not spell out.
     """
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -67,7 +67,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def _trips(loop: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop runs: as its line says, else (on TPU) the bound that its condition compares the counter with."""
+    """Returns a loop's number of iterations: annotated, or (on TPU) the bound in its condition."""
     if known := TRIPS.search(loop):
         return int(known[1])
     condition = re.findall(r"condition=%?([\w.-]+)", loop)[0]
@@ -75,7 +75,7 @@ def _trips(loop: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _size(shapes: str, *, asynchronous: bool) -> int:
-    """Bytes of a result; what starts an asynchronous operation returns its operands first, and scalars of its own."""
+    """Returns the bytes of a result. An asynchronous start also returns its operands, first, and some scalars."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * (ITEM_BITS.get(kind) or int(re.findall(r"\d+", kind)[0])) // 8
         for kind, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)
@@ -85,7 +85,7 @@ def _size(shapes: str, *, asynchronous: bool) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many devices exchange with each other: of {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'} two."""
+    """Returns the group size: two for {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}."""
     if written := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(written[1].split(","))
     if computed := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

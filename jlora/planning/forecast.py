@@ -1,4 +1,4 @@
-"""Will it fit, how fast can it be, and what would fit: read from the real training step, compiled from shapes alone."""
+"""Forecast of memory and time on a device, from the real training step, compiled from shapes alone."""
 
 import dataclasses
 import math
@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from jlora.adapters.spec import spec_of
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
-from jlora.data.chat import Example
+from jlora.data.examples import Example
 from jlora.distributed.sharding import check_batch, make_mesh, row_ways
 from jlora.models import hf_loader
 from jlora.models.attention import BLOCK, in_slots
 from jlora.models.compute import Compute, Packing
 from jlora.models.llama import LlamaConfig
 from jlora.planning import collectives
-from jlora.planning.pipeline import plan
+from jlora.planning.data_pipeline import plan_run
 from jlora.planning.targets import Target
 from jlora.steps import optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
@@ -29,31 +29,31 @@ from jlora.steps.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device while the step runs."""
+    """Bytes on each device during a step."""
 
     base: int
     adapter: int
     optimizer: int
     batch: int
-    rest: int  # activations and what else comes and goes; padding of the above
+    rest: int  # activations, temporaries, and padding of the fields above
     code: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all fields."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a device does in a step. FLOPs and bytes of memory are counted from the shapes, not by the compiler."""
+    """The work of a device per step. FLOPs and memory traffic are computed from the shapes, not by the compiler."""
 
     flops: float
-    read: float  # bytes of weights, once for each time that they are gone through
+    read: float  # bytes of weights read from memory, over all passes
     sent: float  # bytes to other devices
 
     def seconds(self, target: Target) -> dict[str, float]:
-        """The least time that each of these takes, by what the chip's maker states; nothing where that is unknown."""
+        """Returns the minimum time for each kind of work at the chip's published peaks; {} if those are unknown."""
         if target.peak is None:
             return {}
         peak = target.peak
@@ -66,7 +66,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One training step to be compiled: a config on a base, on devices, with batches of one size."""
+    """One training step to compile: a config and a base model on certain devices, with batches of one shape."""
 
     config: Config
     model: LlamaConfig
@@ -77,35 +77,35 @@ class Job:
 
     @property
     def mesh(self) -> Mesh:
-        """What it runs on."""
+        """The mesh of devices that it runs on."""
         assert self.compute.mesh is not None
         return self.compute.mesh
 
-    def recomputing(self, remat: str) -> "Job":
-        """The same with another, definite `remat`."""
+    def with_remat(self, remat: str) -> "Job":
+        """Returns the same job with another `remat`, other than "auto"."""
         config, compute = dataclasses.replace(self.config, remat=remat), dataclasses.replace(self.compute, remat=remat)
         return dataclasses.replace(self, config=config, compute=compute)
 
 
-# config, ways to split rows -> A, R, the largest shape, and what Compute.packing says
+# config, ways to split rows -> A, R, the largest shape, and the values for Compute.packing
 Layout = Callable[[Config, int], tuple[int, int, Shape, Packing]]
 
 
-def laid_out(model: LlamaConfig, examples: Sequence[Example]) -> Layout:
-    """Batches of real examples."""
+def layout_from_examples(model: LlamaConfig, examples: Sequence[Example]) -> Layout:
+    """Returns a layout whose batches hold these examples."""
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
-        _, batches, _ = plan(config, model, examples, [], ways)
+        _, batches, _ = plan_run(config, model, examples, [], ways)
         return batches.micro_batches, batches.rows, batches.shapes[-1], Packing(*batches.packing)
 
     return layout
 
 
 def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Target, layout: Layout) -> Job:
-    """A config as a job on a target.
+    """Makes a job of a config and a target.
 
     Raises:
-      UserError: the mesh or the batch does not divide.
+      UserError: the mesh does not fit the devices, or the batch the mesh.
     """
     mesh = make_mesh(target.devices, config.mesh)
     check_batch(mesh, config.batch_size)
@@ -117,7 +117,7 @@ def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Targe
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What the compiler says of a job; where it refuses, `needed` bytes did not fit and the rest is not known."""
+    """The compiler's figures for a job; if it ran out of memory, only `needed`, the bytes it asked for, is known."""
 
     job: Job
     memory: Memory | None
@@ -126,12 +126,12 @@ class Forecast:
     collectives: list[collectives.Collective]
 
     def fits(self, limit: int | None) -> bool:
-        """Within so many bytes a device; an unknown limit is the compiler's business."""
+        """Returns whether the job fits in `limit` bytes per device; with None, whether it compiled."""
         return self.memory is not None and (limit is None or self.needed <= limit)
 
 
 def make_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
-    """The job's programs, nothing compiled yet, and its state as shapes; `steps` are those of the whole run."""
+    """Returns the job's programs, not yet compiled, and its state as shapes; `steps` is the length of the whole run."""
     spec = spec_of(dataclasses.asdict(job.config))
     graphdef, adapter, base = hf_loader.abstract(job.model, spec, job.compute)
     optimizer, base = optim.make_optimizer(job.config, steps), placed_shapes(base, job.mesh, "base")
@@ -140,30 +140,30 @@ def make_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
 
 
 def forecast(job: Job) -> Forecast:
-    """Compiles the job's training step, without weights and without data."""
-    return compiled(job, *make_programs(job, 1000), lambda line: None)
+    """Compiles the job's training step, without weights and without data, and returns its forecast."""
+    return compile_and_forecast(job, *make_programs(job, 1000), lambda line: None)
 
 
-def compiled(job: Job, programs: Programs, state: TrainState, say: Callable[[str], None]) -> Forecast:
-    """What the job's training step says of itself; it stays in `programs`, to be run."""
+def compile_and_forecast(job: Job, programs: Programs, state: TrainState, log: Callable[[str], None]) -> Forecast:
+    """Compiles the job's training step into `programs`, ready to run, and returns its forecast."""
     batch = batch_shapes(job.micro_batches, job.rows, job.shape, job.mesh)
     base = programs.base
     try:
-        program = programs.compile_training(state, batch, say)
+        program = programs.compile_training(state, batch, log)
     except jax.errors.JaxRuntimeError as error:
-        return Forecast(job, None, _refused(error), work(job, base, []), [])
+        return Forecast(job, None, _bytes_requested(error), count_work(job, base, []), [])
     analysis, text = program.memory_analysis(), program.as_text()
-    assert analysis is not None and text is not None  # every backend that jlora knows has both
-    kept, adapter, optimizer, rows = map(bytes_of, (base, state.lora, (state.optimizer, state.step), batch))
+    assert analysis is not None and text is not None  # all backends that jlora supports provide both
+    kept, adapter, optimizer, rows = map(bytes_per_device, (base, state.lora, (state.optimizer, state.step), batch))
     total = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     rest = total + analysis.temp_size_in_bytes - kept - adapter - optimizer - rows
     memory = Memory(kept, adapter, optimizer, rows, rest, analysis.generated_code_size_in_bytes)
-    sent = collectives.collectives(text, job.mesh.size)
-    return Forecast(job, memory, memory.total, work(job, base, sent), sent)
+    sent = collectives.find_collectives(text, job.mesh.size)
+    return Forecast(job, memory, memory.total, count_work(job, base, sent), sent)
 
 
-def bytes_of(tree: Any) -> int:
-    """Of a tree's arrays, or shapes, on one device."""
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that a tree of arrays, or of shapes, takes on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -171,10 +171,10 @@ def bytes_of(tree: Any) -> int:
     )
 
 
-def _refused(error: Exception) -> int:
-    """Bytes that a compiler asked for in vain, the largest size in its message; any other error is raised again.
+def _bytes_requested(error: Exception) -> int:
+    """Returns the largest size in a compiler's out-of-memory message, in bytes; raises any other error again.
 
-    As "Used 20.1G of 15.75G hbm", or "required for HLO temporaries (61.30G) exceeds available HBM (15.75G)".
+    For example "Used 20.1G of 15.75G hbm", or "required for HLO temporaries (61.30G) exceeds available HBM (15.75G)".
     """
     sizes = re.findall(r"\b(\d+(?:\.\d+)?)([MG])\b", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
@@ -182,12 +182,12 @@ def _refused(error: Exception) -> int:
     return max(int(float(number) * {"M": 1 << 20, "G": 1 << 30}[unit]) for number, unit in sizes)
 
 
-def work(job: Job, base: Any, sent: list[collectives.Collective]) -> Work:
-    """What the step computes, by its shapes.
+def count_work(job: Job, base: Any, sent: list[collectives.Collective]) -> Work:
+    """Computes the work of a step from its shapes.
 
-    A token costs 2 FLOPs a parameter of the layers forward and 2 backward (the base has no gradient), 2 more where the
-    layer is computed anew. Each query and key that meet cost 4 N H a layer for attention forward, twice that backward,
-    once more where its blocks are. A target costs 2 V D forward and 2 backward.
+    Per token, the layers cost 2 FLOPs per parameter forward and 2 backward (the base model has no gradient), and 2 more
+    if the layer is recomputed. Attention costs 4 N H per layer and pair of query and key forward, twice that backward,
+    and once more if its blocks are recomputed. The output layer costs 2 V D per target forward and 2 backward.
     """
     model, again = job.model, job.compute.remat == "full"
     heads = model.num_attention_heads * model.head_dim
@@ -199,5 +199,5 @@ def work(job: Job, base: Any, sent: list[collectives.Collective]) -> Work:
     rows = job.micro_batches * job.rows
     flops = rows * (model.num_hidden_layers * layer + targets * 4 * model.vocab_size * model.hidden_size)
     passes = (3 if again else 2) * job.micro_batches
-    read = passes * bytes_of(base) * job.mesh.shape["fsdp"]  # gathered, it is read whole
+    read = passes * bytes_per_device(base) * job.mesh.shape["fsdp"]  # after gathering, a device reads all of it
     return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent))

@@ -1,4 +1,4 @@
-"""The setting that fits and should be fastest: the same optimizer steps, laid out in another way."""
+"""Search for the fastest settings that fit in memory, with the same optimizer steps."""
 
 import dataclasses
 import itertools
@@ -12,56 +12,68 @@ from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.distributed.sharding import row_ways
 from jlora.models import hf_loader
-from jlora.planning.forecast import Forecast, Job, Layout, bytes_of, compiled, forecast, make_job, make_programs, work
+from jlora.planning.forecast import (
+    Forecast,
+    Job,
+    Layout,
+    bytes_per_device,
+    compile_and_forecast,
+    count_work,
+    forecast,
+    make_job,
+    make_programs,
+)
 from jlora.planning.targets import GIB, TPUS, Target
 from jlora.steps.programs import Programs, placed_shapes
 
-REMATS = ("none", "dots", "full")  # the fastest first
-TRIES = 4  # settings that are compiled: a large one takes a minute each
+REMATS = ("none", "dots", "full")  # fastest first
+MAX_COMPILATIONS = 4  # a large model takes a minute per compilation
 
 
-def first_fit(job: Job, target: Target, steps: int, say: Callable[[str], None]) -> tuple[Forecast, Programs]:
-    """Compiles the training step; with remat="auto" until one fits, from the fastest on. Else it is the last."""
-    on_cpu = target.devices[0].platform == "cpu"  # where to keep all is no faster than to keep the products
+def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) -> tuple[Forecast, Programs]:
+    """Compiles the training step. With remat="auto", tries the fastest first until one fits; else returns the last."""
+    on_cpu = target.devices[0].platform == "cpu"  # on which "none" is no faster than "dots"
     for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
-        tried = job.recomputing(remat)
-        programs, state = make_programs(tried, steps)
-        seen = compiled(tried, programs, state, say)
+        attempt = job.with_remat(remat)
+        programs, state = make_programs(attempt, steps)
+        seen = compile_and_forecast(attempt, programs, state, log)
         if seen.fits(target.limit):
             break
     return seen, programs
 
 
-def ensure_fits(seen: Forecast, target: Target, layout: Layout, say: Callable[[str], None]) -> None:
-    """Raises UserError where a step would run out of memory; it names a setting that fits."""
+def ensure_fits(seen: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:
+    """Raises UserError if a step would run out of memory; the message contains settings that fit."""
     if not seen.fits(target.limit):
-        say(f"{too_large(seen, target)}; looking for a setting that fits")
-        raise UserError(f"{too_large(seen, target)}. {remedy(seen.job.config, search(seen, target, layout, say))}")
+        shortfall = describe_shortfall(seen, target)
+        log(f"{shortfall} Searching for settings that fit")
+        raise UserError(f"{shortfall} {suggest_fix(seen.job.config, search(seen, target, layout, log))}")
 
 
-def too_large(seen: Forecast, target: Target) -> str:
-    """A sentence for a job that does not fit."""
-    room = "more than its memory" if target.limit is None else f"{target.limit / GIB:.2f} GiB are there"
-    return f"this run needs {seen.needed / GIB:.2f} GiB on each device, and {room}"
+def describe_shortfall(seen: Forecast, target: Target) -> str:
+    """Returns a sentence that says how much memory a job needs and how much there is."""
+    available = "which is more than its memory" if target.limit is None else f"but only {target.limit / GIB:.2f} GiB"
+    verb = "" if target.limit is None else " is available"
+    return f"This run needs {seen.needed / GIB:.2f} GiB on each device, {available}{verb}."
 
 
-def remedy(config: Config, other: Forecast | None) -> str:
-    """What to set instead."""
+def suggest_fix(config: Config, other: Forecast | None) -> str:
+    """Returns a sentence with the settings that fit, or advice if there are none."""
     if other is None:
         return (
-            "No batch_size, remat, mesh or quantize_base that was tried fits: take a smaller base, a smaller "
-            "max_seq_length, or more or larger devices"
+            "None of the batch_size, remat, mesh and quantize_base settings that were tried fits. Use a smaller base "
+            "model, a smaller max_seq_length, or more or larger devices."
         )
-    return f"This fits, at {other.needed / GIB:.2f} GiB: set {wanted(config, other.job.config)}"
+    return f"To fit in {other.needed / GIB:.2f} GiB, set {format_changes(config, other.job.config)}."
 
 
-def wanted(config: Config, other: Config) -> str:
-    """What to set in `config` to get `other`."""
+def format_changes(config: Config, other: Config) -> str:
+    """Returns the changes that turn `config` into `other`, as text."""
     return ", ".join(f"{key}={value}" for key, value in changes(config, other).items())
 
 
-def settings(job: Job) -> Iterator[Config]:
-    """Other ways to take the same optimizer steps: shorter forward passes, recomputing, a shared or quantised base."""
+def alternative_configs(job: Job) -> Iterator[Config]:
+    """Yields configs with the same optimizer steps: smaller batches, recomputing, a sharded or quantized base model."""
     config, shared = job.config, job.mesh.shape["fsdp"]
     ways = job.mesh.size // job.mesh.shape["tensor"]
     for parts in _divisors(config.batch_size):
@@ -79,7 +91,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def changes(config: Config, other: Config) -> dict[str, Any]:
-    """What to write into `config` to get `other`."""
+    """Returns the keys and values that turn `config` into `other`."""
     return {
         field.name: getattr(other, field.name)
         for field in dataclasses.fields(Config)
@@ -87,27 +99,27 @@ def changes(config: Config, other: Config) -> dict[str, Any]:
     }
 
 
-def search(seen: Forecast, target: Target, layout: Layout, say: Callable[[str], None]) -> Forecast | None:
-    """The setting of `settings` that should be fastest among those that fit, compiled to make sure; None: none does.
+def search(seen: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> Forecast | None:
+    """Returns the forecast of the fastest alternative config that fits, compiled to make sure; None if none fits.
 
     Args:
-      seen: what was compiled already; it is the answer where it is the fastest itself.
+      seen: the forecast that exists already; it is returned if it is the fastest itself.
     """
     job, found = seen.job, []
-    for config in settings(job):
+    for config in alternative_configs(job):
         try:
             other = make_job(config, job.model, job.compute, target, layout)
             _, _, base = hf_loader.abstract(other.model, spec_of(dataclasses.asdict(config)), other.compute)
-        except UserError:  # does not divide
+        except UserError:  # the mesh or the batch does not divide
             continue
         base = placed_shapes(base, other.mesh, "base")
-        if target.limit is None or bytes_of(base) + _activations(other) <= target.limit:
-            found.append(((*_order(other, base, target), other.config != job.config), other))
-    for _, other in sorted(found, key=lambda pair: pair[0])[:TRIES]:
+        if target.limit is None or bytes_per_device(base) + _activations(other) <= target.limit:
+            found.append(((*_sort_key(other, base, target), other.config != job.config), other))
+    for _, other in sorted(found, key=lambda pair: pair[0])[:MAX_COMPILATIONS]:
         if not changes(job.config, other.config):
             result = seen
         else:
-            say(f"trying {wanted(job.config, other.config)}")
+            log(f"Trying {format_changes(job.config, other.config)}")
             result = forecast(other)
         if result.fits(target.limit):
             return result
@@ -115,7 +127,7 @@ def search(seen: Forecast, target: Target, layout: Layout, say: Callable[[str], 
 
 
 def _activations(job: Job) -> float:
-    """Bytes of activations that the backward pass needs at the least, on a device: what cannot fit is not compiled."""
+    """Returns a lower bound on the bytes of activations per device, to avoid compiling what cannot fit."""
     model, remat = job.model, job.compute.remat
     heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     kept = model.hidden_size
@@ -125,10 +137,10 @@ def _activations(job: Job) -> float:
     return float(tokens * model.num_hidden_layers * kept * jnp.dtype(job.compute.compute_dtype).itemsize)
 
 
-def _order(job: Job, base: Any, target: Target) -> tuple[bool, float]:
-    """Sorts settings: a base as it is before a quantised one, then by the time that their work takes at the least."""
+def _sort_key(job: Job, base: Any, target: Target) -> tuple[bool, float]:
+    """Sorts jobs: those with an unquantized base model first, then by the minimum time for their work."""
     share = job.mesh.shape["fsdp"]
-    done = work(job, base, [])
+    done = count_work(job, base, [])
     done = dataclasses.replace(done, sent=done.read * (share - 1) / share)
-    chip = target._replace(peak=target.peak or TPUS["v5e"])  # of any chip: only the order counts
+    chip = target._replace(peak=target.peak or TPUS["v5e"])  # any chip will do, because only the order counts
     return job.config.quantize_base != "none", sum(done.seconds(chip).values())

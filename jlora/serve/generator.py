@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.adapters import lora
 from jlora.adapters.lora import Adapter
-from jlora.data.chat import encode_prompt, end_tokens
 from jlora.data.conversation import Conversation, Message
+from jlora.data.tokenizer import encode_prompt, end_tokens
 from jlora.models.families import read_config
 from jlora.models.llama import Cache, Llama, empty_cache
 

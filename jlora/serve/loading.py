@@ -15,9 +15,9 @@ from jlora.adapters.spec import LoraConfig
 from jlora.bases.identity import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
-from jlora.data.chat import load_tokenizer
 from jlora.data.conversation import Message
 from jlora.data.templates import find_template
+from jlora.data.tokenizer import load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32, Compute, default_dtype

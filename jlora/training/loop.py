@@ -67,7 +67,7 @@ class Loop:
             batch = self.batches[done - 1]
             state, metrics = self.programs.train_step(state, batch, self.logger.say)
             self.pending.append(metrics)
-            self.logger.step(self.batches.tokens(done - 1))
+            self.logger.step(self.batches.token_count(done - 1))
             if len(self.pending) > AHEAD:  # else the steps under way would be many, and a signal be answered late
                 jax.block_until_ready(self.pending[-1 - AHEAD])
             last = done == self.steps
@@ -125,7 +125,7 @@ class Loop:
         return factor > 0 and len(self.recent) >= RECENT // 5 and loss > factor * max(*self.recent, 1.0)
 
     def _refuse(self, step: int, metrics: Metrics, words: str, way_out: str) -> None:
-        rows = ", ".join(self.batches.examples[i].where for i in self.batches.chosen(step))
+        rows = ", ".join(self.batches.examples[i].where for i in self.batches.example_indices(step))
         with processes.together():
             self.checkpoints.wait()
         latest = processes.of_first(self.checkpoints.latest)

@@ -15,14 +15,15 @@ from jlora.adapters import hf_names
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import settings_of, spec_of
-from jlora.bases.identity import check_base, fingerprint, source_hash, tokenizer_hash
+from jlora.bases.identity import check_base, fingerprint, template_source_hash, tokenizer_hash
 from jlora.bases.resolve import hub_commit, is_hub_id, resolve_base
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data.batches import Batches
-from jlora.data.chat import Measured, end_tokens, load_tokenizer
-from jlora.data.conversation import Conversation, Reading
+from jlora.data.conversation import Conversation, ReadOptions
+from jlora.data.examples import SizedExamples
 from jlora.data.readers import files
+from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed import processes
 from jlora.distributed.sharding import check_batch, make_mesh, own_rows, row_ways
 from jlora.distributed.sharding import describe as describe_mesh
@@ -30,7 +31,7 @@ from jlora.models import kernel_choice
 from jlora.models.compute import Compute, Packing, default_dtype
 from jlora.models.families import read_config
 from jlora.models.llama import LlamaConfig
-from jlora.planning.pipeline import plan, read_examples, read_rows
+from jlora.planning.data_pipeline import plan_run, read_examples, read_rows
 from jlora.training import resume
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -48,7 +49,7 @@ class Ready(NamedTuple):
     compute: Compute
     mesh: jax.sharding.Mesh
     attention: str  # in words
-    examples: Measured
+    examples: SizedExamples
     steps: int
     batches: Batches
     held_out: Batches | None
@@ -75,13 +76,13 @@ def make_ready(config: Config) -> Ready:
     if held_out_rows:
         held_out = processes.in_turn(lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out"))
     config = take_form(config, directory, model)
-    steps, batches, eval_batches = plan(config, model, examples, held_out, row_ways(mesh))
+    steps, batches, eval_batches = plan_run(config, model, examples, held_out, row_ways(mesh))
     both = [some for some in (batches, eval_batches) if some]
     longest = max(shape.length for some in both for shape in some.shapes)
     packing = Packing(*(max(of) for of in zip(*(some.packing for some in both), strict=True)))
-    batches = dataclasses.replace(batches, read=own_rows(mesh, batches.rows))
+    batches = dataclasses.replace(batches, local_rows=own_rows(mesh, batches.rows))
     if eval_batches:
-        eval_batches = dataclasses.replace(eval_batches, read=own_rows(mesh, eval_batches.rows))
+        eval_batches = dataclasses.replace(eval_batches, local_rows=own_rows(mesh, eval_batches.rows))
     device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
     attention, why = processes.of_first(
@@ -171,7 +172,7 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
     """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
     questions = config.eval_data_dir or config.train_data_dir
-    reading = Reading.of(dataclasses.asdict(config))
+    reading = ReadOptions.from_config(dataclasses.asdict(config))
     held_out = config.eval_data_dir
     return {
         "config": dataclasses.asdict(config),
@@ -179,8 +180,8 @@ def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh
             "train": files.hash_files(config.train_data_dir, "train_data_dir", reading),
             "held_out": files.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
             "tokenizer": tokenizer_hash(tokenizer),
-            "template": source_hash(tokenizer),
-            "questions": files.place(questions),
+            "template": template_source_hash(tokenizer),
+            "questions": files.resolved_path(questions),
         },
         "base": {
             "directory": str(base.resolve()),

@@ -19,7 +19,7 @@ from jlora.config.schema import Config
 from jlora.distributed import processes
 from jlora.distributed.sharding import describe, place, places_of, row_ways
 from jlora.models import hf_loader
-from jlora.planning.forecast import Job, bytes_of, laid_out
+from jlora.planning.forecast import Job, bytes_per_device, layout_from_examples
 from jlora.planning.search import ensure_fits, first_fit
 from jlora.planning.targets import find_target
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
@@ -90,12 +90,15 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
     config, mesh, batches = ready.config, ready.mesh, ready.batches
     spec = spec_of(ready.record["config"])
     _, shapes, base_shapes = hf_loader.abstract(ready.model, spec, ready.compute)
-    here, layout = find_target("here", mesh.devices.flatten().tolist()), laid_out(ready.model, ready.examples)
+    here, layout = (
+        find_target("here", mesh.devices.flatten().tolist()),
+        layout_from_examples(ready.model, ready.examples),
+    )
     here = here._replace(limit=processes.least(here.limit))
     job = Job(config, ready.model, ready.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
     with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
         fitted = beside.submit(first_fit, job, here, ready.steps, print)
-        size = bytes_of(placed_shapes(base_shapes, mesh, "base"))
+        size = bytes_per_device(placed_shapes(base_shapes, mesh, "base"))
         if here.limit is not None and size > here.limit:
             with processes.together():
                 ensure_fits(fitted.result()[0], here, layout, print)
@@ -128,7 +131,7 @@ def base_loss(ready: Ready) -> Known:
     }
     if ready.held_out is None:
         return Known(follows, ())
-    whole = dataclasses.replace(ready.held_out, read=None)
+    whole = dataclasses.replace(ready.held_out, local_rows=None)
     return Known(follows, (array for step in range(whole.steps_per_epoch) for array in whole[step]))
 
 
@@ -153,7 +156,7 @@ def outline(ready: Ready) -> list[str]:
     axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
     many = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind
-    shared = ready.batches.sharing()
+    shared = ready.batches.prefix_note()
     return [
         f"{ready.steps} steps on {mesh.size} x {kind}{many}{axes}; {shapes}",
         f"attention: {ready.attention}{shared and f'; {shared}'}",

@@ -1,1 +1,1 @@
-"""Checks of the rows before training: oddities and personal data."""
+"""Checks of the training rows before training: a data quality report, and personal data."""

@@ -1,8 +1,8 @@
-"""Personal data in a text: found by kind, masked by placeholders; what was found is never told.
+"""Personal data in text: found by kind, and masked with placeholders; messages never quote it.
 
-Phone numbers are judged by `phonenumbers`, numbers with check digits by `python-stdnum`. Article numbers, dates and
-amounts stand in every legal text, so a bare number counts only where its check digits hold, or where it is a phone
-number that can be dialled.
+`phonenumbers` validates phone numbers, and `python-stdnum` numbers with check digits. Legal text is full of article
+numbers, dates and amounts, so a bare number counts only if its check digits are valid, or if it is a phone number that
+can be dialled.
 """
 
 import re
@@ -27,11 +27,11 @@ from jlora.data.conversation import Conversation
 
 
 def _is_card(number: str) -> bool:
-    """Does its check digit hold (Luhn)?"""
+    """Returns whether the check digit is valid (Luhn)."""
     return stdnum.luhn.is_valid(re.sub(r"[ -]", "", number))
 
 
-WORDS = {  # in the order in which they claim a place
+KINDS = {  # kind -> its name in messages; where matches overlap, the earlier kind wins
     "EMAIL": "e-mail address",
     "ID": "identity number",
     "TAX": "tax number",
@@ -47,7 +47,7 @@ MONEY = re.compile(
     r"|\d[\d,.]*\s?[百千万亿]*(?:元|圆|美元|欧元|港元)"
     r"|\d[\d,.]*\s?(?:million |billion )?(?:yuan|dollars?|euros?|RMB|USD|EUR|GBP)\b"
 )
-LONG = r"(?<![\w.]){}(?![\w]|\.\d)"  # not a part of a longer number or word
+STANDALONE = r"(?<![\w.]){}(?![\w]|\.\d)"  # not part of a longer number or word
 EU = "AT BE BG CY CZ DE DK EE EL ES FI FR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
 CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
     ("ID", r"\d{17}[\dXx]", stdnum.cn.ric.is_valid),
@@ -62,38 +62,38 @@ CHECKED: list[tuple[str, str, Callable[[str], bool]]] = [
     ("ACCOUNT", r"[A-Z]{2}\d{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,3})?", stdnum.iban.is_valid),
     ("ACCOUNT", r"(?:[3-6]\d{3}(?:[ -]?\d{4}){3}(?:[ -]?\d{3})?|3[47]\d{2}[ -]?\d{6}[ -]?\d{5})", _is_card),
 ]
-PATTERNS = [(kind, re.compile(LONG.format(pattern), re.ASCII), valid) for kind, pattern, valid in CHECKED]
-ENOUGH = re.compile(r"\d(?:[\s().+/-]{0,3}\d){6}")  # without so many digits there is no phone number
-# What makes a number something else: an article, a case, an amount, a date.
+PATTERNS = [(kind, re.compile(STANDALONE.format(pattern), re.ASCII), valid) for kind, pattern, valid in CHECKED]
+SEVEN_DIGITS = re.compile(r"\d(?:[\s().+/-]{0,3}\d){6}")  # no phone number has fewer
+# The context that makes a number something else: an article, a case, an amount, a date.
 NOT_DIALLED = re.compile(r"(?:第|号|[$€£¥￥§#№]|\b(?:article|section|art|no|nr)\b\.?)\s*$", re.IGNORECASE)
 NOT_A_PHONE = re.compile(r"\s*(?:[条款项号元圆万亿%％年月]|yuan|dollars|euros)", re.IGNORECASE)
 DATE = re.compile(r"(?:19|20)\d{2}[-./ ]?(?:0[1-9]|1[0-2])[-./ ]?(?:0[1-9]|[12]\d|3[01])(?!\d)")
 
 
 class Finding(NamedTuple):
-    """A place in a text."""
+    """A match in a text: character offsets and kind."""
 
     start: int
     stop: int
-    kind: str  # a key of WORDS
+    kind: str  # a key of KINDS
 
 
 def find(text: str, regions: tuple[str, ...], amounts: bool = False) -> list[Finding]:
-    """Personal data in the order of the text, no two overlapping.
+    """Returns the personal data in a text, in order and without overlaps.
 
     Args:
-      regions: countries (ISO 3166, two letters) whose phone numbers are known without their country code.
-      amounts: are amounts of money meant too?
+      regions: countries (two-letter ISO 3166 codes) whose phone numbers are recognised without their country code.
+      amounts: whether amounts of money count as personal data.
     """
-    taken: list[Finding] = []
-    for finding in _all(text, regions, amounts):
-        if all(finding.stop <= other.start or finding.start >= other.stop for other in taken):
-            taken.append(finding)
-    return sorted(taken)
+    kept: list[Finding] = []
+    for finding in _find_all(text, regions, amounts):
+        if all(finding.stop <= other.start or finding.start >= other.stop for other in kept):
+            kept.append(finding)
+    return sorted(kept)
 
 
 def mask(row: Conversation, regions: tuple[str, ...], amounts: bool = False) -> Conversation:
-    """The row with placeholders such as [PHONE_1]; the same value is the same placeholder throughout the row."""
+    """Replaces personal data with placeholders such as [PHONE_1]; within a row, equal values get equal placeholders."""
     numbers: dict[tuple[str, str], int] = {}
     counts: dict[str, int] = {}
 
@@ -114,23 +114,23 @@ def mask(row: Conversation, regions: tuple[str, ...], amounts: bool = False) -> 
     return replace(row, messages=tuple(messages))
 
 
-def _all(text: str, regions: tuple[str, ...], amounts: bool) -> Iterator[Finding]:
+def _find_all(text: str, regions: tuple[str, ...], amounts: bool) -> Iterator[Finding]:
     if "@" in text:
         yield from (Finding(*match.span(), "EMAIL") for match in EMAIL.finditer(text))
     if re.search(r"\d{2}", text):
         for kind, pattern, valid in PATTERNS:
             yield from (Finding(*match.span(), kind) for match in pattern.finditer(text) if valid(match[0]))
-    if ENOUGH.search(text):
+    if SEVEN_DIGITS.search(text):
         for region in regions or (None,):
             for match in phonenumbers.PhoneNumberMatcher(text, region, leniency=phonenumbers.Leniency.VALID):
-                if _is_dialled(text, match):
+                if _is_phone_number(text, match):
                     yield Finding(match.start, match.end, "PHONE")
     if amounts:
         yield from (Finding(*match.span(), "MONEY") for match in MONEY.finditer(text))
 
 
-def _is_dialled(text: str, match: phonenumbers.PhoneNumberMatch) -> bool:
-    """Is this number, which some phone has, meant as one? Bare digits are only where nothing else looks like them."""
+def _is_phone_number(text: str, match: phonenumbers.PhoneNumberMatch) -> bool:
+    """Returns whether a valid phone number is used as one: bare digits must be a mobile number in no other context."""
     found = text[match.start : match.end]
     if found.startswith("+"):
         return True

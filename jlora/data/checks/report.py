@@ -1,7 +1,8 @@
-"""What is odd about the rows, before any of them is trained on: doubles, contradictions, outliers, personal data.
+"""Data quality report: duplicates, contradictions, outliers and personal data, found before training.
 
-One pass, with some hundred bytes a row kept. Near duplicates take about 0.1 ms a row (20 s for 200,000 rows) and are
-looked for among the first `NEAR` rows; everything else in all of them. No line repeats what a row says.
+It takes one pass and keeps a few hundred bytes per row. Near-duplicates take about 0.1 ms per row (20 s for 200,000
+rows) and are searched among the first `NEAR_DUPLICATE_ROWS` rows; everything else is searched in all rows. Lines name
+rows but never quote personal data.
 """
 
 import hashlib
@@ -14,27 +15,30 @@ from pathlib import Path
 import numpy as np
 
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.data.checks import pii
 from jlora.data.conversation import Conversation
-from jlora.data.readers.text import prefix_of
+from jlora.data.readers.text_files import line_prefix
 
-NEAR = 200_000  # rows that are compared for near duplicates
-ALIKE = 0.85  # share of equal hashes from which two rows are near duplicates
+NEAR_DUPLICATE_ROWS = 200_000  # rows compared for near-duplicates
+NEAR_DUPLICATE = 0.85  # share of equal MinHash values above which two rows are near-duplicates
 SHINGLE = 5  # characters
-BANDS, ROWS = 16, 4  # MinHash: rows that are ALIKE share a band of hashes with probability 0.9999
-BROKEN = re.compile("\ufffd|锟斤拷|烫烫烫")  # what a wrong decoding leaves behind
-PLACEHOLDER = re.compile(rf"\[({'|'.join(pii.WORDS)})_\d+\]")
-BEGINNING = 24  # characters of an answer in which a common form is looked for
-COMMON = 0.9  # share of answers that makes a beginning the common form
-SHOWN = 5  # rows named in one line
+BANDS, VALUES = 16, 4  # MinHash bands and values per band: near-duplicates share a band with probability 0.9999
+MISDECODED = re.compile("\ufffd|锟斤拷|烫烫烫")  # the traces of a wrong encoding
+PLACEHOLDER = re.compile(rf"\[({'|'.join(pii.KINDS)})_\d+\]")
+BEGINNING = 24  # characters at the start of an answer that are compared with other answers
+COMMON = 0.9  # share of answers that must start alike to make the others conspicuous
+SHOWN = 5  # rows listed per line
+CONTRADICTS = "{} the same question differently from another row"
+DAMAGED = "{} characters damaged by a wrong encoding"
 
 _RANDOM = np.random.RandomState(0)
-_FACTORS = _RANDOM.randint(1, 2**31, BANDS * ROWS, dtype=np.int64).astype(np.uint64) * np.uint64(2) + np.uint64(1)
+_FACTORS = _RANDOM.randint(1, 2**31, BANDS * VALUES, dtype=np.int64).astype(np.uint64) * np.uint64(2) + np.uint64(1)
 _POWERS = np.uint64(1_000_003) ** np.arange(SHINGLE, dtype=np.uint64)
 
 
-class Survey:
-    """Takes rows one by one with `watch`; then `lines` says what is odd about them."""
+class DataReport:
+    """Inspects rows one by one in `inspect`, then reports its findings in `lines`."""
 
     def __init__(self, pii_regions: tuple[str, ...], pii_rule: str, amounts: bool) -> None:
         self._regions, self._rule, self._amounts = pii_regions, pii_rule, amounts
@@ -45,39 +49,39 @@ class Survey:
         self._beginnings: list[str] = []
         self._signatures: list[np.ndarray] = []
         self._empty: list[int] = []
-        self._broken: list[int] = []
+        self._misdecoded: list[int] = []
         self._prefixes: Counter[str] = Counter()
         self._personal: dict[str, list[int]] = defaultdict(list)
 
-    def watch(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
-        """The rows, each looked at as it passes."""
+    def inspect(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
+        """Yields the rows unchanged, inspecting each."""
         for row in rows:
-            self._look(row)
+            self._inspect_row(row)
             yield row
 
-    def _look(self, row: Conversation) -> None:
+    def _inspect_row(self, row: Conversation) -> None:
         index, answer = self.count, row.messages[-1].content
-        said = [message for message in row.messages if message.role != "system"]
-        text = "\n".join(message.content for message in said)
+        turns = [message for message in row.messages if message.role != "system"]
+        text = "\n".join(message.content for message in turns)
         self.count += 1
         self._plain = self._plain or row.plain
         self._where.append(Path(row.where).name)
-        self._rows.append(_hash("\0".join(f"{m.role}\0{m.content}" for m in said)))
-        self._questions.append(_hash("\0".join(" ".join(m.content.split()).casefold() for m in said[:-1])))
+        self._rows.append(_hash("\0".join(f"{m.role}\0{m.content}" for m in turns)))
+        self._questions.append(_hash("\0".join(" ".join(m.content.split()).casefold() for m in turns[:-1])))
         self._lengths.append(len(answer))
         self._beginnings.append(answer[:BEGINNING])
-        if index < NEAR:
+        if index < NEAR_DUPLICATE_ROWS:
             self._signatures.append(signature(text))
         if not re.search(r"\w", answer):
             self._empty.append(index)
-        if BROKEN.search(text):
-            self._broken.append(index)
-        for kind in self._kinds(row):
+        if MISDECODED.search(text):
+            self._misdecoded.append(index)
+        for kind in self._personal_kinds(row):
             self._personal[kind].append(index)
-        self._prefixes.update(name for line in text.split("\n") if (name := prefix_of(line)))
+        self._prefixes.update(name for line in text.split("\n") if (name := line_prefix(line)))
 
-    def _kinds(self, row: Conversation) -> set[str]:
-        """The kinds of personal data in a row; those that were masked, where they were."""
+    def _personal_kinds(self, row: Conversation) -> set[str]:
+        """Returns the kinds of personal data in a row; with pii="mask", those of its placeholders."""
         if self._rule == "allow":
             return set()
         if self._rule == "mask":
@@ -86,55 +90,56 @@ class Survey:
         return {finding.kind for findings in found for finding in findings}
 
     def lines(self) -> list[str]:
-        """What was found, a line each.
+        """Returns one line per finding.
 
         Raises:
-          UserError: personal data, with pii="error".
+          UserError: the rows contain personal data and pii is "error".
         """
-        same = _groups(np.array(self._rows, np.uint64))
-        found = [
-            self._pairs(same, "row(s) stand more than once"),
-            self._pairs(self._near({i for group in same for i in group[1:]}), "row(s) are nearly the same as another"),
+        equal = _groups(np.array(self._rows, np.uint64))
+        near = self._near_duplicates({i for group in equal for i in group[1:]})
+        findings = [
+            self._pairs(equal, ("duplicates another row", "duplicate another row")),
+            self._pairs(near, ("nearly duplicates another row", "nearly duplicate another row")),
             self._contradictions(),
-            self._named(self._empty, "answer(s) say nothing"),
-            self._named(self._short(), "answer(s) are far shorter than the others"),
+            self._listed("answer", self._empty, ("has no text", "have no text")),
+            self._listed("answer", self._short(), ("is unusually short", "are unusually short")),
             self._odd_beginnings(),
             self._unread_prefixes(),
-            self._named(self._broken, "row(s) hold characters that a wrong encoding left behind"),
+            self._listed("row", self._misdecoded, (DAMAGED.format("contains"), DAMAGED.format("contain"))),
         ]
-        return [line for line in [*found, self._privacy()] if line]
+        return [line for line in [*findings, self._privacy()] if line]
 
     def _privacy(self) -> str:
         rows = sorted({row for rows in self._personal.values() for row in rows})
         if not rows:
             return ""
         kinds = ", ".join(
-            f"{pii.WORDS[kind]} in {len(self._personal[kind])}" for kind in pii.WORDS if kind in self._personal
+            f"{pii.KINDS[kind]} in {len(self._personal[kind])}" for kind in pii.KINDS if kind in self._personal
         )
-        said = f"{len(rows)} row(s) hold personal data ({kinds}): {self._some(rows)}"
+        report = f"{plural(len(rows), 'row', ('contains', 'contain'))} personal data ({kinds}): {self._some(rows)}"
         if self._rule == "mask":
-            return f"{said}; placeholders stand in its place (pii=mask)"
+            return f"{report}. Placeholders replace it (pii=mask)."
         if self._rule == "error":
-            raise UserError(f"{said}. Remove it, set pii=mask to train on placeholders, or pii=warn to train on it")
-        return f"{said}; pii=mask puts placeholders in its place"
+            raise UserError(f"{report}. Remove it, set pii=mask to train on placeholders, or pii=warn to train on it.")
+        return f"{report}. The model may learn and repeat it. Set pii=mask to train on placeholders instead."
 
     def _contradictions(self) -> str:
-        """Rows with the question of another row and another answer."""
+        """Reports rows with the same question as another row but a different answer."""
         plain_text = _hash("")
         groups = [
             [group[0], *(row for row in group[1:] if self._rows[row] != self._rows[group[0]])]
             for group in _groups(np.array(self._questions, np.uint64))
             if self._questions[group[0]] != plain_text
         ]
-        return self._pairs(groups, "row(s) answer a question differently from another row")
+        return self._pairs(groups, (CONTRADICTS.format("answers"), CONTRADICTS.format("answer")))
 
     def _unread_prefixes(self) -> str:
-        """Line beginnings such as `Note:` that stand in the text at least twice."""
+        """Reports line starts such as `Note:` that occur at least twice in the text."""
         odd = ", ".join(f"{name} ({count})" for name, count in self._prefixes.most_common(8) if count > 1)
-        return f"lines that begin like a role but are read as text: {odd}" if odd else ""
+        return f"lines that start like a role but are read as text: {odd}" if odd else ""
 
     def _short(self) -> list[int]:
-        """Answers of a tenth of the usual length."""
+        """Returns the answers shorter than a tenth of the median length."""
         if self._plain:
             return []
         lengths = np.array(self._lengths)
@@ -142,7 +147,7 @@ class Survey:
         return [row for row in few.tolist() if row not in set(self._empty)]
 
     def _odd_beginnings(self) -> str:
-        """Answers that do not begin as nearly all do."""
+        """Reports answers that start differently, if nearly all others start alike."""
         beginning, count = "", self.count
         while len(beginning) < BEGINNING:
             rest = (answer[len(beginning) :] for answer in self._beginnings if answer.startswith(beginning))
@@ -152,46 +157,46 @@ class Survey:
             beginning, count = beginning + character, often
         if self._plain or len(beginning) < 2 or count == self.count or self.count < 10:
             return ""
-        shown = re.split(r"[\d@]", beginning)[0].strip()  # no number is told, whosoever's it is
+        shown = re.split(r"[\d@]", beginning)[0].strip()  # a number may be personal data, so it is not quoted
         odd = [row for row, answer in enumerate(self._beginnings) if not answer.startswith(beginning)]
-        return f"{count} of {self.count} answers begin with {shown!r}; not so {self._some(odd)}"
+        return f"{count} of {plural(self.count, 'answer')} start with {shown!r}, except {self._some(odd)}"
 
-    def _near(self, known: set[int]) -> list[list[int]]:
-        """Rows whose MinHash signatures agree in ALIKE of their places: each with the first one of its band.
+    def _near_duplicates(self, known: set[int]) -> list[list[int]]:
+        """Pairs each near-duplicate row with the first row in one of its MinHash bands.
 
-        Broder 1997, "On the resemblance and containment of documents". A row is compared at most once a band, so the
-        cost is that of sorting, however many are alike.
+        Broder 1997, "On the resemblance and containment of documents". A row is compared at most once per band, so the
+        cost is that of sorting, regardless of how many rows are similar.
         """
         if not self._signatures:
             return []
         signatures = np.stack(self._signatures)
         first: dict[int, int] = {}
         for band in range(BANDS):
-            part = np.ascontiguousarray(signatures[:, band * ROWS : (band + 1) * ROWS])
+            part = np.ascontiguousarray(signatures[:, band * VALUES : (band + 1) * VALUES])
             _, start, inverse = np.unique(part, axis=0, return_index=True, return_inverse=True)
             others = start[inverse.reshape(-1)]
             rows = np.flatnonzero(others != np.arange(len(others)))
-            alike = np.mean(signatures[rows] == signatures[others[rows]], axis=1) >= ALIKE
-            for row in rows[alike].tolist():
+            similar = np.mean(signatures[rows] == signatures[others[rows]], axis=1) >= NEAR_DUPLICATE
+            for row in rows[similar].tolist():
                 first.setdefault(row, int(others[row]))
         return [[other, row] for row, other in sorted(first.items()) if row not in known]
 
-    def _pairs(self, groups: list[list[int]], what: str) -> str:
+    def _pairs(self, groups: list[list[int]], verbs: tuple[str, str]) -> str:
         pairs = [(row, group[0]) for group in groups for row in group[1:]]
         if not pairs:
             return ""
-        named = ", ".join(f"{self._where[row]} and {self._where[other]}" for row, other in pairs[:SHOWN])
-        return f"{len(pairs)} {what}: {named}{_more(len(pairs))}"
+        listed = ", ".join(f"{self._where[row]} and {self._where[other]}" for row, other in pairs[:SHOWN])
+        return f"{plural(len(pairs), 'row', verbs)}: {listed}{_more(len(pairs))}"
 
-    def _named(self, rows: list[int], what: str) -> str:
-        return f"{len(rows)} {what}: {self._some(rows)}" if rows else ""
+    def _listed(self, noun: str, rows: list[int], verbs: tuple[str, str]) -> str:
+        return f"{plural(len(rows), noun, verbs)}: {self._some(rows)}" if rows else ""
 
     def _some(self, rows: list[int]) -> str:
         return ", ".join(self._where[row] for row in rows[:SHOWN]) + _more(len(rows))
 
 
 def signature(text: str) -> np.ndarray:
-    """MinHash of a text's shingles, [BANDS * ROWS] uint32; case, spaces and punctuation do not count."""
+    """Returns the MinHash of a text's shingles, [BANDS * VALUES] uint32; ignores case, spaces and punctuation."""
     letters = re.sub(r"[\W_]+", "", text.casefold()) or "\0"
     codes = np.frombuffer(letters.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     codes = np.pad(codes, (0, max(0, SHINGLE - len(codes))))
@@ -204,7 +209,7 @@ def _hash(text: str) -> int:
 
 
 def _groups(values: np.ndarray) -> list[list[int]]:
-    """The places of each value that stands more than once."""
+    """Returns the indices of each value that occurs more than once."""
     order = np.argsort(values, kind="stable")
     ends = np.flatnonzero(np.diff(values[order])) + 1
     return sorted((part.tolist() for part in np.split(order, ends) if len(part) > 1), key=lambda group: group[1])

@@ -1,1 +1,1 @@
-"""Readers: one file format each, as a stream of conversations."""
+"""Readers, one per file format, each a stream of conversations; files.py finds the files and selects their reader."""

@@ -1,7 +1,6 @@
-"""Files -> conversations. Nothing about tokens.
+"""Data files to conversations: finds the files, detects the format of each from its content, and selects the reader.
 
-What a file is follows from what is in it: Parquet, JSON, a table, text with roles, text without. The rooms beside this
-one read each; here they are found, told apart and put together.
+The formats are Parquet, TFDS, JSON, CSV, text with roles, and plain text; the other modules of this package read them.
 """
 
 import dataclasses
@@ -14,103 +13,113 @@ from pathlib import Path
 from typing import Any
 
 from jlora.common.errors import UserError
-from jlora.data.conversation import PARTS, BadRows, Conversation, Notes, Reading, is_whole, listing
-from jlora.data.readers import datasets
-from jlora.data.readers.columns import Records
-from jlora.data.readers.encoding import GB18030, detect, first_lines
-from jlora.data.readers.json_rows import read_json
-from jlora.data.readers.tables import cells_of, find_delimiter, looks_like_table, read_table
-from jlora.data.readers.text import Row, begins_with_role, read_text
+from jlora.common.plural import plural
+from jlora.data.conversation import (
+    PARTS,
+    BadRows,
+    Conversation,
+    ReaderNotes,
+    ReadOptions,
+    join_limited,
+    names_complete_row,
+)
+from jlora.data.readers import parquet_tfds
+from jlora.data.readers.column_mapping import RowConverter
+from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
+from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
+from jlora.data.readers.json_files import read_json
+from jlora.data.readers.text_files import Row, begins_with_role, read_text
 
-SKIPPED = {"Thumbs.db", "desktop.ini"}
-ABOUT = {"", "readme", "license", "licence"}  # "": what is hidden
-JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # how JSON begins, and hardly any text
-# In metadata a part's cell is its column, or of text the prefix of the role that says it.
+SKIPPED_FILES = {"Thumbs.db", "desktop.ini"}
+SKIPPED_STEMS = {"", "readme", "license", "licence"}  # "" is the stem of hidden files
+JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start of JSON, and of hardly any text
+# In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
 ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
 FILE_NAMES = {"file", "file_name", "filename", "path", "文件"}
-AS_FOUND = Reading()
+INFER_ALL = ReadOptions()
 
 
 def read_conversations(
-    path: str, key: str, reading: Reading = AS_FOUND, say: Callable[[str], object] = print
+    path: str, key: str, options: ReadOptions = INFER_ALL, log: Callable[[str], object] = print
 ) -> list[Conversation]:
-    """All conversations of a file, a directory or a TFDS data set; see `iter_conversations`."""
-    return list(iter_conversations(path, key, reading, say))
+    """Returns all conversations of a file, a directory or a TFDS data set; see `iter_conversations`."""
+    return list(iter_conversations(path, key, options, log))
 
 
 def iter_conversations(
-    path: str, key: str, reading: Reading = AS_FOUND, say: Callable[[str], object] = print
+    path: str, key: str, options: ReadOptions = INFER_ALL, log: Callable[[str], object] = print
 ) -> Iterator[Conversation]:
-    """The conversations of a file, of a directory's files by name, or of a TFDS data set, as a stream.
+    """Yields the conversations of a file, of a directory's files in order of their names, or of a TFDS data set.
 
     Args:
       path: the file, the directory, or `tfds:NAME/SPLIT`.
-      key: the config key that named it, for messages.
-      reading: what the config says about how rows are written.
-      say: takes the lines about what was told by content or not used, after the last row.
+      key: the config key that holds the path, for messages.
+      options: how rows are written.
+      log: receives the lines about what was inferred or not used, after the last row.
 
     Raises:
-      UserError: nothing there, a file that cannot be read, or, after the last row, the rows that cannot be used, by
-        file and line; unless `bad_rows` is "drop", which counts them.
+      UserError: the path does not exist, or a file cannot be read; or, after the last row, there were unusable rows,
+        listed by file and line, unless `bad_rows` is "drop", which reports and skips them.
     """
-    notes, bad, used = Notes(), BadRows(), 0
+    notes, bad, used = ReaderNotes(), BadRows(), 0
     first: Conversation | None = None
-    for row in _rows(path, key, reading, notes):
+    for row in _rows(path, key, options, notes):
         if isinstance(row, UserError):
             bad.add(str(row))
             continue
         first = first or row
         if row.plain != first.plain:
             raise UserError(
-                f"{row.where} is {_kind(row)}, and {first.where} is {_kind(first)}: keep one kind in {key}={path}, or "
-                "set task_type=plain-text for text alone"
+                f"{row.where} is {_kind(row)}, but {first.where} is {_kind(first)}. Keep one kind in {key}={path}, or "
+                "set task_type=plain-text to read all files as plain text."
             )
         used += 1
         yield row
-    share = f"{bad.count} of {used + bad.count} rows cannot be used"
-    if bad.count and reading.bad_rows == "drop":
-        say("\n  ".join([f"{key}: {share} and are dropped:", *bad.lines()]))
+    share = f"{bad.count} of {plural(used + bad.count, 'row')}"
+    if bad.count and options.bad_rows == "drop":
+        log("\n  ".join([f"{key}: dropped {share} that cannot be used:", *bad.lines()]))
     elif bad.count == 1:
         raise UserError(bad.lines()[0])
     elif bad.count:
-        raise UserError("\n  ".join([f"{key}={path}: {share} (mend them, or set bad_rows=drop):", *bad.lines()]))
+        heading = f"{key}={path}: {share} cannot be used. Fix them, or set bad_rows=drop:"
+        raise UserError("\n  ".join([heading, *bad.lines()]))
     if not used:
-        raise UserError(f"{key}={path}: no rows in it that can be used")
+        raise UserError(f"{key}={path} contains no usable rows.")
     for line in notes.lines():
-        say(f"{key}: {line}")
+        log(f"{key}: {line}")
 
 
 def data_files(path: str, key: str) -> list[Path]:
-    """The files that hold the rows; what is hidden, README and LICENSE are passed over.
+    """Returns the files that hold rows; hidden files, README and LICENSE are skipped.
 
     Raises:
-      UserError: nothing there, or something that is no file: a link that leads nowhere or in a circle, a pipe.
+      UserError: the path does not exist, or leads to something other than a file: a broken or circular link, a pipe.
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise UserError(f"{key}={path}: no such file or directory")
+        raise UserError(f"{key}={path}: No such file or directory.")
     files = sorted(_walk(root, ())) if root.is_dir() else [root]
     for file in files:
         try:
             if not stat.S_ISREG(file.stat().st_mode):
-                raise UserError(f"{file} is not a file (a pipe or a device?): remove it")
+                raise UserError(f"{file} is not a regular file. Remove it.")
         except OSError as error:
-            raise UserError(f"{file} leads nowhere ({error.strerror}): remove the link, or mend it") from None
+            raise UserError(f"{file} is a broken symbolic link ({error.strerror}). Remove or fix it.") from None
     if not files:
-        raise UserError(f"{key}={path}: no file in this directory")
+        raise UserError(f"{key}={path}: The directory contains no data files.")
     return files
 
 
-def hash_files(path: str, key: str, reading: Reading = AS_FOUND) -> str:
-    """sha256 over the files' names and bytes, the `metadata_path` among them: the same hash, the same data."""
+def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL) -> str:
+    """Returns a sha256 of the names and bytes of the data files and of `metadata_path`: equal hash, equal data."""
     digest = hashlib.sha256()
-    if datasets.is_tfds(path):
-        directory, split = datasets.find_tfds(path, key)
+    if parquet_tfds.is_tfds(path):
+        directory, split = parquet_tfds.find_tfds(path, key)
         digest.update(f"{split}\n".encode())
         path = str(directory)
     files = data_files(path, key)
-    if reading.metadata_path:
-        files.append(Path(reading.metadata_path).expanduser())
+    if options.metadata_path:
+        files.append(Path(options.metadata_path).expanduser())
     for file in files:
         digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
         with file.open("rb") as stream:
@@ -119,22 +128,22 @@ def hash_files(path: str, key: str, reading: Reading = AS_FOUND) -> str:
     return digest.hexdigest()
 
 
-def place(path: str) -> str:
-    """The path in full, as a run's record keeps it."""
-    return path if path.startswith(datasets.TFDS) else str(Path(path).expanduser().resolve())
+def resolved_path(path: str) -> str:
+    """Returns the absolute path, as a run's record stores it; `tfds:` names stay as they are."""
+    return path if path.startswith(parquet_tfds.TFDS) else str(Path(path).expanduser().resolve())
 
 
 def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All that is in a directory and those below, links followed."""
+    """Yields all files below a directory, following links."""
     real = directory.resolve()
     if real in above:
-        raise UserError(f"{directory} is a link to a directory above it: remove it")
+        raise UserError(f"{directory} is a link to one of its own parent directories. Remove it.")
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
+        raise UserError(f"{directory} cannot be read: {error.strerror}.") from None
     for name in names:
-        if name in SKIPPED or name.split(".")[0].lower() in ABOUT:
+        if name in SKIPPED_FILES or name.split(".")[0].lower() in SKIPPED_STEMS:
             continue
         if (directory / name).is_dir():
             yield from _walk(directory / name, (*above, real))
@@ -142,62 +151,62 @@ def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield directory / name
 
 
-def _rows(path: str, key: str, reading: Reading, notes: Notes) -> Iterator[Row]:
-    if datasets.is_tfds(path):
-        yield from _of_records(datasets.read_tfds(path, key), reading, notes)
+def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+    if parquet_tfds.is_tfds(path):
+        yield from _of_records(parquet_tfds.read_tfds(path, key), options, notes)
         return
-    own = _metadata(reading)
-    metadata = Path(reading.metadata_path).expanduser().resolve() if reading.metadata_path else None
+    own = _metadata(options)
+    metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
     for file in data_files(path, key):
         if file.resolve() == metadata:
             continue
         try:
-            yield from _read_file(file, own.get(file.resolve(), reading), notes)
+            yield from _read_file(file, own.get(file.resolve(), options), notes)
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
-def _read_file(file: Path, reading: Reading, notes: Notes) -> Iterator[Row]:
-    """The rows of one file, of whatever kind it is."""
+def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+    """Reads the rows of one file with the reader of its format."""
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"PAR1":
-        yield from _of_records(datasets.read_parquet(file), reading, notes)
+        yield from _of_records(parquet_tfds.read_parquet(file), options, notes)
         return
     if re.search(r"\.(array_record|tfrecord)", file.name):
-        raise UserError(f"{file}: TFDS stores rows in it: name the directory that holds dataset_info.json")
-    encoding = detect(file, reading.encoding)
-    if encoding == GB18030 and not reading.encoding:
-        notes.add("not UTF-8, read as GB18030", file.name)
+        raise UserError(f"{file} is part of a TFDS data set. Pass its directory, the one with dataset_info.json.")
+    encoding = detect_encoding(file, options.encoding)
+    if encoding == GB18030 and not options.encoding:
+        notes.add("read as GB18030, because it is not UTF-8", file.name)
     head = first_lines(file, encoding)
     if not head:
-        raise UserError(f"{file}: the file is empty")
-    kind = _told(file.suffix.lower(), head, reading)
+        raise UserError(f"{file}: The file is empty.")
+    kind = _detect_format(file.suffix.lower(), head, options)
     if kind == "json":
-        yield from _of_records(read_json(file, encoding, reading, notes), reading, notes)
+        yield from _of_records(read_json(file, encoding, options, notes), options, notes)
     elif kind == "table":
-        yield from _of_records(read_table(file, encoding, reading, notes), reading, notes)
+        yield from _of_records(read_table(file, encoding, options, notes), options, notes)
     else:
-        yield from read_text(file, encoding, reading, notes)
+        yield from read_text(file, encoding, options, notes)
 
 
-def _told(ending: str, head: list[str], reading: Reading) -> str:
-    """JSON, a table or text? What the first lines say goes before the ending, but for broken JSON."""
+def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
+    """Returns "json", "table" or "text". The content overrides the file name, except that JSON names stay JSON."""
     table = ending in (".csv", ".tsv")
     if ending in (".json", ".jsonl", ".ndjson"):
         return "json"
-    if reading.plain:
+    if options.plain:
         return "table" if table else "text"
     if JSON.match(head[0]):
         return "json"
-    if begins_with_role(head[0], reading):
+    if begins_with_role(head[0], options):
         return "text"
     return "table" if table or looks_like_table(head) else "text"
 
 
-def _of_records(rows: Iterator[tuple[str, Any]], reading: Reading, notes: Notes) -> Iterator[Row]:
-    """Rows with named columns as conversations; an error stays one."""
-    records = Records(reading, notes)
+def _of_records(rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+    """Converts rows with named columns to conversations; errors are passed on."""
+    records = RowConverter(options, notes)
     for where, row in rows:
         try:
             made: Row = row if isinstance(row, UserError) else records.conversation(row, where)
@@ -206,38 +215,42 @@ def _of_records(rows: Iterator[tuple[str, Any]], reading: Reading, notes: Notes)
         yield made
 
 
-def _metadata(reading: Reading) -> dict[Path, Reading]:
-    """What `metadata_path` says: a CSV with a column `file`, and of each file the columns or prefixes of its parts.
+def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
+    """Reads `metadata_path`: a CSV with a column `file`, and the columns or prefixes of the parts of each file.
 
     Raises:
-      UserError: it is not such a CSV, or names a file that is not there.
+      UserError: it is not such a CSV, or names a file that does not exist.
     """
-    if not reading.metadata_path:
+    if not options.metadata_path:
         return {}
-    path = Path(reading.metadata_path).expanduser()
+    path = Path(options.metadata_path).expanduser()
     if not path.is_file():
-        raise UserError(f"metadata_path={path}: no such file")
-    encoding = detect(path, reading.encoding)
-    rows = cells_of(path, encoding, find_delimiter(path, encoding))
+        raise UserError(f"metadata_path={path}: No such file.")
+    encoding = detect_encoding(path, options.encoding)
+    rows = read_cells(path, encoding, detect_delimiter(path, encoding))
     names = [ROLE_PARTS.get(name, name) for name in (cell.strip().lower() for cell in next(rows, (0, []))[1])]
     unknown = [name for name in names if name not in FILE_NAMES and name not in PARTS]
     if len(FILE_NAMES & set(names)) != 1 or unknown or len(names) < 2:
-        raise UserError(f"{path}:1: expected columns file, prompt and response (or {', '.join(PARTS)}); got {names}")
-    roots = [path.parent, *(Path(p).expanduser() for p in (reading.train_data_dir, reading.eval_data_dir) if p)]
+        raise UserError(
+            f"{path}:1: Expected the columns file, prompt and response (or others of {', '.join(PARTS)}), got {names}."
+        )
+    roots = [path.parent, *(Path(p).expanduser() for p in (options.train_data_dir, options.eval_data_dir) if p)]
     own = {}
     for number, cells in rows:
         if len(cells) != len(names):
-            raise UserError(f"{path}:{number}: expected {len(names)} cells, got {len(cells)}")
-        said = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
-        name = next(said.pop(name) for name in FILE_NAMES if name in said)
+            raise UserError(f"{path}:{number}: Expected {plural(len(names), 'cell')}, got {len(cells)}.")
+        values = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
+        name = next(values.pop(name) for name in FILE_NAMES if name in values)
         files = [f for root in roots for f in (root / name, root.parent / name) if f.is_file()]
         if not files:
-            raise UserError(f"{path}:{number}: there is no file {name!r} in {listing(map(str, roots))}")
-        columns = {part: column for part, column in said.items() if column}
-        if not is_whole(columns):
-            raise UserError(f"{path}:{number}: expected prompt and response, or messages, or text; got {columns}")
+            raise UserError(f"{path}:{number}: File {name!r} does not exist in {join_limited(map(str, roots))}.")
+        columns = {part: column for part, column in values.items() if column}
+        if not names_complete_row(columns):
+            raise UserError(
+                f"{path}:{number}: Expected columns for prompt and response, or messages, or text, got {columns}."
+            )
         prefixes = {role: columns[part] for role, part in ROLE_PARTS.items() if part in columns}
-        own[files[0].resolve()] = dataclasses.replace(reading, columns=columns, role_prefixes=prefixes)
+        own[files[0].resolve()] = dataclasses.replace(options, columns=columns, role_prefixes=prefixes)
     return own
 
 

@@ -1,8 +1,8 @@
-"""Rows with named columns -> conversations, whatever file they came from.
+"""Rows with named columns to conversations, for every format that has columns or keys.
 
-A row is a question and an answer (with context, system message and earlier turns, where it has them), or a list of
-turns, or one text. Which column is which follows from their names, or from the config's `columns`; every column that
-holds something and is not used is noted.
+A row is a question and an answer (with context, system message and earlier turns if it has them), a list of turns, or a
+single text. Which column is which is inferred from the names, or set by the config's `columns`. Every column that has
+content and is not used is reported.
 """
 
 import json
@@ -16,9 +16,9 @@ from jlora.data.conversation import (
     SYSTEM_NAMES,
     USER_NAMES,
     Conversation,
-    Notes,
-    Reading,
-    listing,
+    ReaderNotes,
+    ReadOptions,
+    join_limited,
     make_conversation,
 )
 
@@ -38,64 +38,64 @@ SPEAKERS = {
     **dict.fromkeys(ASSISTANT_NAMES | {"gpt", "chatgpt", "bard", "bing", "model", "ai", "chatbot"}, "assistant"),
 }
 WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")
-Parts = dict[str, str]  # what a column is -> its name
+Parts = dict[str, str]  # one of conversation.PARTS -> the name of its column
 
 
-class Records:
-    """Makes conversations of the rows of one file."""
+class RowConverter:
+    """Converts the rows of one file to conversations."""
 
-    def __init__(self, reading: Reading, notes: Notes) -> None:
-        self._reading, self._notes = reading, notes
+    def __init__(self, options: ReadOptions, notes: ReaderNotes) -> None:
+        self._reading, self._notes = options, notes
         self._parts: dict[tuple[str, ...], Parts] = {}
-        roles = [(role, prefix) for role, named in reading.role_prefixes.items() for prefix in named.split("|")]
-        self._speakers = {**SPEAKERS, **{prefix.strip().lower(): role for role, prefix in roles}}
+        prefixes = [(role, prefix) for role, joined in options.role_prefixes.items() for prefix in joined.split("|")]
+        self._speakers = {**SPEAKERS, **{prefix.strip().lower(): role for role, prefix in prefixes}}
 
     def parts(self, columns: tuple[str, ...]) -> Parts:
-        """Which of the columns are read, and as what.
+        """Returns which columns are read, and as what.
 
         Raises:
-          UserError: that is not obvious; the message lists the columns and the key to set, not the place.
+          UserError: that is not clear. The message lists the columns and the key to set, but not the place.
         """
         if columns not in self._parts:
-            self._parts[columns] = find_parts(columns, self._reading)
+            self._parts[columns] = map_columns(columns, self._reading)
         return self._parts[columns]
 
     def conversation(self, row: Any, where: str) -> Conversation:
-        """One row.
+        """Converts one row.
 
         Raises:
-          UserError: it cannot be used.
+          UserError: the row cannot be used.
         """
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+            raise UserError(f"{where}: Expected a JSON object, got {type(row).__name__}.")
         try:
             parts = self.parts(tuple(row))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        turns = [(role, said, where) for role, said in self._turns(row, parts, where)]
+        turns = [(role, content, where) for role, content in self._turns(row, parts, where)]
         conversation = make_conversation(turns, where)
-        read = parts.values()
+        used = parts.values()
         for column, value in row.items():
-            if column not in read and value not in (None, "", [], {}):
-                self._notes.add("columns not used", column)
+            if column not in used and value not in (None, "", [], {}):
+                self._notes.add("unused columns", column)
         return conversation
 
     def _turns(self, row: dict[str, Any], parts: Parts, where: str) -> Iterator[tuple[str, str]]:
         def text(part: str) -> str:
             value = row.get(parts[part]) if part in parts else None
             if not isinstance(value, str | None):
-                raise UserError(f"{where}: {parts[part]} is {_short(value)}; expected text")
+                raise UserError(f"{where}: Expected text in {parts[part]!r}, got {_short(value)}.")
             return (value or "").strip()
 
         if "text" in parts:
             if not (self._reading.plain or self._reading.columns):
-                self._notes.add("no column asks and answers, so the text itself is trained on", parts["text"])
+                self._notes.add("training on plain text, because no columns hold question and answer", parts["text"])
             yield "text", text("text")
             return
         yield "system", text("system")
         turns = [parts[part] for part in ("messages", "prompt", "response") if part in parts]
         if "messages" in parts or all(isinstance(row.get(column), list) for column in turns):
-            for column in turns:  # a prompt and its response may be lists of turns too
+            for column in turns:  # a prompt and its response may be lists of turns as well
                 yield from self._messages(row[column], column, where)
             return
         if "history" in parts and row.get(parts["history"]):
@@ -114,47 +114,49 @@ class Records:
             who = next((key for key in WHO if isinstance(turn, dict) and key in turn), None)
             what = next((key for key in WHAT if isinstance(turn, dict) and key in turn), None)
             if not (who and what):
-                raise UserError(f"{where}: a turn of {column} needs a role and its content; got {_short(turn)}")
+                raise UserError(f"{where}: Expected a role and content in each turn of {column!r}, got {_short(turn)}.")
             role = self._speakers.get(str(turn[who]).strip().lower())
             if role is None:
                 raise UserError(
-                    f"{where}: the {who} {turn[who]!r} is unknown; expected one of {', '.join(ROLES)}, or name it with "
-                    f'role_prefixes={{"assistant": {str(turn[who])!r}}}'
+                    f"{where}: Unknown {who} {turn[who]!r}. Expected one of {', '.join(ROLES)}. Map it to a role with "
+                    f'role_prefixes, for example {{"assistant": {str(turn[who])!r}}}.'
                 )
             for key in ("tool_calls", "function_call"):
                 if turn.get(key):
-                    raise UserError(f"{where}: a turn of {column} has {key}, which is not read")
+                    raise UserError(f"{where}: A turn of {column!r} has {key!r}, which jlora does not support.")
             if turn.get("weight", 1) not in (1, None):
-                raise UserError(f"{where}: a turn of {column} has weight={_short(turn['weight'])}; expected 1 or none")
+                raise UserError(
+                    f"{where}: A turn of {column!r} has weight {_short(turn['weight'])}. Only weight 1 is supported."
+                )
             for key, value in turn.items():
                 if key not in (who, what, "weight") and value not in (None, "", [], {}):
-                    self._notes.add("columns not used", f"{column}.{key}")
+                    self._notes.add("unused columns", f"{column}.{key}")
             yield role, _content(turn[what], role, where)
 
     @staticmethod
     def _history(earlier: Any, column: str, where: str) -> Iterator[tuple[str, str]]:
         for pair in _list(earlier, column, where):
-            if not isinstance(pair, list | tuple) or [type(said) for said in pair] != [str, str]:
-                raise UserError(f"{where}: {column} holds {_short(pair)}; expected pairs of a question and an answer")
+            if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+                raise UserError(f"{where}: Expected pairs of question and answer in {column!r}, got {_short(pair)}.")
             yield from zip(("user", "assistant"), pair, strict=True)
 
 
-def find_parts(columns: Sequence[str], reading: Reading) -> Parts:
-    """What each column is; see `Records.parts`."""
-    named = {part: column for part, column in reading.columns.items() if part != "rows"}
-    has = listing(columns, 20)
+def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
+    """Returns the column of each part; see `RowConverter.parts`."""
+    named = {part: column for part, column in options.columns.items() if part != "rows"}
+    available = f"Columns: {join_limited(columns, 20)}."
     if named:
-        absent = [
+        missing = [
             c for part, c in named.items() if c not in columns and part in ("prompt", "response", "messages", "text")
         ]
-        if absent:
-            raise UserError(f"columns names {absent[0]!r}, which is not there; got {has}")
+        if missing:
+            raise UserError(f"Key columns names the column {missing[0]!r}, which does not exist. {available}")
         return {part: column for part, column in named.items() if column in columns}
     plain = [column for column in columns if column.strip().lower() in (*WHAT, *NAMES["text"])]
-    if reading.plain:
+    if options.plain:
         if len(plain) == 1:
             return {"text": plain[0]}
-        raise UserError(f'which column is the text? Set columns={{"text": "..."}}; got {has}')
+        raise UserError(f'Cannot tell which column holds the text. Set columns={{"text": "NAME"}}. {available}')
     found = {
         part: [c for c in columns if c.strip().lower().replace(" ", "_") in names] for part, names in NAMES.items()
     }
@@ -170,43 +172,43 @@ def find_parts(columns: Sequence[str], reading: Reading) -> Parts:
     if "text" in sure and not (found["prompt"] or found["response"] or found["messages"]):
         return {"text": sure["text"]}
     raise UserError(
-        f'which column asks and which answers? Set columns={{"prompt": "...", "response": "..."}} (or "messages" for a '
-        f'list of turns, "text" for plain text); got {has}'
+        'Cannot tell which columns hold question and answer. Set columns={"prompt": "NAME", "response": "NAME"}, or '
+        f'{{"messages": "NAME"}} for a list of turns, or {{"text": "NAME"}} for plain text. {available}'
     )
 
 
 def _list(value: Any, column: str, where: str) -> list[Any]:
-    """A list, also where a table holds it as JSON, or a data set as an object of lists."""
+    """Returns a list of turns, which a table may hold as JSON text, and a data set as an object of lists."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}: {column} is not JSON: {_short(value)}") from None
+            raise UserError(f"{where}: Expected a JSON list in {column!r}, got {_short(value)}.") from None
     if isinstance(value, Mapping) and {type(v) for v in value.values()} == {list}:
         if len({len(v) for v in value.values()}) != 1:
-            raise UserError(f"{where}: {column} has lists of different lengths")
+            raise UserError(f"{where}: The lists in {column!r} differ in length.")
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
-        raise UserError(f"{where}: {column} is {_short(value)}; expected a list of turns")
+        raise UserError(f"{where}: Expected a list of turns in {column!r}, got {_short(value)}.")
     return value
 
 
 def _pair(turn: Any) -> list[tuple[str, str]]:
-    """A question and its answer, where one turn holds both under two keys: {"human": ..., "assistant": ...}."""
+    """Returns question and answer if one turn holds both under two keys, as {"human": ..., "assistant": ...}."""
     if not isinstance(turn, dict) or len(turn) != 2:
         return []
-    (asks, question), (answers, answer) = turn.items()
-    if asks not in NAMES["prompt"] | {"input"} or answers not in NAMES["response"]:
+    (question_key, question), (answer_key, answer) = turn.items()
+    if question_key not in NAMES["prompt"] | {"input"} or answer_key not in NAMES["response"]:
         return []
     return [("user", question), ("assistant", answer)] if isinstance(question, str) and isinstance(answer, str) else []
 
 
 def _content(value: Any, role: str, where: str) -> str:
-    """The words of a turn: text, or OpenAI's list of text parts."""
+    """Returns the content of a turn, which is text or OpenAI's list of text parts."""
     if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: the {role}'s message is {_short(value)}; expected text")
+        raise UserError(f"{where}: Expected text in the {role}'s message, got {_short(value)}.")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Parquet files and TFDS directories -> rows, a batch at a time."""
+"""Reads Parquet files and TFDS data sets: rows by column name, as a stream."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Row = tuple[str, Any]
 
 
 def read_parquet(file: Path) -> Iterator[Row]:
-    """Rows by column name, each with `file:row`, from 1.
+    """Yields rows by column name, each with `file:row`, counted from 1.
 
     Raises:
       UserError: the file is not Parquet.
@@ -31,34 +31,36 @@ def read_parquet(file: Path) -> Iterator[Row]:
                     yield f"{file}:{number}", row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{file}: not Parquet after row {number}: {reason}") from None
+        raise UserError(f"{file} cannot be read as Parquet after row {number}: {reason}") from None
 
 
 def is_tfds(path: str) -> bool:
-    """Is this `tfds:...`, or a directory that TFDS prepared?"""
+    """Returns whether the path is `tfds:...` or a directory prepared by TFDS."""
     return path.startswith(TFDS) or _is_prepared(Path(path).expanduser())
 
 
 def find_tfds(path: str, key: str) -> tuple[Path, str]:
-    """The directory where TFDS holds `path`, prepared first where it need be, and the split.
+    """Returns the directory of a TFDS data set, prepared now if necessary, and the split.
 
     Raises:
-      UserError: there is no such data set or split, or it cannot be read without TensorFlow.
+      UserError: the data set or the split does not exist, or cannot be read without TensorFlow.
     """
     builder, split = _builder(path, key)
     return Path(builder.data_dir), split
 
 
 def read_tfds(path: str, key: str) -> Iterator[Row]:
-    """Rows by feature name, each with `NAME/SPLIT:row`, from 1; raises as `find_tfds` does."""
+    """Yields rows by feature name, each with `NAME/SPLIT:row`, counted from 1; raises as `find_tfds` does."""
     builder, split = _builder(path, key)
     try:
         source = builder.as_data_source(split=split)
     except (NotImplementedError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{key}={path} cannot be read: {reason}. Prepare it with file_format='array_record'") from None
+        raise UserError(
+            f"{key}={path} cannot be read: {reason}. Prepare the data set with file_format='array_record'."
+        ) from None
     for number in range(len(source)):
-        yield f"{builder.info.name}/{split}:{number + 1}", _plain(source[number])
+        yield f"{builder.info.name}/{split}:{number + 1}", _to_json_value(source[number])
 
 
 def _is_prepared(directory: Path) -> bool:
@@ -77,24 +79,24 @@ def _builder(path: str, key: str) -> tuple[Any, str]:
         else:
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
-    except Exception as error:  # TFDS runs the data set's own code: whatever it raises, there are no rows
+    except Exception as error:  # TFDS runs the data set's own code, which may raise anything
         reason = (str(error).strip().split("\n") or [""])[0]
-        raise UserError(f"{key}={path}: TFDS cannot give it: {reason}") from None
+        raise UserError(f"{key}={path}: TFDS cannot load this data set: {reason}") from None
     splits = sorted(builder.info.splits)
     if split not in splits and (split or len(splits) != 1):
-        raise UserError(f"{key}={path}: expected {TFDS}{name}/SPLIT with a split of {', '.join(splits)}")
+        raise UserError(f"{key}={path}: Expected {TFDS}{name}/SPLIT, where SPLIT is one of {', '.join(splits)}.")
     return builder, split or splits[0]
 
 
-def _plain(value: Any) -> Any:
-    """A feature's value as JSON has it: text, numbers, lists, objects."""
+def _to_json_value(value: Any) -> Any:
+    """Converts a feature's value to JSON's types: text, numbers, lists, objects."""
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _to_json_value(inner) for name, inner in value.items()}
     if isinstance(value, bytes):
-        with contextlib.suppress(UnicodeDecodeError):  # an image, say: not text, and no one's concern unless it is used
+        with contextlib.suppress(UnicodeDecodeError):  # not text, but for example an image; fails only if it is used
             return value.decode()
     if isinstance(value, np.ndarray) and value.ndim:
-        return [_plain(inner) for inner in value]
+        return [_to_json_value(inner) for inner in value]
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_json_value(inner) for inner in value]
     return value.item() if isinstance(value, np.generic | np.ndarray) else value

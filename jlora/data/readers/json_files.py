@@ -1,4 +1,4 @@
-"""JSON -> rows, as a stream: lines of objects, a list of them, or an object with that list under one key."""
+"""Reads JSON files as a stream: JSON lines, a list of rows, or an object that holds the list under one of its keys."""
 
 import json
 import re
@@ -7,44 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from jlora.common.errors import UserError
-from jlora.data.conversation import MAX_ROW, Notes, Reading
-from jlora.data.readers.columns import NAMES
-from jlora.data.readers.encoding import lines
+from jlora.data.conversation import MAX_ROW, ReaderNotes, ReadOptions
+from jlora.data.readers.column_mapping import NAMES
+from jlora.data.readers.encoding import numbered_lines
 
 CHUNK = 1 << 16  # characters
-TAIL = 16  # a mistake nearer than this to the end of what was read may be but a word cut in two
+TAIL = 16  # characters: an error this close to the end of the text read so far may be caused by an incomplete token
 SPACE = re.compile(r"\s*")
-Row = tuple[str, Any]  # where it stands, and the row; a UserError in its place where it cannot be read
+Row = tuple[str, Any]  # file:line and the row, or a UserError if the row cannot be read
 
 
-def read_json(file: Path, encoding: str, reading: Reading, notes: Notes) -> Iterator[Row]:
-    """Rows of a JSON file, each with its `file:line`; a line that is not JSON comes as the error that names it.
+def read_json(file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+    """Yields the rows of a JSON file, each with its `file:line`; an invalid line is yielded as its UserError.
 
     Raises:
-      UserError: the file as a whole is not JSON, or has its rows in more than one place.
+      UserError: the file is not valid JSON as a whole, or has rows in more than one place.
     """
     if _is_lines(file, encoding):
-        for number, line in lines(file, encoding):
+        for number, line in numbered_lines(file, encoding):
             if line.strip():
                 where = f"{file}:{number}"
                 try:
                     yield where, _decode(line)
                 except (ValueError, RecursionError) as error:
-                    yield where, UserError(f"{where}: not JSON: {_reason(error)}")
+                    yield where, UserError(f"{where}: Not valid JSON: {_reason(error)}")
         return
-    yield from _Document(file, encoding, reading, notes).rows()
+    yield from _Document(file, encoding, options, notes).rows()
 
 
 def _is_lines(file: Path, encoding: str) -> bool:
-    """Are there several lines, the first an object of its own, or meant to be: the next begins one too?"""
+    """Returns whether the file is JSON lines: two lines, the first an object, or both starting one."""
     seen: list[str] = []
     try:
-        for _, line in lines(file, encoding, CHUNK):
+        for _, line in numbered_lines(file, encoding, CHUNK):
             if line.strip():
                 seen.append(line)
             if len(seen) == 2:
                 break
-    except UserError:  # a long line: read as a document, which goes piece by piece
+    except UserError:  # a long line, which `_Document` reads piece by piece
         return False
     begins = [line.lstrip().startswith("{") for line in seen]
     return len(seen) == 2 and begins[0] and (begins[1] or _is_object(seen[0]))
@@ -58,11 +58,11 @@ def _is_object(line: str) -> bool:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; json by itself keeps the last of two values under one key, and loses the other."""
+    """Makes an object; rejects duplicate keys, of which the json module would silently keep only the last."""
     made = dict(pairs)
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
     return made
 
 
@@ -75,13 +75,13 @@ def _reason(error: Exception) -> str:
 
 
 class _Document:
-    """A JSON text that does not go line by line, read piece by piece."""
+    """Incremental parser of JSON that spans lines: keeps only the current row in memory."""
 
-    def __init__(self, file: Path, encoding: str, reading: Reading, notes: Notes) -> None:
+    def __init__(self, file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> None:
         self._file, self._encoding, self._notes = file, encoding, notes
-        self._wanted = reading.columns.get("rows", "")
-        self._whole = {reading.columns.get("messages", ""), reading.columns.get("history", "")}
-        self._lists: list[str] = []  # the keys under which rows were found
+        self._wanted = options.columns.get("rows", "")
+        self._part_lists = {options.columns.get("messages", ""), options.columns.get("history", "")}  # part of a row
+        self._lists: list[str] = []  # the key under which rows were found
         self._buffer, self._at, self._line, self._ended = "", 0, 1, False
 
     def rows(self) -> Iterator[Row]:
@@ -96,14 +96,16 @@ class _Document:
                         yield where, value
                     else:
                         for key in value:
-                            self._notes.add("keys not used", key)
+                            self._notes.add("unused keys", key)
                 else:
                     yield where, self._value()
         if self._wanted and not self._lists:
-            raise UserError(f"{self._file}: columns names the rows {self._wanted!r}, and no list of them is there")
+            raise UserError(
+                f"{self._file}: Key columns sets rows to {self._wanted!r}, but no list of rows exists under that key."
+            )
 
     def _elements(self) -> Iterator[Row]:
-        """The rows of a list."""
+        """Yields the elements of a list."""
         self._take("[")
         if self._peek() == "]":
             self._take("]")
@@ -117,7 +119,7 @@ class _Document:
             self._take(",")
 
     def _object(self, path: str) -> Generator[Row, None, tuple[dict[str, Any], bool]]:
-        """An object without its lists of rows, which are yielded; and whether there were any."""
+        """Yields the rows in an object's list; returns the rest of the object, and whether it had such a list."""
         value: dict[str, Any] = {}
         found = False
         self._take("{")
@@ -130,8 +132,8 @@ class _Document:
             if start == "[" and self._holds_rows(name, key):
                 if self._lists and self._lists != [name]:
                     raise UserError(
-                        f"{self._where()}: rows lie under {self._lists[0]} and under {name}: set "
-                        f'columns={{"rows": "{name}"}}, or give each a file of its own'
+                        f"{self._where()}: Both {self._lists[0]} and {name} hold rows. Set "
+                        f'columns={{"rows": "{name}"}}, or split the file.'
                     )
                 self._lists, found = [name], True
                 yield from self._elements()
@@ -141,7 +143,7 @@ class _Document:
                 if inside and not value[key]:
                     del value[key]
             elif key in value:
-                raise UserError(f"{self._where()}: the key {key!r} stands twice")
+                raise UserError(f"{self._where()}: Not valid JSON: duplicate key {key!r}")
             else:
                 value[key] = self._value()
             if self._peek() != "}":
@@ -154,7 +156,7 @@ class _Document:
     def _holds_rows(self, name: str, key: str) -> bool:
         if self._wanted:
             return name == self._wanted
-        if key in self._whole or key.lower() in NAMES["messages"] | NAMES["history"]:
+        if key in self._part_lists or key.lower() in NAMES["messages"] | NAMES["history"]:
             return False
         while True:
             space = SPACE.match(self._buffer, self._at + 1)
@@ -165,7 +167,7 @@ class _Document:
             self._read()
 
     def _peek(self) -> str:
-        """The next character that is not space; "" at the end."""
+        """Returns the next character that is not a space, without consuming it; "" at the end."""
         while True:
             space = SPACE.match(self._buffer, self._at)
             assert space is not None
@@ -183,31 +185,31 @@ class _Document:
     def _expect(self, char: str) -> None:
         got = self._peek()
         if got != char:
-            found = f"got {self._buffer[self._at : self._at + 20]!r}" if got else "the file ends"
-            raise UserError(f"{self._where()}: not JSON: expected {char!r}, {found}")
+            found = f"got {self._buffer[self._at : self._at + 20]!r}" if got else "but the file ends"
+            raise UserError(f"{self._where()}: Not valid JSON: Expected {char!r}, {found}.")
 
     def _value(self) -> Any:
-        """The value that begins here."""
+        """Parses the next value."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError) as error:
                 at = getattr(error, "pos", 0)
-                cut = at > len(self._buffer) - TAIL or str(error).startswith("Unterminated string")
-                if self._ended or not cut:
+                incomplete = at > len(self._buffer) - TAIL or str(error).startswith("Unterminated string")
+                if self._ended or not incomplete:
                     self._move(max(at, self._at))
                     reason = getattr(error, "msg", _reason(error))
-                    raise UserError(f"{self._where()}: not JSON: {reason}") from None
+                    raise UserError(f"{self._where()}: Not valid JSON: {reason}") from None
             else:
-                if end < len(self._buffer) or self._ended:  # a number may go on
+                if end < len(self._buffer) or self._ended:  # otherwise a number may continue in the next chunk
                     self._move(end)
                     return value
             if len(self._buffer) - self._at > MAX_ROW:
-                raise UserError(f"{self._where()}: a row of more than {MAX_ROW:,} characters: is the file broken?")
+                raise UserError(f"{self._where()}: The row is longer than {MAX_ROW:,} characters. Is the file broken?")
             self._read()
 
     def _read(self) -> None:
-        """More text, twice what is at hand, so that a long value is not tried too often."""
+        """Reads at least as much as is left, so that a long value is parsed only a few times."""
         rest = self._buffer[self._at :]
         more = self._stream.read(max(CHUNK, len(rest)))
         self._buffer, self._at, self._ended = rest + more, 0, not more

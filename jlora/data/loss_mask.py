@@ -1,0 +1,209 @@
+"""Conversations to token ids and loss masks, with any chat template: which tokens the loss trains.
+
+The template needs no changes. Each conversation is rendered up to each assistant turn, once without and once with the
+answer. The characters that the answer adds, up to its end token, are trained. In tokens, these are the ones after the
+prompt's own tokens, up to and including the next end token.
+"""
+
+import bisect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from jlora.common.errors import UserError
+from jlora.data.conversation import Conversation, Message
+from jlora.data.examples import Example
+from jlora.data.tokenizer import render, text_closing, text_opening
+
+
+def encode_conversation(
+    tokenizer: Any, ends: frozenset[int], conversation: Conversation, train_on: str = "assistant"
+) -> Example:
+    """Encodes one conversation; see `encode_conversations`."""
+    return encode_conversations(tokenizer, ends, [conversation], train_on)[0]
+
+
+def encode_conversations(
+    tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
+) -> list[Example]:
+    """Tokenizes conversations and builds their loss masks.
+
+    Args:
+      ends: the token ids at which the served model stops.
+      train_on: "assistant" trains every answer with its end token, "last" only the last answer, "all" every token.
+        Plain text is trained in full, followed by an end token.
+
+    Raises:
+      UserError: a message contains one of the model's special tokens; or the template rejects the turns, changes
+        earlier turns, does not end the assistant's turn with a token at which the model stops, merges prompt and
+        answer into one token, doubles the BOS token, or leaves no token, or every token, to train.
+    """
+    _reject_special_tokens(tokenizer, conversations)
+    try:
+        rendered = _render_all(tokenizer, ends, conversations, train_on)
+    except jinja2.TemplateError as error:
+        if len(conversations) > 1:  # encode them one by one, to name the one that fails
+            return [encode_conversation(tokenizer, ends, conversation, train_on) for conversation in conversations]
+        raise UserError(f"{conversations[0].where}: The chat template rejects this conversation: {error}") from None
+    encoded = _token_ids(tokenizer, [text for text, _ in rendered])
+    locator = _AnswerLocator(tokenizer, ends)
+    examples = []
+    for conversation, (text, spans), ids in zip(conversations, rendered, encoded, strict=True):
+        tokens = np.array(ids, np.int32)
+        train_all = train_on == "all" or conversation.plain
+        loss_mask = np.full(len(ids), train_all)
+        for first, last in locator.find(text, spans, tokens, conversation.where):
+            loss_mask[first : last + 1] = True
+        examples.append(Example(tokens, loss_mask, conversation.where))
+        _check_example(tokenizer, examples[-1], train_all)
+    return examples
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Tokenizes texts that already contain their special tokens."""
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class _AnswerSpan(NamedTuple):
+    """Character offsets of one answer in a rendered conversation."""
+
+    start: int  # the end of the prompt
+    words_end: int  # the end of the answer's own text
+    end: int  # the end of the assistant's turn
+
+
+def _reject_special_tokens(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
+    special = _pattern(token for token in tokenizer.added_tokens_decoder.values() if token.special)
+    for conversation in conversations:
+        for message in conversation.messages:
+            if found := special.search(message.content):
+                raise UserError(
+                    f"{conversation.where}: The {message.role}'s text contains {found[0]!r}, a special token of the "
+                    "model. Remove it from the text."
+                )
+
+
+def _pattern(tokens: Iterable[Any]) -> re.Pattern[str]:
+    """A pattern that matches any of the added tokens; without tokens it matches nothing."""
+    return re.compile("|".join(re.escape(str(token)) for token in tokens) or r"(?!)")
+
+
+def _render_all(
+    tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
+) -> list[tuple[str, list[_AnswerSpan]]]:
+    """Returns the text of each conversation and the spans of its trained answers."""
+    chats = [c for c in conversations if not c.plain]
+    whole = iter(render(tokenizer, [c.messages for c in chats], prompt=False))
+    answers = [(c, i) for c in chats for i in _trained_turns(c.messages, train_on)]
+    before = iter(render(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
+    earlier = [c.messages[: i + 1] for c, i in answers if i + 1 < len(c.messages)]
+    after = iter(render(tokenizer, earlier, prompt=False))
+    rendered: list[tuple[str, list[_AnswerSpan]]] = []
+    for c in conversations:
+        if c.plain:
+            rendered.append((text_opening(tokenizer) + c.messages[0].content + text_closing(tokenizer, ends), []))
+            continue
+        text = next(whole)
+        spans = [
+            _answer_span(c, i, next(before), next(after) if i + 1 < len(c.messages) else text, text)
+            for i in _trained_turns(c.messages, train_on)
+        ]
+        rendered.append((text, spans))
+    return rendered
+
+
+def _trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
+    """Indices of the trained answers. With "all", the last answer is included so that its end token is checked."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    return answers if train_on == "assistant" else answers[-1:]
+
+
+def _answer_span(conversation: Conversation, turn: int, before: str, after: str, text: str) -> _AnswerSpan:
+    if not after.startswith(before) or not text.startswith(after):
+        raise UserError(
+            f"{conversation.where}: The chat template changes earlier turns when an answer is added, so not every "
+            "answer can be trained. Set train_on=last to train only the last one."
+        )
+    words = conversation.messages[turn].content.strip()
+    found = after.find(words, len(before))
+    if found < 0:
+        raise UserError(
+            f"{conversation.where}: The chat template rewrites the answer, so the model would learn different text. "
+            f"Expected {words[:60]!r}, rendered {after[len(before) :][:60]!r}. Fix the template, or set chat_template."
+        )
+    return _AnswerSpan(len(before), found + len(words), len(after))
+
+
+class _AnswerLocator:
+    """Locates answers among the tokens, using the end tokens, which occur in both the text and its tokens.
+
+    The tokenizer's character offsets are not used: computing them takes a third of its time, and some tokenizers leave
+    spaces out of them.
+    """
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
+        added = tokenizer.added_tokens_decoder  # an added token is never part of a longer token
+        self._tokenizer, self._end_names = tokenizer, [tokenizer.decode([token]) for token in sorted(ends)]
+        self._ends = np.array([token for token in ends if token in added], np.int32)
+        self._text = _pattern(added[token] for token in self._ends.tolist())
+        self._openings: dict[str, list[int]] = {}
+
+    def find(self, text: str, spans: list[_AnswerSpan], tokens: np.ndarray, where: str) -> Iterator[tuple[int, int]]:
+        """Yields the index of each answer's first token and of its end token."""
+        if not spans:
+            return
+        in_text = [stop.span() for stop in self._text.finditer(text)]
+        in_tokens = np.flatnonzero((tokens[:, None] == self._ends).any(1)).tolist()
+        if len(in_tokens) != len(in_text):  # text and tokens disagree, so neither can locate an answer
+            in_text = []
+        for span in spans:
+            earlier = bisect.bisect_left(in_text, (span.start, 0))
+            begin, token = (in_text[earlier - 1][0], in_tokens[earlier - 1]) if earlier else (0, 0)
+            opening = text[begin : span.start]
+            if opening not in self._openings:
+                (self._openings[opening],) = _token_ids(self._tokenizer, [opening])
+            found = bisect.bisect_left(in_text, (span.words_end, 0))
+            if found == len(in_text) or in_text[found][1] > span.end:
+                expected = " or ".join(map(repr, self._end_names)) or "no token"
+                raise UserError(
+                    f"{where}: The chat template adds no end token after the answer, so the model would not learn "
+                    f"when to stop. It adds {text[span.words_end : span.end]!r}; the model stops at {expected}."
+                )
+            first = token + self._opening_length(opening, tokens[token : in_tokens[found]].tolist(), where)
+            yield first, in_tokens[found]
+
+    def _opening_length(self, opening: str, ids: list[int], where: str) -> int:
+        """Returns how many of the first tokens encode the opening."""
+        expected = self._openings[opening]
+        if ids[: len(expected)] == expected:
+            return len(expected)
+        agreed = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
+        decode = self._tokenizer.backend_tokenizer.decode
+        for count in range(agreed, len(ids) + 1):  # spaces at its end may be tokenized differently before a word
+            if decode(ids[:count], skip_special_tokens=False).lstrip() == opening.lstrip():
+                return count
+        raise UserError(
+            f"{where}: The end of the chat template's prompt, {opening[-12:]!r}, and the start of the answer become "
+            "one token, which the served model would never have to predict. Remove the space at the end of the prompt."
+        )
+
+
+def _check_example(tokenizer: Any, example: Example, train_all: bool) -> None:
+    """Rejects a doubled BOS token, and a mask that is empty or, unless `train_all`, covers everything."""
+    targets = int(np.count_nonzero(example.loss_mask[1:]))  # no token predicts the first one
+    bos = tokenizer.bos_token_id
+    if bos is not None and example.tokens[:2].tolist() == [bos, bos]:
+        raise UserError(
+            f"{example.where}: The example starts with {tokenizer.bos_token!r} twice, but a served prompt would not. "
+            "Remove one from the chat template."
+        )
+    if not targets:
+        raise UserError(f"{example.where}: This example has no trainable tokens.")
+    if targets == len(example.tokens) - 1 and not train_all:
+        raise UserError(
+            f"{example.where}: Every token of this example would be trained, including the question. Set train_on=all "
+            "if this is intended."
+        )

@@ -1,0 +1,180 @@
+"""Cache of token ids and loss masks: a TFDS directory (array_record), written once, read at random without TensorFlow.
+
+The directory's name is a hash of the rows, the tokenizer and the chat template, so a change to any of them makes a new
+directory. The name starts with the hash of the first rows alone, so that new data is recognised without reading all of
+it first. The sizes of the examples and their common prefix are stored beside them, so that batches can be planned
+without reading any example.
+"""
+
+import contextlib
+import copy
+import gc
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import operator
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from jlora.common.atomic_io import give_name, unnamed_directory
+from jlora.common.errors import UserError
+from jlora.common.plural import plural
+from jlora.data.conversation import Conversation
+from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
+from jlora.data.loss_mask import encode_conversations
+
+LAYOUT = 4  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters what is stored
+SPLIT = "rows"
+SIZES, PREFIX = "sizes.npy", "prefix.npy"
+ROWS_PER_BATCH = 500  # rows encoded at once
+BATCHES_AHEAD = 3  # such batches encoded while earlier ones are written
+PROBE_ROWS = 100  # first rows, hashed alone to find out whether the cache can contain these rows
+
+
+class CachedExamples(SizedExamples):
+    """Examples on disk, read by index."""
+
+    def __init__(self, directory: Path) -> None:
+        self._source = tfds.builder_from_directory(directory).as_data_source(split=SPLIT)
+        self.sizes = np.load(directory / SIZES, mmap_mode="r")
+        self.prefix = len(np.load(directory / PREFIX))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = self._source[int(index)]
+        return Example(row["tokens"], row["trained"], row["where"].decode())  # "trained" is the loss mask
+
+
+def load_or_tokenize(
+    tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], cache: Path, train_on: str = "assistant"
+) -> CachedExamples:
+    """Returns the rows as examples, from the cache or tokenized now. Memory does not grow with the number of rows.
+
+    Args:
+      ends: the token ids at which the served model stops.
+      rows: at least one conversation; iterated more than once, so not an iterator.
+      cache: the directory that holds cached data.
+      train_on: as in `encode_conversations`.
+
+    Raises:
+      UserError: a row cannot be encoded, or the number of rows differs from when they were first read.
+    """
+    fingerprint = Fingerprint(tokenizer, ends, train_on)
+    first = fingerprint.after(itertools.islice(rows, PROBE_ROWS))
+    if any(cache.glob(f"{first}-*")):  # otherwise the cache cannot contain these rows, and hashing all is saved
+        directory = cache / f"{first}-{fingerprint.after(rows)}"
+        if directory.is_dir():
+            return CachedExamples(directory)
+
+    def encode(some: list[Conversation]) -> list[Example]:
+        return encode_conversations(tokenizer, ends, some, train_on)
+
+    gc.freeze()  # keeps the garbage collector from scanning all imported modules again and again
+    try:
+        with unnamed_directory(cache) as made:
+            expected = operator.length_hint(rows)
+            written = _write(_encode_in_background(encode, fingerprint.update(rows)), made, expected)
+            if expected and written != expected:
+                raise UserError(
+                    f"{plural(expected, 'row')} were read at first and {written:,} when tokenizing: the files changed "
+                    "in between. Start again."
+                )
+            directory = cache / f"{first}-{fingerprint}"
+            with contextlib.suppress(FileExistsError):  # another process has written it in the meantime
+                give_name(made, directory)
+    except OSError as error:
+        raise UserError(
+            f"Tokenized data cannot be written to {cache}: {error}. Free some space, or set XDG_CACHE_HOME to another "
+            "disk."
+        ) from None
+    finally:
+        gc.unfreeze()
+    return CachedExamples(directory)
+
+
+class Fingerprint:
+    """A sha256 of everything that decides the stored tokens and masks; str() gives its first 32 hexadecimal digits."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], train_on: str) -> None:
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        version = importlib.metadata.version("transformers")
+        settings = [LAYOUT, version, tokenizer.chat_template, special, sorted(ends), train_on]
+        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        self._digest.update(tokenizer.backend_tokenizer.to_str().encode())
+
+    def update(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
+        """Yields the rows, adding each to the hash."""
+        for row in rows:
+            self._digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())
+            yield row
+
+    def after(self, rows: Iterable[Conversation]) -> str:
+        """Returns what the fingerprint would be after these rows, without changing it."""
+        other = copy.copy(self)
+        other._digest = self._digest.copy()
+        deque(other.update(rows), maxlen=0)
+        return str(other)
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:32]
+
+
+def _encode_in_background(
+    encode: Callable[[list[Conversation]], list[Example]], rows: Iterable[Conversation]
+) -> Iterator[list[Example]]:
+    """Yields encoded rows in order, in batches; the tokenizer releases the GIL, so the caller can write meanwhile."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would compete with these
+    source = iter(rows)
+    pending: deque[Future[list[Example]]] = deque()
+    with ThreadPoolExecutor(BATCHES_AHEAD) as workers:
+        while some := list(itertools.islice(source, ROWS_PER_BATCH)):
+            pending.append(workers.submit(encode, some))
+            if len(pending) > BATCHES_AHEAD:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
+
+
+def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int:
+    """Writes examples, sizes and prefix; returns the number of examples."""
+    features = {  # encoded as bytes: takes a tenth of the time of lists of int64
+        "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
+        "trained": tfds.features.Tensor(shape=(None,), dtype=np.bool_, encoding="bytes"),
+        "where": tfds.features.Text(),
+    }
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name="examples", version=tfds.core.Version(f"{LAYOUT}.0.0"), data_dir=str(directory), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=1 << 20, overwrite=False, file_format="array_record"
+    )
+    writer.initialize_splits([SPLIT])
+    sizes, prefix = array("i"), np.empty(0, np.int32)
+    with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
+        for examples in batches:
+            writer.add_examples(
+                {SPLIT: [{"tokens": e.tokens, "trained": e.loss_mask, "where": e.where} for e in examples]}
+            )
+            for example in examples:
+                prefix = common_prefix(prefix, example.tokens) if sizes else example.tokens
+                sizes.extend(example_sizes(example.loss_mask))
+            bar.update(len(examples))
+    writer.close_all()
+    np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 3))
+    np.save(directory / PREFIX, prefix)
+    return len(sizes) // 3

@@ -1,0 +1,152 @@
+"""The data pipeline: from a config to rows, examples and batches, and the report on them.
+
+Training and the preview (`jlora data`) both use it, so the preview shows exactly what is trained on.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jlora.common import paths
+from jlora.common.errors import UserError
+from jlora.config.schema import Config
+from jlora.data import preview
+from jlora.data.batches import Batches, plan_batches
+from jlora.data.checks import pii
+from jlora.data.checks.report import DataReport
+from jlora.data.conversation import Conversation, Message, ReadOptions
+from jlora.data.examples import Example, SizedExamples
+from jlora.data.held_out_split import is_held_out, refuse_overlap
+from jlora.data.length_limit import limit_length
+from jlora.data.readers import files
+from jlora.data.token_cache import load_or_tokenize
+from jlora.data.tokenizer import encode_prompt
+from jlora.models.llama import LlamaConfig
+
+PROMPTS = 20  # rows whose prompt in training is compared with the served prompt
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """The conversations of a file or directory, read again on each iteration, so that they never fill the memory.
+
+    Args:
+      key: the config key that holds the path.
+      held_out: with `eval_share`, whether these are the held-out rows or the training rows.
+      log: receives the reader's remarks on the files.
+      count: the number of rows if they were counted before, else 0.
+    """
+
+    config: Config
+    key: str
+    held_out: bool = False
+    log: Callable[[str], object] = lambda line: None
+    count: int = 0
+
+    def __length_hint__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Conversation]:
+        config = self.config
+        options = ReadOptions.from_config(asdict(config))
+        for row in files.iter_conversations(getattr(config, self.key), self.key, options, self.log):
+            if config.pii == "mask":
+                row = pii.mask(row, config.pii_regions, config.pii_amounts)
+            if config.eval_share and is_held_out(row, config.eval_share, config.seed) != self.held_out:
+                continue
+            if config.system_prompt and row.messages[0].role != "system" and not row.plain:
+                row = replace(row, messages=(Message("system", config.system_prompt), *row.messages))
+            yield row
+
+
+def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSource, list[Conversation]]:
+    """Returns training rows and held-out conversations, and logs the data quality report on them.
+
+    Raises:
+      UserError: a row cannot be used; a held-out question is also trained on; one side of the split is empty; or there
+        is personal data and pii is "error".
+    """
+    rows = RowSource(config, "train_data_dir")
+    held_out: list[Conversation] = []
+    pii_settings = config.pii_regions, config.pii, config.pii_amounts
+    reports = {"training": DataReport(*pii_settings)}
+    if config.eval_share or config.eval_data_dir:
+        other = (
+            RowSource(config, "train_data_dir", held_out=True)
+            if config.eval_share
+            else RowSource(config, "eval_data_dir", log=log)
+        )
+        reports["held out"] = DataReport(*pii_settings)
+        held_out = list(reports["held out"].inspect(other))
+    refuse_overlap(reports["training"].inspect(replace(rows, log=log)), held_out)
+    for name, report in reports.items():
+        if not report.count:
+            side = "no training rows" if name == "training" else "no held-out rows"
+            raise UserError(f"eval_share={config.eval_share} leaves {side}. Choose another share, or add rows.")
+        for line in report.lines():
+            log(f"{name}: {line}")
+    return replace(rows, count=reports["training"].count), held_out
+
+
+def read_examples(
+    config: Config,
+    tokenizer: Any,
+    ends: frozenset[int],
+    rows: RowSource | list[Conversation],
+    name: str,
+    log: Callable[[str], None] = print,
+) -> SizedExamples:
+    """Returns the rows as examples of at most `max_seq_length` tokens, and logs a summary of them."""
+    cache = paths.cache_directory() / "prepared"
+    tokenized = load_or_tokenize(tokenizer, ends, rows, cache, config.train_on)
+    examples, changes = limit_length(tokenized, config.max_seq_length, config.overlong, name)
+    mismatch = _prompt_mismatch(tokenizer, rows, tokenized, name)
+    for line in (preview.examples_summary(name, examples), changes, mismatch):
+        if line:
+            log(line)
+    return examples
+
+
+def _prompt_mismatch(tokenizer: Any, rows: Iterable[Conversation], examples: SizedExamples, name: str) -> str:
+    """Warns if one of the first rows' prompts is tokenized differently in training and when served; else ""."""
+    for row, example in zip(itertools.islice(rows, PROMPTS), examples, strict=False):
+        prompt = encode_prompt(tokenizer, row.messages[:-1] or row.messages)
+        if example.tokens[: len(prompt)].tolist() != prompt:
+            return (
+                f"{name}: The tokens before an answer depend on the answer (for example in {row.where}), so the served "
+                "model sees a prompt that it was not trained on. The chat template does not suit the tokenizer."
+            )
+    return ""
+
+
+def plan_run(
+    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
+) -> tuple[int, Batches, Batches | None]:
+    """Returns the optimizer steps of the run, its batches, and the held-out batches.
+
+    A prefix that all examples share is computed once per row if its values cannot differ between them: not with dropout
+    or noise, and not for a base model with a sliding window, which depends on the position in the row.
+    """
+    heads = model.num_attention_heads * model.head_dim
+    accumulated = config.gradient_accumulation_steps
+    per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
+    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
+    share = model.sliding_window is None
+    common: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "devices": devices,
+        "linear_cost": model.matrices / (2 * heads),
+    }
+    is_random = config.lora_dropout > 0 or config.neftune_noise_alpha > 0
+    batches = plan_batches(
+        examples, micro_batches=accumulated, steps=steps, seed=config.seed, share=share and not is_random, **common
+    )
+    if not held_out:
+        return steps, batches, None
+    return (
+        steps,
+        batches,
+        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, share=share, **common),
+    )
