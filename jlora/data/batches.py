@@ -104,7 +104,7 @@ class Batches:
         return int(self.sizes[self.example_indices(step), 2].sum()) + self.prefix * self.rows_used(step)
 
     def rows_used(self, step: int) -> int:
-        """Returns how many rows of a step hold an example; the last step of an epoch may leave some empty."""
+        """Returns how many rows of a step contain an example; the last step of an epoch may leave some empty."""
         return sum(bool(row) for micro in self.layout(step) for row in micro)
 
     def __getitem__(self, step: int) -> Batch:
