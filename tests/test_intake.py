@@ -184,9 +184,9 @@ def test_report_lists_each_problem_where_it_is():
     ]
     lines = report_on(rows + odd)
     assert lines == [
-        "1 row duplicates another row: rows.txt:900 and train.txt:1",
+        "1 row duplicates another row, so its content counts twice: rows.txt:900 and train.txt:1",
         "1 row nearly duplicates another row: rows.txt:902 and train.txt:10",
-        "1 row answers the same question differently from another row: rows.txt:901 and train.txt:4",
+        "1 row contradicts another row's answer to the same question: rows.txt:901 and train.txt:4",
         "1 answer has no text: rows.txt:905",
         "1 answer is unusually short: rows.txt:904",
         "205 of 207 answers start with '依据《劳动', except rows.txt:904, rows.txt:905",

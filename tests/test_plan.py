@@ -120,13 +120,13 @@ def test_search_finds_settings_that_fit(small):
     seen, said = forecast(job), []
     tight = roomy._replace(limit=int(seen.needed * 0.7))
     assert not seen.fits(tight.limit)
-    other = search.search(seen, tight, layout, said.append)
+    other = search.find_fastest(seen, tight, layout, said.append)
     assert other.needed <= tight.limit and said
     config = other.job.config
     assert config.batch_size * config.gradient_accumulation_steps == 8  # the same optimizer steps
     assert f"set {search.format_changes(job.config, config)}" in search.suggest_fix(job.config, other)
     hopeless = roomy._replace(limit=seen.memory.adapter)
-    assert search.search(seen, hopeless, layout, said.append) is None
+    assert search.find_fastest(seen, hopeless, layout, said.append) is None
     assert "Use a smaller base model" in search.suggest_fix(job.config, None)
 
 

@@ -24,7 +24,7 @@ from jlora.models.families import read_config
 from jlora.models.llama import LlamaConfig
 from jlora.planning.data_pipeline import read_examples, read_rows
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
-from jlora.planning.search import changes, describe_shortfall, first_fit, search, suggest_fix
+from jlora.planning.search import changed_settings, describe_shortfall, find_fastest, first_fit, suggest_fix
 from jlora.planning.targets import EXAMPLES, GIB, Target, find_target
 from jlora.training.setup import choose_compute, choose_platform, find_devices
 
@@ -47,23 +47,23 @@ def main(argv: list[str]) -> None:
     wish, dtype = "auto" if target.simulation_note else config.attn_implementation, compute.compute_dtype
     attention, _ = kernel_choice.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
     compute = dataclasses.replace(compute, attention=attention)
-    seen, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
-    fits = seen.fits(target.limit)
-    for line in report(seen, target, lengths):
+    forecast, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
+    fits = forecast.fits(target.limit)
+    for line in report(forecast, target, lengths):
         print(line)
     if arguments.only and fits:
         return
     if arguments.only:
-        raise UserError(describe_shortfall(seen, target))
-    best = search(seen, target, layout, print)
-    if best is seen:
+        raise UserError(describe_shortfall(forecast, target))
+    best = find_fastest(forecast, target, layout, print)
+    if best is forecast:
         print("No other settings that fit should be faster")
     elif best is not None:
         print(f"Faster settings ({best.needed / GIB:.2f} GiB):" if fits else "Settings that fit:")
-        for key, value in changes(config, best.job.config).items():
+        for key, value in changed_settings(config, best.job.config).items():
             print(f"    c.{key} = {value!r}")
     if not fits:
-        raise UserError(f"{describe_shortfall(seen, target)} {suggest_fix(config, best)}")
+        raise UserError(f"{describe_shortfall(forecast, target)} {suggest_fix(config, best)}")
 
 
 def _find_target(name: str, config: Config) -> Target:
@@ -92,9 +92,9 @@ def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) ->
     return layout, f"assuming {length} tokens per example, all trained on ({source})"
 
 
-def report(seen: Forecast, target: Target, lengths: str) -> list[str]:
+def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:
     """Returns the forecast as lines for people."""
-    job, compute = seen.job, seen.job.compute
+    job, compute = forecast.job, forecast.job.compute
     kind = target.devices[0].device_kind
     devices = f"{job.mesh.size} x {kind}" + (f" as {target.name}" if target.simulation_note else "")
     lines = [
@@ -103,19 +103,18 @@ def report(seen: Forecast, target: Target, lengths: str) -> list[str]:
         f"{job.rows} x {job.shape.length} tokens; {lengths}",
     ]
     room = "" if target.limit is None else f" of {target.limit / GIB:.2f}"
-    lines.append(
-        f"{'Fits' if seen.fits(target.limit) else 'DOES NOT FIT'}: {seen.needed / GIB:.2f}{room} GiB on each device"
-    )
+    verdict = "Fits" if forecast.fits(target.limit) else "DOES NOT FIT"
+    lines.append(f"{verdict}: {forecast.needed / GIB:.2f}{room} GiB on each device")
     if target.simulation_note:
         lines.append(f"  {target.simulation_note}; its error was never measured on a GPU")
-    if seen.memory:
-        parts = {**dataclasses.asdict(seen.memory), "activations, temporaries, padding": seen.memory.rest}
+    if forecast.memory:
+        parts = {**dataclasses.asdict(forecast.memory), "activations, temporaries, padding": forecast.memory.rest}
         parts["program"] = parts.pop("code")
         del parts["rest"]
         lines += [f"  {size / GIB:8.3f}  {name}" for name, size in parts.items()]
         lines.append(f"  The largest of these is {max(parts, key=lambda name: parts[name])}")
-    work = seen.work
-    lines.append(f"Per device and step: {work.flops / 1e12:.2f} TFLOPs; {_communication(seen)}")
+    work = forecast.work
+    lines.append(f"Per device and step: {work.flops / 1e12:.2f} TFLOPs; {_communication(forecast)}")
     if seconds := work.seconds(target):
         limit = max(seconds, key=lambda name: seconds[name])
         each = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
@@ -128,11 +127,11 @@ def report(seen: Forecast, target: Target, lengths: str) -> list[str]:
     return lines
 
 
-def _communication(seen: Forecast) -> str:
+def _communication(forecast: Forecast) -> str:
     kinds: dict[str, float] = {}
-    for collective in seen.collectives:
+    for collective in forecast.collectives:
         kinds[collective.kind] = kinds.get(collective.kind, 0.0) + collective.size * collective.times
     if not kinds:
         return "nothing sent between devices"
     listed = ", ".join(f"{kind} of {size / 1e6:.2f} MB" for kind, size in kinds.items())
-    return f"{seen.work.sent / 1e6:.2f} MB sent ({listed})"
+    return f"{forecast.work.sent / 1e6:.2f} MB sent ({listed})"

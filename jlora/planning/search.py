@@ -36,25 +36,28 @@ def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) 
     for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
         attempt = job.with_remat(remat)
         programs, state = make_programs(attempt, steps)
-        seen = compile_and_forecast(attempt, programs, state, log)
-        if seen.fits(target.limit):
+        current = compile_and_forecast(attempt, programs, state, log)
+        if current.fits(target.limit):
             break
-    return seen, programs
+    return current, programs
 
 
-def ensure_fits(seen: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:
+def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:
     """Raises UserError if a step would run out of memory; the message contains settings that fit."""
-    if not seen.fits(target.limit):
-        shortfall = describe_shortfall(seen, target)
+    if not current.fits(target.limit):
+        shortfall = describe_shortfall(current, target)
         log(f"{shortfall} Searching for settings that fit")
-        raise UserError(f"{shortfall} {suggest_fix(seen.job.config, search(seen, target, layout, log))}")
+        raise UserError(f"{shortfall} {suggest_fix(current.job.config, find_fastest(current, target, layout, log))}")
 
 
-def describe_shortfall(seen: Forecast, target: Target) -> str:
+def describe_shortfall(current: Forecast, target: Target) -> str:
     """Returns a sentence that says how much memory a job needs and how much there is."""
-    available = "which is more than its memory" if target.limit is None else f"but only {target.limit / GIB:.2f} GiB"
-    verb = "" if target.limit is None else " is available"
-    return f"This run needs {seen.needed / GIB:.2f} GiB on each device, {available}{verb}."
+    available = (
+        "which is more than its memory"
+        if target.limit is None
+        else f"but only {target.limit / GIB:.2f} GiB is available"
+    )
+    return f"This run needs {current.needed / GIB:.2f} GiB on each device, {available}."
 
 
 def suggest_fix(config: Config, other: Forecast | None) -> str:
@@ -69,7 +72,7 @@ def suggest_fix(config: Config, other: Forecast | None) -> str:
 
 def format_changes(config: Config, other: Config) -> str:
     """Returns the changes that turn `config` into `other`, as text."""
-    return ", ".join(f"{key}={value}" for key, value in changes(config, other).items())
+    return ", ".join(f"{key}={value}" for key, value in changed_settings(config, other).items())
 
 
 def alternative_configs(job: Job) -> Iterator[Config]:
@@ -90,7 +93,7 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def changes(config: Config, other: Config) -> dict[str, Any]:
+def changed_settings(config: Config, other: Config) -> dict[str, Any]:
     """Returns the keys and values that turn `config` into `other`."""
     return {
         field.name: getattr(other, field.name)
@@ -99,13 +102,13 @@ def changes(config: Config, other: Config) -> dict[str, Any]:
     }
 
 
-def search(seen: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> Forecast | None:
+def find_fastest(current: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> Forecast | None:
     """Returns the forecast of the fastest alternative config that fits, compiled to make sure; None if none fits.
 
     Args:
-      seen: the forecast that exists already; it is returned if it is the fastest itself.
+      current: the forecast that exists already; it is returned if it is the fastest itself.
     """
-    job, found = seen.job, []
+    job, found = current.job, []
     for config in alternative_configs(job):
         try:
             other = make_job(config, job.model, job.compute, target, layout)
@@ -116,8 +119,8 @@ def search(seen: Forecast, target: Target, layout: Layout, log: Callable[[str], 
         if target.limit is None or bytes_per_device(base) + _activations(other) <= target.limit:
             found.append(((*_sort_key(other, base, target), other.config != job.config), other))
     for _, other in sorted(found, key=lambda pair: pair[0])[:MAX_COMPILATIONS]:
-        if not changes(job.config, other.config):
-            result = seen
+        if not changed_settings(job.config, other.config):
+            result = current
         else:
             log(f"Trying {format_changes(job.config, other.config)}")
             result = forecast(other)

@@ -29,8 +29,6 @@ PLACEHOLDER = re.compile(rf"\[({'|'.join(pii.KINDS)})_\d+\]")
 BEGINNING = 24  # characters at the start of an answer that are compared with other answers
 COMMON = 0.9  # share of answers that must start alike to make the others conspicuous
 SHOWN = 5  # rows listed per line
-CONTRADICTS = "{} the same question differently from another row"
-DAMAGED = "{} characters damaged by a wrong encoding"
 
 _RANDOM = np.random.RandomState(0)
 _FACTORS = _RANDOM.randint(1, 2**31, BANDS * VALUES, dtype=np.int64).astype(np.uint64) * np.uint64(2) + np.uint64(1)
@@ -98,14 +96,14 @@ class DataReport:
         equal = _groups(np.array(self._rows, np.uint64))
         near = self._near_duplicates({i for group in equal for i in group[1:]})
         findings = [
-            self._pairs(equal, ("duplicates another row", "duplicate another row")),
-            self._pairs(near, ("nearly duplicates another row", "nearly duplicate another row")),
+            self._pairs(equal, ("duplicates", "duplicate"), "another row, so its content counts twice"),
+            self._pairs(near, ("nearly duplicates", "nearly duplicate"), "another row"),
             self._contradictions(),
-            self._listed("answer", self._empty, ("has no text", "have no text")),
-            self._listed("answer", self._short(), ("is unusually short", "are unusually short")),
+            self._listed("answer", self._empty, ("has", "have"), "no text"),
+            self._listed("answer", self._short(), ("is", "are"), "unusually short"),
             self._odd_beginnings(),
             self._unread_prefixes(),
-            self._listed("row", self._misdecoded, (DAMAGED.format("contains"), DAMAGED.format("contain"))),
+            self._listed("row", self._misdecoded, ("contains", "contain"), "characters damaged by a wrong encoding"),
         ]
         return [line for line in [*findings, self._privacy()] if line]
 
@@ -131,7 +129,7 @@ class DataReport:
             for group in _groups(np.array(self._questions, np.uint64))
             if self._questions[group[0]] != plain_text
         ]
-        return self._pairs(groups, (CONTRADICTS.format("answers"), CONTRADICTS.format("answer")))
+        return self._pairs(groups, ("contradicts", "contradict"), "another row's answer to the same question")
 
     def _unread_prefixes(self) -> str:
         """Reports line starts such as `Note:` that occur at least twice in the text."""
@@ -181,15 +179,15 @@ class DataReport:
                 first.setdefault(row, int(others[row]))
         return [[other, row] for row, other in sorted(first.items()) if row not in known]
 
-    def _pairs(self, groups: list[list[int]], verbs: tuple[str, str]) -> str:
+    def _pairs(self, groups: list[list[int]], verbs: tuple[str, str], rest: str) -> str:
         pairs = [(row, group[0]) for group in groups for row in group[1:]]
         if not pairs:
             return ""
         listed = ", ".join(f"{self._where[row]} and {self._where[other]}" for row, other in pairs[:SHOWN])
-        return f"{plural(len(pairs), 'row', verbs)}: {listed}{_more(len(pairs))}"
+        return f"{plural(len(pairs), 'row', verbs)} {rest}: {listed}{_more(len(pairs))}"
 
-    def _listed(self, noun: str, rows: list[int], verbs: tuple[str, str]) -> str:
-        return f"{plural(len(rows), noun, verbs)}: {self._some(rows)}" if rows else ""
+    def _listed(self, noun: str, rows: list[int], verbs: tuple[str, str], rest: str) -> str:
+        return f"{plural(len(rows), noun, verbs)} {rest}: {self._some(rows)}" if rows else ""
 
     def _some(self, rows: list[int]) -> str:
         return ", ".join(self._where[row] for row in rows[:SHOWN]) + _more(len(rows))
