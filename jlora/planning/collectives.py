@@ -51,7 +51,7 @@ def find_collectives(text: str, devices: int) -> list[Collective]:
     def run(name: str, count: int) -> None:
         times[name] += count
         for line in bodies[name]:
-            often = count * (_trips(line, bodies) if " while(" in line else 1)
+            often = count * (_loop_iterations(line, bodies) if " while(" in line else 1)
             for called in CALLED.findall(line):
                 for inner in re.findall(r"[\w.-]+", called):
                     if inner in bodies:
@@ -61,12 +61,12 @@ def find_collectives(text: str, devices: int) -> list[Collective]:
     found = []
     for name, count in times.items():
         for line in bodies[name]:
-            if (match := COLLECTIVE.search(line)) and (group := _group(line, devices)) > 1:
-                found.append(Collective(match[2], _size(match[1], asynchronous=bool(match[3])), group, count))
+            if (match := COLLECTIVE.search(line)) and (group := _group_size(line, devices)) > 1:
+                found.append(Collective(match[2], _result_bytes(match[1], asynchronous=bool(match[3])), group, count))
     return found
 
 
-def _trips(loop: str, bodies: dict[str, list[str]]) -> int:
+def _loop_iterations(loop: str, bodies: dict[str, list[str]]) -> int:
     """Returns a loop's number of iterations: annotated, or (on TPU) the bound in its condition."""
     if known := TRIPS.search(loop):
         return int(known[1])
@@ -74,7 +74,7 @@ def _trips(loop: str, bodies: dict[str, list[str]]) -> int:
     return max((int(match[1]) for line in bodies[condition] if (match := BOUND.search(line))), default=1)
 
 
-def _size(shapes: str, *, asynchronous: bool) -> int:
+def _result_bytes(shapes: str, *, asynchronous: bool) -> int:
     """Returns the bytes of a result. An asynchronous start also returns its operands, first, and some scalars."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * (ITEM_BITS.get(kind) or int(re.findall(r"\d+", kind)[0])) // 8
@@ -84,7 +84,7 @@ def _size(shapes: str, *, asynchronous: bool) -> int:
     return sum(sizes[len(sizes) // 2 :] if asynchronous and len(sizes) > 1 else sizes)
 
 
-def _group(line: str, devices: int) -> int:
+def _group_size(line: str, devices: int) -> int:
     """Returns the group size: two for {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}."""
     if written := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(written[1].split(","))

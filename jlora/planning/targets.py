@@ -58,7 +58,7 @@ def find_target(name: str, here: list[jax.Device]) -> Target:
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){0,2}", rest):
         return Target(name, _simulated_slice(kind, rest), TPUS[kind].capacity, TPUS[kind], "")
     if kind == "gpu" and (match := re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)GiB", rest)):
-        return _gpu(name, int(match[1] or 1), int(float(match[2]) * GIB), here)
+        return _gpu_target(name, int(match[1] or 1), int(float(match[2]) * GIB), here)
     raise UserError(f"Unknown --target {name!r}. Examples: {EXAMPLES}.")
 
 
@@ -94,7 +94,7 @@ def _simulated_slice(kind: str, chips: str) -> list[Any]:
     return list(found.devices)
 
 
-def _gpu(name: str, count: int, limit: int, here: list[jax.Device]) -> Target:
+def _gpu_target(name: str, count: int, limit: int, here: list[jax.Device]) -> Target:
     """Returns this machine's GPUs if it has enough of them; else TPU chips with as much memory, which simulate them.
 
     A CPU cannot simulate them, because its compiler keeps copies of bfloat16 weights in float32.

@@ -93,14 +93,14 @@ class DataReport:
         Raises:
           UserError: the rows contain personal data and pii is "error".
         """
-        equal = _groups(np.array(self._rows, np.uint64))
+        equal = _groups_of_equal(np.array(self._rows, np.uint64))
         near = self._near_duplicates({i for group in equal for i in group[1:]})
         findings = [
             self._pairs(equal, ("duplicates", "duplicate"), "another row, so its content counts twice"),
             self._pairs(near, ("nearly duplicates", "nearly duplicate"), "another row"),
             self._contradictions(),
             self._listed("answer", self._empty, ("has", "have"), "no text"),
-            self._listed("answer", self._short(), ("is", "are"), "unusually short"),
+            self._listed("answer", self._short_answers(), ("is", "are"), "unusually short"),
             self._odd_beginnings(),
             self._unread_prefixes(),
             self._listed("row", self._misdecoded, ("contains", "contain"), "characters damaged by a wrong encoding"),
@@ -114,7 +114,7 @@ class DataReport:
         kinds = ", ".join(
             f"{pii.KINDS[kind]} in {len(self._personal[kind])}" for kind in pii.KINDS if kind in self._personal
         )
-        report = f"{plural(len(rows), 'row', ('contains', 'contain'))} personal data ({kinds}): {self._some(rows)}"
+        report = f"{plural(len(rows), 'row', ('contains', 'contain'))} personal data ({kinds}): {self._places(rows)}"
         if self._rule == "mask":
             return f"{report}. Placeholders replace it (pii=mask)."
         if self._rule == "error":
@@ -126,7 +126,7 @@ class DataReport:
         plain_text = _hash("")
         groups = [
             [group[0], *(row for row in group[1:] if self._rows[row] != self._rows[group[0]])]
-            for group in _groups(np.array(self._questions, np.uint64))
+            for group in _groups_of_equal(np.array(self._questions, np.uint64))
             if self._questions[group[0]] != plain_text
         ]
         return self._pairs(groups, ("contradicts", "contradict"), "another row's answer to the same question")
@@ -136,7 +136,7 @@ class DataReport:
         odd = ", ".join(f"{name} ({count})" for name, count in self._prefixes.most_common(8) if count > 1)
         return f"lines that start like a role but are read as text: {odd}" if odd else ""
 
-    def _short(self) -> list[int]:
+    def _short_answers(self) -> list[int]:
         """Returns the answers shorter than a tenth of the median length."""
         if self._plain:
             return []
@@ -157,7 +157,7 @@ class DataReport:
             return ""
         shown = re.split(r"[\d@]", beginning)[0].strip()  # a number may be personal data, so it is not quoted
         odd = [row for row, answer in enumerate(self._beginnings) if not answer.startswith(beginning)]
-        return f"{count} of {plural(self.count, 'answer')} start with {shown!r}, except {self._some(odd)}"
+        return f"{count} of {plural(self.count, 'answer')} start with {shown!r}, except {self._places(odd)}"
 
     def _near_duplicates(self, known: set[int]) -> list[list[int]]:
         """Pairs each near-duplicate row with the first row in one of its MinHash bands.
@@ -187,9 +187,9 @@ class DataReport:
         return f"{plural(len(pairs), 'row', verbs)} {rest}: {listed}{_more(len(pairs))}"
 
     def _listed(self, noun: str, rows: list[int], verbs: tuple[str, str], rest: str) -> str:
-        return f"{plural(len(rows), noun, verbs)} {rest}: {self._some(rows)}" if rows else ""
+        return f"{plural(len(rows), noun, verbs)} {rest}: {self._places(rows)}" if rows else ""
 
-    def _some(self, rows: list[int]) -> str:
+    def _places(self, rows: list[int]) -> str:
         return ", ".join(self._where[row] for row in rows[:SHOWN]) + _more(len(rows))
 
 
@@ -206,7 +206,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
-def _groups(values: np.ndarray) -> list[list[int]]:
+def _groups_of_equal(values: np.ndarray) -> list[list[int]]:
     """Returns the indices of each value that occurs more than once."""
     order = np.argsort(values, kind="stable")
     ends = np.flatnonzero(np.diff(values[order])) + 1

@@ -84,7 +84,7 @@ class RowConverter:
         def text(part: str) -> str:
             value = row.get(parts[part]) if part in parts else None
             if not isinstance(value, str | None):
-                raise UserError(f"{where}: Expected text in {parts[part]!r}, got {_short(value)}.")
+                raise UserError(f"{where}: Expected text in {parts[part]!r}, got {_shorten(value)}.")
             return (value or "").strip()
 
         if "text" in parts:
@@ -104,17 +104,19 @@ class RowConverter:
         yield "assistant", text("response")
 
     def _messages(self, turns: Any, column: str, where: str) -> Iterator[tuple[str, str]]:
-        for number, turn in enumerate(_list(turns, column, where)):
+        for number, turn in enumerate(_turn_list(turns, column, where)):
             if isinstance(turn, str):
                 yield ("user", "assistant")[number % 2], turn
                 continue
-            if pair := _pair(turn):
+            if pair := _question_answer_pair(turn):
                 yield from pair
                 continue
             who = next((key for key in WHO if isinstance(turn, dict) and key in turn), None)
             what = next((key for key in WHAT if isinstance(turn, dict) and key in turn), None)
             if not (who and what):
-                raise UserError(f"{where}: Expected a role and content in each turn of {column!r}, got {_short(turn)}.")
+                raise UserError(
+                    f"{where}: Expected a role and content in each turn of {column!r}, got {_shorten(turn)}."
+                )
             role = self._speakers.get(str(turn[who]).strip().lower())
             if role is None:
                 raise UserError(
@@ -126,7 +128,7 @@ class RowConverter:
                     raise UserError(f"{where}: A turn of {column!r} has {key!r}, which jlora does not support.")
             if turn.get("weight", 1) not in (1, None):
                 raise UserError(
-                    f"{where}: A turn of {column!r} has weight {_short(turn['weight'])}. Only weight 1 is supported."
+                    f"{where}: A turn of {column!r} has weight {_shorten(turn['weight'])}. Only weight 1 is supported."
                 )
             for key, value in turn.items():
                 if key not in (who, what, "weight") and value not in (None, "", [], {}):
@@ -135,9 +137,9 @@ class RowConverter:
 
     @staticmethod
     def _history(earlier: Any, column: str, where: str) -> Iterator[tuple[str, str]]:
-        for pair in _list(earlier, column, where):
+        for pair in _turn_list(earlier, column, where):
             if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
-                raise UserError(f"{where}: Expected pairs of question and answer in {column!r}, got {_short(pair)}.")
+                raise UserError(f"{where}: Expected pairs of question and answer in {column!r}, got {_shorten(pair)}.")
             yield from zip(("user", "assistant"), pair, strict=True)
 
 
@@ -177,23 +179,23 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
     )
 
 
-def _list(value: Any, column: str, where: str) -> list[Any]:
+def _turn_list(value: Any, column: str, where: str) -> list[Any]:
     """Returns a list of turns, which a table may hold as JSON text, and a data set as an object of lists."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}: Expected a JSON list in {column!r}, got {_short(value)}.") from None
+            raise UserError(f"{where}: Expected a JSON list in {column!r}, got {_shorten(value)}.") from None
     if isinstance(value, Mapping) and {type(v) for v in value.values()} == {list}:
         if len({len(v) for v in value.values()}) != 1:
             raise UserError(f"{where}: The lists in {column!r} differ in length.")
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
-        raise UserError(f"{where}: Expected a list of turns in {column!r}, got {_short(value)}.")
+        raise UserError(f"{where}: Expected a list of turns in {column!r}, got {_shorten(value)}.")
     return value
 
 
-def _pair(turn: Any) -> list[tuple[str, str]]:
+def _question_answer_pair(turn: Any) -> list[tuple[str, str]]:
     """Returns question and answer if one turn holds both under two keys, as {"human": ..., "assistant": ...}."""
     if not isinstance(turn, dict) or len(turn) != 2:
         return []
@@ -208,10 +210,10 @@ def _content(value: Any, role: str, where: str) -> str:
     if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: Expected text in the {role}'s message, got {_short(value)}.")
+        raise UserError(f"{where}: Expected text in the {role}'s message, got {_shorten(value)}.")
     return value
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -153,7 +153,7 @@ def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     if parquet_tfds.is_tfds(path):
-        yield from _of_records(parquet_tfds.read_tfds(path, key), options, notes)
+        yield from _convert_rows(parquet_tfds.read_tfds(path, key), options, notes)
         return
     own = _metadata(options)
     metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
@@ -171,7 +171,7 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"PAR1":
-        yield from _of_records(parquet_tfds.read_parquet(file), options, notes)
+        yield from _convert_rows(parquet_tfds.read_parquet(file), options, notes)
         return
     if re.search(r"\.(array_record|tfrecord)", file.name):
         raise UserError(f"{file} is part of a TFDS data set. Pass its directory, the one with dataset_info.json.")
@@ -183,9 +183,9 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
         raise UserError(f"{file}: The file is empty.")
     kind = _detect_format(file.suffix.lower(), head, options)
     if kind == "json":
-        yield from _of_records(read_json(file, encoding, options, notes), options, notes)
+        yield from _convert_rows(read_json(file, encoding, options, notes), options, notes)
     elif kind == "table":
-        yield from _of_records(read_table(file, encoding, options, notes), options, notes)
+        yield from _convert_rows(read_table(file, encoding, options, notes), options, notes)
     else:
         yield from read_text(file, encoding, options, notes)
 
@@ -204,12 +204,12 @@ def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
     return "table" if table or looks_like_table(head) else "text"
 
 
-def _of_records(rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def _convert_rows(rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     """Converts rows with named columns to conversations; errors are passed on."""
-    records = RowConverter(options, notes)
+    converter = RowConverter(options, notes)
     for where, row in rows:
         try:
-            made: Row = row if isinstance(row, UserError) else records.conversation(row, where)
+            made: Row = row if isinstance(row, UserError) else converter.conversation(row, where)
         except UserError as error:
             made = error
         yield made

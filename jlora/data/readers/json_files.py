@@ -32,7 +32,7 @@ def read_json(file: Path, encoding: str, options: ReadOptions, notes: ReaderNote
                 except (ValueError, RecursionError) as error:
                     yield where, UserError(f"{where}: Not valid JSON: {_reason(error)}")
         return
-    yield from _Document(file, encoding, options, notes).rows()
+    yield from _JsonDocument(file, encoding, options, notes).rows()
 
 
 def _is_lines(file: Path, encoding: str) -> bool:
@@ -44,7 +44,7 @@ def _is_lines(file: Path, encoding: str) -> bool:
                 seen.append(line)
             if len(seen) == 2:
                 break
-    except UserError:  # a long line, which `_Document` reads piece by piece
+    except UserError:  # a long line, which `_JsonDocument` reads piece by piece
         return False
     begins = [line.lstrip().startswith("{") for line in seen]
     return len(seen) == 2 and begins[0] and (begins[1] or _is_object(seen[0]))
@@ -57,7 +57,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Makes an object; rejects duplicate keys, of which the json module would silently keep only the last."""
     made = dict(pairs)
     if len(made) != len(pairs):
@@ -66,7 +66,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_without_duplicates)
 _decode = _DECODER.decode
 
 
@@ -74,7 +74,7 @@ def _reason(error: Exception) -> str:
     return "too deeply nested" if isinstance(error, RecursionError) else str(error)
 
 
-class _Document:
+class _JsonDocument:
     """Incremental parser of JSON that spans lines: keeps only the current row in memory."""
 
     def __init__(self, file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> None:

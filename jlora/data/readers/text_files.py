@@ -31,7 +31,7 @@ Row = Conversation | UserError  # a row, or the reason why it cannot be used
 def line_prefix(line: str, pattern: re.Pattern[str] = PREFIX) -> str:
     """Returns the name before a line's first colon, in lower case without its number (`问1：` gives 问); "" if none."""
     match = pattern.match(line)
-    return _bare(match["name"]) if match else ""
+    return _without_number(match["name"]) if match else ""
 
 
 def begins_with_role(line: str, options: ReadOptions) -> bool:
@@ -68,10 +68,10 @@ def _prefixes(options: ReadOptions) -> tuple[re.Pattern[str], dict[str, str]]:
     longest_first = sorted(given, key=len, reverse=True)
     words = [re.escape(p) + (r"\s*\d*\s*[:：]" if p[-1].isalnum() else r"\s*[:：]?") for p in longest_first]
     pattern = re.compile(rf"^\s*(?P<name>{'|'.join(words)})\s*(?P<rest>.*)$", re.DOTALL | re.IGNORECASE)
-    return pattern, {_bare(prefix): role for prefix, role in given.items()}
+    return pattern, {_without_number(prefix): role for prefix, role in given.items()}
 
 
-def _bare(name: str) -> str:
+def _without_number(name: str) -> str:
     word = name.lower().rstrip(":： ")
     return word.rstrip("0123456789 ") or word
 
