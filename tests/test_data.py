@@ -8,6 +8,7 @@ from conftest import ROOT
 from tokenizers import Tokenizer
 
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.data import batches, loss_mask, token_cache
 from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example
@@ -32,6 +33,11 @@ LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+
+
+def test_plural_agrees_with_the_count():
+    assert [plural(count, "row") for count in (0, 1, 3, 1200)] == ["0 rows", "1 row", "3 rows", "1,200 rows"]
+    assert [plural(count, "row", ("is", "are")) for count in (1, 2)] == ["1 row is", "2 rows are"]
 
 
 @pytest.mark.parametrize("template", [None, LLAMA2], ids=["chatml", "llama2"])

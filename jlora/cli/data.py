@@ -22,7 +22,7 @@ from jlora.planning import data_pipeline
 
 def main(argv: list[str]) -> None:
     """Runs `jlora data` with these arguments."""
-    parser = config_parser("jlora.data", "Shows rows as the model sees them, with the tokens that are trained on.")
+    parser = config_parser("data", "Shows rows as the model sees them, with the tokens that are trained on.")
     parser.add_argument("--rows", type=int, default=10, metavar="N", help="number of rows to show (10); 0 shows all")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead of printing the rows")
     arguments, overrides = parser.parse_known_args(argv)

@@ -31,7 +31,7 @@ from jlora.training.setup import choose_compute, choose_platform, find_devices
 
 def main(argv: list[str]) -> None:
     """Runs `jlora plan` with these arguments."""
-    parser = config_parser("jlora.plan", "Forecasts whether a run fits and how long a step takes, without weights.")
+    parser = config_parser("plan", "Forecasts whether a run fits and how long a step takes, without weights.")
     parser.add_argument("--target", default="here", help=f"the devices to plan for, for example {EXAMPLES}")
     parser.add_argument("--tokens", type=int, default=0, help="assume this length for every example")
     parser.add_argument("--only", action="store_true", help="do not search for other settings, which takes longer")

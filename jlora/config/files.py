@@ -22,7 +22,7 @@ from jlora.config.schema import Config, default_config, suggest_nearest, validat
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Returns a parser with `--config`; `parse_known_args` leaves the overrides for `load_config`."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {program}",
+        prog=f"jlora {program}",
         description=description,
         epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8. All settings are "
         "described in jlora/config/schema.py.",
