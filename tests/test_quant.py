@@ -30,6 +30,7 @@ from jlora.export import exporter, verify
 from jlora.models import hf_loader, quant
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
+from jlora.steps.loss import CROSS_ENTROPY
 from jlora.steps.step import loss_sum
 from jlora.training.checkpoint import read_record
 
@@ -214,7 +215,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
 
     def temporaries():
         def loss(adapter, base):
-            return loss_sum(graphdef, adapter, base, batch, None, 1)
+            return loss_sum(graphdef, CROSS_ENTROPY, adapter, base, batch, None, 1)
 
         return jax.jit(jax.grad(loss)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
 

@@ -20,6 +20,7 @@ from jlora.distributed.sharding import place, places_of, row_ways, shardings
 from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim
 from jlora.steps.compilation import Compiler
+from jlora.steps.loss import CROSS_ENTROPY, Loss
 from jlora.steps.step import Metrics, TrainState, make_eval_step, make_train_step
 
 
@@ -75,14 +76,15 @@ class Programs:
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
         *,
+        loss: Loss = CROSS_ENTROPY,
         dropout: bool,
         seed: int,
     ) -> None:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._seed = seed
-        self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
-        self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
+        self._train_step = make_train_step(graphdef, loss, optimizer, dropout=dropout, devices=row_ways(mesh))
+        self._eval = jax.jit(make_eval_step(graphdef, loss, devices=row_ways(mesh)), out_shardings=self._everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
         self.after_compiling: Callable[[], None] = lambda: None
