@@ -173,7 +173,7 @@ def test_what_cannot_be_quantised_is_named(tiny, tmp_path):
     for kind in quant.KINDS:
         with pytest.raises(UserError, match=r"2 tensor.*\n.*\.1\.mlp.up_proj.*\n.*\.2\.mlp.up_proj"):
             load(tmp_path, kind)
-    said = r"nf4 needs a multiple of 64 inputs.* weight with 96: set quantize_base=int8, or none"
+    said = r"nf4 requires weights with a multiple of 64 inputs, .* with 96. Set quantize_base to int8 or none"
     with pytest.raises(UserError, match=said):
         quant.zeros("nf4", 128, 96, jnp.float32)
     assert quant.zeros("int8", 128, 96, jnp.float32).shape == (128, 96)

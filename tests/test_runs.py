@@ -358,7 +358,7 @@ def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
         (
             lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
-            "model_type='mamba'; jlora computes llama, mistral, qwen2, qwen3",
+            "has model_type='mamba'. Supported model types: llama, mistral, qwen2, qwen3.",
         ),
         (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),

@@ -18,15 +18,12 @@ from gguf import GGMLQuantizationType as Stored
 from jlora.adapters.hf_names import NAMES, tensor_names
 from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.common.errors import UserError
+from jlora.models.families import FAMILIES
 from jlora.models.rope import Llama3Rope, plain_frequencies
 from jlora.models.safetensors_files import write_weights
 
-# GGUF's architectures, which are model_types too: the class, and the table of tensor names. Mistral is stored as llama.
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", gguf.MODEL_ARCH.LLAMA),
-    "qwen2": ("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2),
-    "qwen3": ("Qwen3ForCausalLM", gguf.MODEL_ARCH.QWEN3),
-}
+# Architectures in GGUF, which are model types too. Mistral is stored as llama, with a sliding window.
+ARCHITECTURES = list(dict.fromkeys(family.gguf_architecture for family in FAMILIES.values()))
 # Fields of an architecture that are read. Any other is refused, unless it says that something is absent.
 READ = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
@@ -62,7 +59,7 @@ def convert(file: Path, directory: Path) -> None:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     rotated = {}
-    if field["general.architecture"] == "llama":  # the only one whose rows llama.cpp reorders
+    if FAMILIES[config["model_type"]].gguf_pairs_adjacent:
         rotated = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def read(name: str) -> np.ndarray:
@@ -87,8 +84,8 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
       ValueError: a field has a value that is not read.
     """
     kind = field["general.architecture"]
-    if kind not in FAMILIES:
-        raise ValueError(f"general.architecture is {kind!r}; jlora reads {', '.join(FAMILIES)}")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"general.architecture is {kind!r}; jlora reads {', '.join(ARCHITECTURES)}")
     if field.get("split.count", 1) > 1:
         raise ValueError(f"a part of {field['split.count']} files: join them with `llama-gguf-split --merge`")
     own = {name.removeprefix(f"{kind}."): value for name, value in field.items() if name.startswith(f"{kind}.")}
@@ -104,9 +101,10 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
     if window and kind != "llama":
         raise ValueError(f"{kind}.attention.sliding_window is {window}; jlora reads it for llama only")
     special = {role: field.get(f"tokenizer.ggml.{role}") for role in ("bos_token_id", "eos_token_id")}
+    family = FAMILIES["mistral" if window else kind]
     return {
-        "architectures": ["MistralForCausalLM" if window else FAMILIES[kind][0]],
-        "model_type": "mistral" if window else kind,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": int(stored["token_embd.weight"].shape[1]),
         "hidden_size": width,
         "intermediate_size": own["feed_forward_length"],
@@ -120,7 +118,7 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
         "rope_parameters": {"rope_theta": _decimal(theta), **_scaling(own, stored, theta, size)},
         **({"sliding_window": window} if window else {}),
         "tie_word_embeddings": "output.weight" not in stored,
-        "attention_bias": kind != "qwen2" and "blk.0.attn_q.bias" in stored,
+        "attention_bias": isinstance(family.qkv_bias, str) and "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_gate.bias" in stored,
         **special,
         "pad_token_id": field.get("tokenizer.ggml.padding_token_id"),
@@ -154,7 +152,7 @@ def _llama3(table: np.ndarray, theta: float, size: int) -> dict[str, Any]:
 
 def _names(kind: str, layers: int, stored: dict[str, Any]) -> dict[str, str]:
     """Hugging Face's name -> GGUF's name, of every tensor in the file."""
-    table = gguf.get_tensor_name_map(FAMILIES[kind][1], layers)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], layers)
     ours = [name for path in NAMES for name in tensor_names(path, (layers,))]
     theirs = {name: table.get_name(name, (".weight", ".bias")) for name in ours}
     names = {name: found for name, found in theirs.items() if found in stored}

@@ -130,7 +130,7 @@ def _forward(table: Any, states: Any, targets: Any, slopes: Any) -> tuple[Float[
         chunk, slopes = leaves
         states = chunk[0]
         log_probs, gradient = _one_chunk(table, chunk)
-        if of_table is not None:
+        if of_table is not None and slopes is not None:
             of_table += _table_gradient(gradient, states, slopes)
         return of_table, (
             log_probs,
@@ -150,7 +150,8 @@ def _backward(kept: tuple[Any, ...], cotangents: Float[Array, "C R s"]) -> tuple
         slope = slopes.ravel()[steepest]
         of_table *= jnp.where(slope == 0, 0.0, cotangents.ravel()[steepest] / slope)
     elif again is not None:
-        of_table = _second_pass(*again, cotangents)
+        table, chunks = again
+        of_table = _second_pass(table, chunks, cotangents)
     return of_table, (cotangents[..., None] * of_states.astype(jnp.float32)).astype(of_states.dtype), None, None
 
 

@@ -1,4 +1,4 @@
-"""The training and evaluation steps: pure functions of arrays.
+"""The training and evaluation steps, as pure functions of arrays.
 
 Axes: A micro-batch, R row, T place in a row, S target in a row, D model, V vocabulary.
 """
@@ -22,25 +22,25 @@ from jlora.steps.loss_scale import LossScale
 
 
 class TrainState(NamedTuple):
-    """All that changes in training."""
+    """Everything that changes in training."""
 
     lora: Adapter
     optimizer: optim.State
-    step: Int[Array, ""]  # steps done, skipped ones too
-    scaling: LossScale | None = None  # in float16 only
+    step: Int[Array, ""]  # steps done, including skipped ones
+    scaling: LossScale | None = None  # float16 only
 
 
 class Metrics(NamedTuple):
-    """Of one step, on the device."""
+    """Results of one step, on the device."""
 
-    loss: Float[Array, ""]  # nats a target
-    grad_norm: Float[Array, ""]  # before clipping; not finite where the step was skipped
+    loss: Float[Array, ""]  # mean; for cross-entropy in nats per target
+    grad_norm: Float[Array, ""]  # before clipping; not finite if the step was skipped
     adapter_norm: Float[Array, ""]  # after the step
     targets: Float[Array, ""]
-    scaling: LossScale | None = None  # after the step, in float16 only
+    scaling: LossScale | None = None  # after the step; float16 only
 
     def broken(self) -> bool:
-        """Whether training cannot go on: a number is not finite, and it is not a step that a smaller scale mends."""
+        """Whether training must stop: a number is not finite, and a smaller loss scale cannot fix it."""
         if self.scaling is not None and math.isfinite(self.loss) and math.isfinite(self.adapter_norm):
             return bool(self.scaling.scale < 1)
         return not all(map(math.isfinite, (self.loss, self.grad_norm, self.adapter_norm, self.targets)))
@@ -55,7 +55,7 @@ def loss_sum(
     key: PRNGKeyArray | None,
     devices: int,
 ) -> Float[Array, ""]:
-    """Summed loss of one micro-batch (no leading axis A)."""
+    """Returns the summed loss of one micro-batch (no leading axis A)."""
     model = nnx.merge(graphdef, lora, base)
     hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key)
     return loss(model.head(), hidden, micro, devices)
