@@ -204,7 +204,7 @@ def test_float16_run_reports_skipped_steps_and_errors(tiny, pairs, tmp_path):
     file.write_text(json.dumps(short_run(base, pairs, run, max_steps=1)))
     done = run_module("jlora.train", "--config", file, "--config.compute_dtype=float16")
     assert done.returncode == 2 and "training broke down at step 1, on " in done.stderr
-    assert "; or set compute_dtype='float32': nothing in float16 is larger than 65504" in done.stderr
+    assert "; or set compute_dtype='float32': float16 holds nothing above 65504" in done.stderr
     assert "computing in float16: the loss is scaled" in done.stdout
     assert re.search(r"\nattention: xla; the \d+ tokens that all begin with are computed once a row\n", done.stdout)
 

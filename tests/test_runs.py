@@ -53,7 +53,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
         "training: 37 examples",
         "held out: 3 examples",
         "a new run",
-        "compiling the training step for",
+        "Compiling the training step for",
         "held-out loss of the base, before training",
         "held-out loss: ",
         "step 12 of 12: loss",

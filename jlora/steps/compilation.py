@@ -49,12 +49,12 @@ class Compiler:
     def __call__(self, name: str, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]) -> Any:
         """Returns the compiled program; `name` describes it and its sizes in the report."""
         takes = f"about {self._seconds:.0f} s again" if self._seconds >= 1 else FIRST.get(jax.default_backend(), "")
-        say(f"compiling {name}: {takes}, or less where it was compiled before")
+        say(f"Compiling {name}: {takes}, less if cached")
         start = time.perf_counter()
         program = self._compiled(lower())
         self._seconds = time.perf_counter() - start
         malloc.give_back()
-        say(f"compiled in {self._seconds:.1f} s")
+        say(f"Compiled in {self._seconds:.1f} s")
         return program
 
     def _compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -23,7 +23,8 @@ Chunk = tuple[Float[Array, "R s D"], Int[Array, "R s"]]  # hidden states, target
 class Loss:
     """What a run minimizes: `total`, summed over all micro-batches, divided by the sum of `count`.
 
-    Both must be sums over examples, because the step adds them up over micro-batches and devices.
+    Both must be sums over examples, or over pairs of examples in the same micro-batch, because the step adds up the
+    micro-batches.
 
     Args:
       total: maps the targets' log-probabilities [R, S] (float32, nats) and their micro-batch to the summed loss.
@@ -40,7 +41,7 @@ class Loss:
     def __call__(
         self, table: Float[Array, "V D"], hidden: Float[Array, "R T D"], batch: Batch, devices: int
     ) -> Float[Array, ""]:
-        """The summed loss of a micro-batch, from its final hidden states and the output embedding."""
+        """Returns the summed loss of a micro-batch, from its final hidden states and the output embedding."""
         slopes = None
         if self.linear:
             slopes = jax.grad(self.total)(jnp.zeros(batch.targets.shape, jnp.float32), batch)
@@ -67,7 +68,7 @@ def target_log_probs(
     devices: int,
     slopes: Float[Array, "R S"] | None = None,
 ) -> Float[Array, "R S"]:
-    """Log-probabilities of the targets, in nats; differentiable with respect to `table` and `hidden`.
+    """Returns the targets' log-probabilities, in nats; differentiable with respect to `table` and `hidden`.
 
     Logits exist for the targets alone, one chunk of columns at a time.
 
@@ -105,13 +106,13 @@ def _log_probs(
 
 
 def _one_chunk(table: Float[Array, "V D"], chunk: Chunk) -> tuple[Float[Array, "R s"], Float[Array, "R s V"]]:
-    """Log-probabilities of a chunk's targets, and the gradient of each with respect to its logits."""
+    """Returns the log-probabilities of a chunk's targets, and the gradient of each with respect to its logits."""
     states, targets = chunk
     logits = scores(states, table)
     log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    of_targets = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     one_hot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    return (of_targets - log_sum)[..., 0], one_hot - jnp.exp(logits - log_sum)
+    return (target_logits - log_sum)[..., 0], one_hot - jnp.exp(logits - log_sum)
 
 
 def _table_gradient(
@@ -122,41 +123,39 @@ def _table_gradient(
 
 
 def _forward(table: Any, states: Any, targets: Any, slopes: Any) -> tuple[Float[Array, "C R s"], tuple[Any, ...]]:
-    """Log-probabilities and, from the same logits, the gradient of each with respect to its hidden state."""
+    """Makes, from the same logits, the log-probabilities and the gradient of each with respect to its hidden state."""
     trained, table, chunks = table.perturbed, table.value, (states.value, targets.value)
     slopes = None if slopes is None or not trained else slopes.value
 
-    def step(of_table: Array | None, leaves: tuple[Chunk, Array | None]) -> tuple[Array | None, tuple[Array, Array]]:
+    def step(d_table: Array | None, leaves: tuple[Chunk, Array | None]) -> tuple[Array | None, tuple[Array, Array]]:
         chunk, slopes = leaves
-        states = chunk[0]
+        states, dtype = chunk[0], chunk[0].dtype
         log_probs, gradient = _one_chunk(table, chunk)
-        if of_table is not None and slopes is not None:
-            of_table += _table_gradient(gradient, states, slopes)
-        return of_table, (
-            log_probs,
-            jnp.einsum("RsV,VD->RsD", gradient.astype(states.dtype), table.astype(states.dtype)),
-        )
+        if d_table is not None and slopes is not None:
+            d_table += _table_gradient(gradient, states, slopes)
+        d_states = jnp.einsum("RsV,VD->RsD", gradient.astype(dtype), table.astype(dtype))
+        return d_table, (log_probs, d_states)
 
     zeros = None if slopes is None else jnp.zeros(table.shape, jnp.float32)
-    of_table, (log_probs, of_states) = jax.lax.scan(step, zeros, (chunks, slopes))
-    return log_probs, (of_states, of_table, slopes, (table, chunks) if trained and slopes is None else None)
+    d_table, (log_probs, d_states) = jax.lax.scan(step, zeros, (chunks, slopes))
+    return log_probs, (d_states, d_table, slopes, (table, chunks) if trained and slopes is None else None)
 
 
-def _backward(kept: tuple[Any, ...], cotangents: Float[Array, "C R s"]) -> tuple[Any, Any, None, None]:
-    """Scales the gradients of the hidden states, and those of the table if they exist; else makes the latter."""
-    of_states, of_table, slopes, again = kept
-    if of_table is not None:
+def _backward(residuals: tuple[Any, ...], cotangents: Float[Array, "C R s"]) -> tuple[Any, Any, None, None]:
+    """Scales the gradients that the forward pass made; makes a trained table's if the slopes were unknown then."""
+    d_states, d_table, slopes, inputs = residuals
+    if d_table is not None:
         steepest = jnp.argmax(jnp.abs(slopes))
         slope = slopes.ravel()[steepest]
-        of_table *= jnp.where(slope == 0, 0.0, cotangents.ravel()[steepest] / slope)
-    elif again is not None:
-        table, chunks = again
-        of_table = _second_pass(table, chunks, cotangents)
-    return of_table, (cotangents[..., None] * of_states.astype(jnp.float32)).astype(of_states.dtype), None, None
+        d_table *= jnp.where(slope == 0, 0.0, cotangents.ravel()[steepest] / slope)
+    elif inputs is not None:
+        table, chunks = inputs
+        d_table = _second_pass(table, chunks, cotangents)
+    return d_table, (cotangents[..., None] * d_states.astype(jnp.float32)).astype(d_states.dtype), None, None
 
 
 def _second_pass(table: Float[Array, "V D"], chunks: Any, cotangents: Float[Array, "C R s"]) -> Float[Array, "V D"]:
-    """Gradient of the table, from logits made again: every cotangent may depend on the log-probabilities of all."""
+    """Returns the table's gradient from recomputed logits: a cotangent may depend on all log-probabilities."""
     largest = jnp.max(jnp.abs(cotangents))
     scale = jnp.where(largest == 0, 1.0, largest)  # otherwise small cotangents would vanish in float16
 
