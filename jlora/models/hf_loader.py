@@ -93,7 +93,7 @@ def load_base(
     """
     weights, broken = open_base(directory, shapes), set()
 
-    def place(path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
+    def load(path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
         names = tensor_names(_keys(path), leaf.shape)
         if is_quantized(leaf):
             return quantize(names, leaf, sharding)
@@ -115,13 +115,13 @@ def load_base(
 
     def quantize(names: list[str], leaf: Any, sharding: Any) -> Any:
         parts, treedef = jax.tree.flatten(leaf)
-        places = jax.tree.leaves(sharding)
+        part_shardings = jax.tree.leaves(sharding)
         own = [  # the shards of each part on this process's devices
             {
-                _bounds(index, part.shape): _empty(place.shard_shape(part.shape), part.dtype)
-                for index in place.addressable_devices_indices_map(part.shape).values()
+                _bounds(index, part.shape): _empty(where.shard_shape(part.shape), part.dtype)
+                for index in where.addressable_devices_indices_map(part.shape).values()
             }
-            for part, place in zip(parts, places, strict=True)
+            for part, where in zip(parts, part_shardings, strict=True)
         ]
         for layer, name in enumerate(names):
             for held, made in zip(own, leaf.quantized(weights.read(name)), strict=True):
@@ -134,12 +134,12 @@ def load_base(
                 progress(made.nbytes)
             weights.release(name)
         arrays = [
-            jax.make_array_from_callback(part.shape, place, lambda at: held[_bounds(at, part.shape)])  # noqa: B023
-            for part, place, held in zip(parts, places, own, strict=True)
+            jax.make_array_from_callback(part.shape, where, lambda at: held[_bounds(at, part.shape)])  # noqa: B023
+            for part, where, held in zip(parts, part_shardings, own, strict=True)
         ]
         return jax.tree.unflatten(treedef, arrays)
 
-    base = jax.tree_util.tree_map_with_path(place, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
+    base = jax.tree_util.tree_map_with_path(load, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
     if broken:
         raise UserError(
             f"base_model={directory} contains NaN or infinity in {jax.tree.leaves(shapes)[0].dtype.name} "

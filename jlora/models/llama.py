@@ -340,9 +340,9 @@ def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Ar
     return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:
-    """Returns an empty cache for `batch` rows of up to `places` tokens."""
+def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, length: int) -> Cache:
+    """Returns an empty cache for `batch` rows of up to `length` tokens."""
     c = config
-    shape = (c.num_hidden_layers, batch, places, c.num_key_value_heads, c.head_dim)
-    segments = jnp.zeros((batch, places), jnp.int32)
+    shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+    segments = jnp.zeros((batch, length), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))

@@ -28,8 +28,8 @@ def fresh_state(
     adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
 ) -> TrainState:
     """Returns the training state before step 1, placed on the mesh."""
-    places = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
-    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=places)(adapter)
+    out_shardings = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
+    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=out_shardings)(adapter)
 
 
 def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
@@ -56,8 +56,8 @@ def state_shapes(
 
 def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh) -> Batch:
     """Returns a batch of one size as shapes."""
-    places, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
-    tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (places, targets))
+    positions, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
+    tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (positions, targets))
     weights = jax.ShapeDtypeStruct(targets, jnp.float32)
     return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, "batch")
 

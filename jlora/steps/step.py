@@ -1,6 +1,6 @@
 """The training and evaluation steps, as pure functions of arrays.
 
-Axes: A micro-batch, R row, T place in a row, S target in a row, D model, V vocabulary.
+Axes: A micro-batch, R row, T position in a row, S target in a row, D model, V vocabulary.
 """
 
 import math
