@@ -90,7 +90,7 @@ def run_jlora(work: dict[str, Any], scratch: Path, number: int, overrides: list[
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in logged if "loss" in entry]
     took = [tokens / entry["tokens_per_second"] for tokens, entry in zip(work["tokens_of_steps"], steps, strict=True)]
-    compiling = sum(float(line.split()[-2]) for line in lines if line.startswith("compiled in "))
+    compiling = sum(float(line.split()[-2]) for line in lines if line.startswith("Compiled in "))
     device = max((entry.get("device_memory_peak", 0) for entry in steps), default=0)
     return Run([entry["loss"] for entry in steps], took, first, compiling, peak, device)
 

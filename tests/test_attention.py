@@ -79,7 +79,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kernel", "T", "N", "K", "H", "window"), CASES)
-def test_a_kernel_is_the_formula_and_leaks_nothing(kernel, T, N, K, H, window):
+def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, window):
     arrays, segments = inputs(T, N, K, H)
     got, want = run(kernel, arrays, segments, window), run("xla", arrays, segments, window)
     assert np.abs(got[0] - plain(*arrays[:3], segments, window)).max() < 1e-5
@@ -100,7 +100,7 @@ def test_a_kernel_is_the_formula_and_leaks_nothing(kernel, T, N, K, H, window):
 
 
 @pytest.mark.parametrize(("kernel", "packing"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
-def test_a_kernel_sees_what_a_row_begins_with(kernel, packing):
+def test_kernel_sees_the_shared_prefix(kernel, packing):
     """Also where less is shared, by fewer, than there is room for, or nothing."""
     arrays, segments = inputs(150, 4, 2, 64, rows=2)
     segments = segments.at[0, :12].set(-1)
@@ -116,7 +116,7 @@ def test_a_kernel_sees_what_a_row_begins_with(kernel, packing):
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_a_row_sees_what_it_begins_with_however_far(window):
+def test_shared_prefix_is_seen_at_any_distance(window):
     arrays, segments = inputs(150, 4, 2, 64)
     segments = segments.at[:, :12].set(-1)
     got = run("xla", arrays, segments, window)
@@ -127,7 +127,7 @@ def test_a_row_sees_what_it_begins_with_however_far(window):
     assert np.abs(got[2][:, :12]).min(axis=(0, 2, 3)).max() > 0  # what comes after tells the beginning what to become
 
 
-def test_eight_devices_equal_one_without_communication():  # splash: in test_mesh.py, within the whole step
+def test_kernel_on_eight_devices_equals_one_without_communication():  # splash: in test_mesh.py, within the whole step
     kernel = "pallas"
     arrays, segments = inputs(60, 2, 1, 64, rows=8)
     mesh = make_mesh(jax.devices())
@@ -154,7 +154,7 @@ class Wish:
         return kernel_choice.choose(wish, device, dataclasses.replace(self.model, **changes), dtype, longest)
 
 
-def test_a_kernel_is_used_where_it_agrees_with_xla_on_the_device(tiny, monkeypatch):
+def test_kernel_is_chosen_only_if_it_agrees_with_xla(tiny, monkeypatch):
     wish = Wish(tiny)
     assert wish("auto", "cpu") == wish("xla") == ("xla", "")
     assert wish("auto") == wish("splash", sliding_window=64) == ("splash", "")
@@ -169,26 +169,30 @@ def test_a_kernel_is_used_where_it_agrees_with_xla_on_the_device(tiny, monkeypat
         return attention.attention(q, k, v, **places, window=window, backend="xla", mesh=None)
 
     monkeypatch.setitem(kernels.KERNELS, "splash", leaking)
-    assert re.match(r"splash: its results are not XLA's on this device \(off by \d", wish("auto")[1])
+    assert re.match(r"splash: its results differ from XLA's by \d", wish("auto")[1])
 
 
 @pytest.mark.parametrize(
     ("wish", "changes", "message"),
     [
-        ("splash", {"platform": "cpu"}, "it is made for a TPU, and this is a CPU"),
-        ("pallas", {"platform": "tpu"}, "it is made for a GPU, and this is a TPU"),
+        ("splash", {"platform": "cpu"}, "it requires a TPU, and this device is a CPU"),
+        ("pallas", {"platform": "tpu"}, "it requires a GPU, and this device is a TPU"),
         (
             "pallas",
             {"capability": "7.5"},
-            "it needs an NVIDIA card of compute capability 8.0 or more, and this is a T4",
+            "it requires an NVIDIA card of compute capability 8.0 or higher, and this device is a T4",
         ),
-        ("pallas", {"capability": "gfx90a"}, "it needs an NVIDIA card .*"),
-        ("pallas", {"dtype": jnp.float32}, "it needs activations in bfloat16 or float16, and they are float32"),
-        ("pallas", {"head_dim": 256}, "it needs a head_dim of at most 128, and this is 256"),
-        ("pallas", {"sliding_window": 64}, "it has no sliding window, and rows are longer than this base's of 64"),
+        ("pallas", {"capability": "gfx90a"}, "it requires an NVIDIA card .*"),
+        ("pallas", {"dtype": jnp.float32}, "it requires activations in bfloat16 or float16, and these are float32"),
+        ("pallas", {"head_dim": 256}, "it requires a head_dim of at most 128, and this model's is 256"),
+        (
+            "pallas",
+            {"sliding_window": 64},
+            "it does not support a sliding window, and rows are longer than this model's window of 64 tokens",
+        ),
     ],
 )
-def test_a_wish_that_cannot_come_true_is_one_message(tiny, wish, changes, message):
+def test_unusable_kernel_gives_one_message(tiny, wish, changes, message):
     changes = {"platform": "gpu", **changes}
     with pytest.raises(UserError, match=f"attn_implementation='{wish}' cannot run here: {message}. Set .* to 'xla'"):
         Wish(tiny)(wish, **changes)
@@ -209,7 +213,7 @@ def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, segments)
 
 
-def test_the_gpu_kernel_lowers_for_cuda(monkeypatch):
+def test_gpu_kernel_lowers_for_cuda(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     text = grad("pallas", 128, 8, 2, 300, jnp.bfloat16).lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 3  # forward, and two of the backward pass
@@ -232,7 +236,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
 @pytest.mark.parametrize("window", [None, 25])
 @pytest.mark.parametrize("prefix", [0, 12])
 @pytest.mark.parametrize("block", [512, 16])
-def test_examples_apart_are_the_row_that_they_stand_in(monkeypatch, prefix, block, window):
+def test_attention_in_slots_equals_attention_in_the_row(monkeypatch, prefix, block, window):
     """In rows of other prefixes, example counts and lengths than there is room for, one of them without any."""
     arrays, _ = inputs(150, 4, 2, 64, rows=4)
     lengths = [(prefix, 40, 30, 44), (prefix // 2, 44, 1, 44, 44), (0, 20), (0,)]
@@ -247,7 +251,7 @@ def test_examples_apart_are_the_row_that_they_stand_in(monkeypatch, prefix, bloc
     apart = attention._by_example
     monkeypatch.setattr(attention, "_by_example", lambda *a: calls.append(1) or apart(*a))
     monkeypatch.setattr(attention, "BLOCK", block)
-    monkeypatch.setattr(attention, "WORTH", 10)
+    monkeypatch.setattr(attention, "MAX_SLOT_SHARE", 10)
     step.clear_cache()  # of what was traced with other settings
     got = run("xla", arrays, jnp.asarray(segments), window, packing=Packing(prefix, 4, 44))
     assert calls
@@ -257,11 +261,11 @@ def test_examples_apart_are_the_row_that_they_stand_in(monkeypatch, prefix, bloc
 
 
 @pytest.mark.parametrize("packing", [(12, 3, 40), (12, 2, 90), (0, 3, 90)])
-def test_a_row_that_its_slots_do_not_hold_is_nan_never_a_wrong_number(monkeypatch, packing):
+def test_row_that_does_not_fit_its_slots_is_nan(monkeypatch, packing):
     arrays, _ = inputs(150, 4, 2, 64, rows=2)
     segments = np.repeat([[-1, 1, 2, 3], [0, 1, 2, 0]], [12, 60, 50, 28], axis=1)
     segments[1, 12:] = np.repeat([1, 2, 0], [20, 20, 98])
-    monkeypatch.setattr(attention, "WORTH", 10)
+    monkeypatch.setattr(attention, "MAX_SLOT_SHARE", 10)
     step.clear_cache()
     out, *_ = run("xla", arrays, jnp.asarray(segments, jnp.int32), packing=Packing(*packing))
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()

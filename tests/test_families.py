@@ -151,7 +151,7 @@ def shifted(tokens, segments):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equal_to_transformers_and_peft(models, tmp_path, case):
+def test_logits_losses_and_gradients_equal_transformers_and_peft(models, tmp_path, case):
     directory = models(case)
     graphdef, adapter, base = load(directory, SPEC)
     adapter = full(adapter)
@@ -210,7 +210,7 @@ def test_equal_to_transformers_and_peft(models, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_field_changes_the_output_or_the_shapes(models, case):
+def test_every_config_field_changes_the_output_or_the_shapes(models, case):
     """The perturbation test, and the negative control of each family: a field read wrongly would be seen above."""
     directory = models(case)
     config = read_config(directory)
@@ -245,7 +245,7 @@ def perturbed(name, value):
     return type(value)(value * 2 if value > 1 else value * 2 + 0.5)
 
 
-def test_all_fields_that_transformers_reads_are_known():
+def test_every_config_key_that_transformers_reads_is_handled():
     """A field that a later transformers adds to one of these families must be looked at before it is ignored."""
     decided = {f.name for f in dataclasses.fields(read_config_class())} | {
         "rope_parameters",
@@ -271,23 +271,27 @@ def read_config_class():
     ("family", "changes", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("llama", {"model_type": "gemma2"}, "model_type='gemma2'; jlora computes llama, mistral, qwen2, qwen3"),
+        (
+            "llama",
+            {"model_type": "gemma2"},
+            "has model_type='gemma2'. Supported model types: llama, mistral, qwen2, qwen3.",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type='longrope'"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "the field 'factor' is missing"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "lacks the key 'factor'."),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
         ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "layer_types="),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(tmp_path, family, changes, message):
+def test_unsupported_settings_are_errors_that_name_them(tmp_path, family, changes, message):
     fields = {**SIZES, "model_type": family, **changes}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace("{", r"\{")):
         read_config(tmp_path)
 
 
-def test_old_and_new_spelling_of_rope_are_one(tmp_path):
+def test_old_and_new_rope_keys_give_the_same_config(tmp_path):
     new = {**SIZES, "model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
     old = {**SIZES, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}}
     read = []

@@ -32,7 +32,7 @@ from jlora.training.metrics import Logger
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "down_proj"))
 
 
-def test_the_scale_moves_as_torchs_does(monkeypatch):
+def test_loss_scale_follows_torch_grad_scaler(monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
     theirs = torch.amp.GradScaler("cpu", growth_interval=3)
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -91,7 +91,7 @@ def half(tiny):
     return Run(tiny)
 
 
-def test_losses_are_near_float32s_and_only_float16_has_a_scale(tiny, half):
+def test_losses_are_close_to_float32_and_only_float16_has_a_scale(tiny, half):
     half, single = half.start(), Run(tiny, jnp.float32).start()
     assert single.state.scaling is None
     want = single.losses(12)
@@ -100,7 +100,7 @@ def test_losses_are_near_float32s_and_only_float16_has_a_scale(tiny, half):
     assert jax.device_get(half.state.scaling) == (2.0**16, 12, 0)
 
 
-def test_a_step_that_overflows_changes_nothing_but_the_scale(half):
+def test_overflowing_step_changes_only_the_scale(half):
     taken(half.start())
     before, after, metrics = taken(half, 1, scale=2.0**40)
     assert same((before.lora, before.optimizer), (after.lora, after.optimizer))
@@ -111,7 +111,7 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(half):
     assert after.scaling == (2.0**10, 1, 1)
 
 
-def test_without_a_scale_small_gradients_are_lost(half, monkeypatch):
+def test_small_gradients_vanish_without_a_scale(half, monkeypatch):
     def smaller(path, x):
         return x * jnp.asarray(2.0**-9, x.dtype) if "embed_tokens" in str(path) else x
 
@@ -125,7 +125,7 @@ def test_without_a_scale_small_gradients_are_lost(half, monkeypatch):
     assert zeros(1.0) > 0.1 and zeros(2.0**16) == 0
 
 
-def test_eight_devices_and_accumulation_skip_as_one(tiny):
+def test_eight_devices_with_accumulation_skip_the_same_steps(tiny):
     one, eight = Run(tiny, micro_batches=2).start(), Run(tiny, devices=8, micro_batches=2).start()
     for step, scale in enumerate([None, 2.0**40, 2.0**12]):
         (_, a, x), (_, b, y) = (taken(run, step, scale) for run in (one, eight))
@@ -135,7 +135,7 @@ def test_eight_devices_and_accumulation_skip_as_one(tiny):
     assert all(np.abs(p - q).mean() < 5e-5 for p, q in pairs)  # of two steps of 5e-3, in which Adam takes signs
 
 
-def test_a_scale_that_fell_below_one_stops_and_so_does_a_loss_that_is_no_number():
+def test_training_stops_on_scale_below_one_or_nan_loss():
     def metrics(loss, grad_norm, scale):
         return Metrics(*map(np.float32, (loss, grad_norm, 1.0, 10.0)), loss_scale.LossScale(np.float32(scale), 0, 1))
 
@@ -156,7 +156,7 @@ def test_a_scale_that_fell_below_one_stops_and_so_does_a_loss_that_is_no_number(
         ("gpu", "gfx942", "bfloat16"),
     ],
 )
-def test_float16_is_for_cards_without_bfloat16(capsys, platform, capability, dtype):
+def test_float16_is_the_default_on_cards_without_bfloat16(capsys, platform, capability, dtype):
     device = types.SimpleNamespace(platform=platform, device_kind="this", compute_capability=capability)
     if capability is None:
         del device.compute_capability
@@ -170,7 +170,7 @@ def test_float16_is_for_cards_without_bfloat16(capsys, platform, capability, dty
     assert ("fp16: computing in bfloat16" in capsys.readouterr().out) == (dtype != "float16")
 
 
-def test_a_saved_state_goes_on_bit_for_bit(half, tmp_path):
+def test_resume_with_a_loss_scale_is_bit_identical(half, tmp_path):
     """Two steps, one of them skipped, saved; two more, and the same two from what was saved."""
     taken(half.start(), scale=2.0**40)
     taken(half, 1, scale=2.0**12)
@@ -187,14 +187,14 @@ def test_a_saved_state_goes_on_bit_for_bit(half, tmp_path):
     assert not same(got[1][1], got[0][1])  # the negative control
 
 
-def test_the_log_line_counts_skipped_steps(tmp_path, capsys):
+def test_log_line_counts_skipped_steps(tmp_path, capsys):
     with Logger(tmp_path, 0, 9) as logger:
         logger.log(4, loss=2.0, loss_scale=1024.0, skipped_steps=3)
     assert re.search(r"step 4 of 9: loss 2.0000, tokens/s \d+, skipped 3 steps", capsys.readouterr().out)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss_scale"] == 1024.0
 
 
-def test_a_run_in_float16_says_what_it_does_and_what_does_not_fit(tiny, pairs, tmp_path):
+def test_float16_run_reports_skipped_steps_and_errors(tiny, pairs, tmp_path):
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(tiny, base)
     weights = load_file(base / "model.safetensors")
@@ -204,7 +204,7 @@ def test_a_run_in_float16_says_what_it_does_and_what_does_not_fit(tiny, pairs, t
     file.write_text(json.dumps(short_run(base, pairs, run, max_steps=1)))
     done = run_module("jlora.train", "--config", file, "--config.compute_dtype=float16")
     assert done.returncode == 2 and "training broke down at step 1, on " in done.stderr
-    assert "; or set compute_dtype='float32': nothing in float16 is larger than 65504" in done.stderr
+    assert "; or set compute_dtype='float32': float16 holds nothing above 65504" in done.stderr
     assert "computing in float16: the loss is scaled" in done.stdout
     assert re.search(r"\nattention: xla; shared \d+-token prefix computed once per row\n", done.stdout)
 

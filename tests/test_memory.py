@@ -40,13 +40,13 @@ def temporaries(smollm):
     return of
 
 
-def test_a_long_row_takes_memory_that_grows_with_its_length_alone(temporaries):
+def test_memory_grows_linearly_with_row_length(temporaries):
     short, long, longest = (temporaries(length, "full") for length in (1024, 4096, 8192))
     assert long < 900 * MIB
     assert long <= 4 * short and longest <= 2 * long
 
 
-def test_an_xla_that_does_not_know_the_options_compiles_without(monkeypatch):
+def test_compiler_works_if_xla_lacks_the_options(monkeypatch):
     def lower():
         return jax.jit(lambda x: x + 1).lower(1.0)
 
@@ -80,12 +80,12 @@ print(faults())
 
 
 @pytest.mark.skipif(malloc.GLIBC is None, reason="not glibc")
-def test_a_freed_block_stays_until_it_is_given_back():
+def test_malloc_keeps_freed_memory_until_give_back():
     said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     before, kept, given_back = map(int, said.split())
     assert min(before, given_back) > 10_000 and kept < 100  # of 16,384 pages
 
 
-def test_recomputing_more_keeps_less(temporaries):
+def test_more_remat_needs_less_memory(temporaries):
     none, dots, full = (temporaries(512, remat) for remat in ("none", "dots", "full"))
     assert full < 0.5 * dots and dots < 0.8 * none

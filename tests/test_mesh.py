@@ -124,7 +124,7 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
         ({"data": 2, "tensor": 2}, r"data=2 x fsdp=1 x tensor=2 does not make up 8"),
         (
             {"tensor": 8},
-            r"tensor=8 does not divide all of .*num_key_value_heads=4.*: set tensor to one of 1, 2, 4$",
+            r"tensor=8 does not divide all of .*num_key_value_heads=4.*Set tensor to one of 1, 2, 4.$",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_real_model_equals_transformers(smollm):
     assert np.abs(logits(*load(smollm), tokens) - torch_logits(smollm, tokens)).max() < 2e-3  # logits up to 30
 
 
-def test_zero_b_is_the_base_and_full_adapter_equals_merge(tiny):
+def test_zero_b_gives_the_base_logits_and_adapter_equals_merge(tiny):
     graphdef, adapter, base = load(tiny)
     tokens = TOKENS[:, :64]
     no_adapter, _, _ = load(tiny, dataclasses.replace(SPEC, target_modules=()))
@@ -108,7 +108,7 @@ def test_packed_examples_do_not_see_each_other(tiny):
     assert np.abs(leaking[:, 40:65] - packed[:, 40:65]).max() > 1e-2
 
 
-def test_packed_examples_see_what_both_begin_with_and_not_each_other(tiny):
+def test_packed_examples_see_the_shared_prefix_but_not_each_other(tiny):
     graphdef, adapter, base = load(tiny)
     adapter = full(adapter)
     prefix, a, b = TOKENS[:1, :9], TOKENS[:1, 9:40], TOKENS[1:, :25]
@@ -128,7 +128,7 @@ def test_packed_examples_see_what_both_begin_with_and_not_each_other(tiny):
     assert np.abs(hidden[:, 40:65] - packed[:, 40:65]).max() > 1e-2
 
 
-def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
+def test_attention_in_blocks_equals_attention_in_one_block(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     T = 200
     q = jax.random.normal(keys[0], (2, T, 4, 32))

@@ -30,6 +30,7 @@ from jlora.export import exporter, verify
 from jlora.models import hf_loader, quant
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
+from jlora.steps.loss import CROSS_ENTROPY
 from jlora.steps.step import loss_sum
 from jlora.training.checkpoint import read_record
 
@@ -172,7 +173,7 @@ def test_what_cannot_be_quantised_is_named(tiny, tmp_path):
     for kind in quant.KINDS:
         with pytest.raises(UserError, match=r"2 tensor.*\n.*\.1\.mlp.up_proj.*\n.*\.2\.mlp.up_proj"):
             load(tmp_path, kind)
-    said = r"nf4 needs a multiple of 64 inputs.* weight with 96: set quantize_base=int8, or none"
+    said = r"nf4 requires weights with a multiple of 64 inputs, .* with 96. Set quantize_base to int8 or none"
     with pytest.raises(UserError, match=said):
         quant.zeros("nf4", 128, 96, jnp.float32)
     assert quant.zeros("int8", 128, 96, jnp.float32).shape == (128, 96)
@@ -214,7 +215,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
 
     def temporaries():
         def loss(adapter, base):
-            return loss_sum(graphdef, adapter, base, batch, None, 1)
+            return loss_sum(graphdef, CROSS_ENTROPY, adapter, base, batch, None, 1)
 
         return jax.jit(jax.grad(loss)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
 

@@ -53,7 +53,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
         "training: 37 examples",
         "held out: 3 examples",
         "a new run",
-        "compiling the training step for",
+        "Compiling the training step for",
         "held-out loss of the base, before training",
         "held-out loss: ",
         "step 12 of 12: loss",
@@ -358,7 +358,7 @@ def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
         (
             lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
-            "model_type='mamba'; jlora computes llama, mistral, qwen2, qwen3",
+            "has model_type='mamba'. Supported model types: llama, mistral, qwen2, qwen3.",
         ),
         (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),

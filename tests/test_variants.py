@@ -40,6 +40,7 @@ from jlora.models.families import read_config
 from jlora.models.llama import Projection
 from jlora.serve import loading
 from jlora.steps import optim
+from jlora.steps.loss import CROSS_ENTROPY
 from jlora.steps.step import TrainState, make_train_step
 from jlora.training import setup
 
@@ -131,7 +132,7 @@ class Ours:
         fixed = {"weight_decay": 0.1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
         self.settings = Config(**{"learning_rate": 1e-2, **fixed, **settings})
         self.optimizer = optim.make_optimizer(self.settings, STEPS)
-        self.step = jax.jit(make_train_step(self.graphdef, self.optimizer, dropout=False, devices=1))
+        self.step = jax.jit(make_train_step(self.graphdef, CROSS_ENTROPY, self.optimizer, dropout=False, devices=1))
 
         @jax.jit
         def run(adapter, base, tokens):
@@ -502,7 +503,7 @@ def test_noise_is_within_its_bound_by_example_and_only_in_training(models):
     spec = LoraConfig(4, 8.0, 0.0, ("q_proj",), neftune_noise_alpha=5.0)
     ours = Ours(models[True], spec)
     adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    noisy = jax.jit(make_train_step(ours.graphdef, ours.optimizer, dropout=True, devices=1))
+    noisy = jax.jit(make_train_step(ours.graphdef, CROSS_ENTROPY, ours.optimizer, dropout=True, devices=1))
     losses = [float(ours.train(ours.state(adapter), TOKENS[0])[1].loss)]
     losses += [
         float(noisy(ours.state(adapter), ours.base, batch(TOKENS[0]), jax.random.key(k))[1].loss) for k in (0, 1)

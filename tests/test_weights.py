@@ -47,7 +47,7 @@ def load(directory, dtype=jnp.float32, progress=lambda size: None):
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_every_tensor_arrives_in_its_place_and_dtype(tmp_path, stored, wanted):
+def test_every_tensor_arrives_with_its_position_and_dtype(tmp_path, stored, wanted):
     directory, seen = make(tmp_path / "model", stored), []
     base = load(directory, jnp.dtype(wanted), seen.append)
     files = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
@@ -95,30 +95,30 @@ def pickled(directory):
 
 
 BROKEN = {
-    "truncated": (truncate, r"model-0000\d-of-.*cannot be read as safetensors: .*copied whole\?"),
+    "truncated": (truncate, r"model-0000\d-of-.*cannot be read as safetensors: .*copied completely"),
     "missing shard": (
         lambda d: next(d.glob("*-00002-*")).unlink(),
-        r"index.json names 'model-00002-.*not a file beside",
+        r"index.json lists 'model-00002-.*not a file in the same directory",
     ),
     "outside": (
         lambda d: point(d, Q1, "../model/x.safetensors"),
-        r"names '../model/x.safetensors', which is not a file",
+        r"lists '../model/x.safetensors', which is not a file",
     ),
     "absolute": (
         lambda d: point(d, Q1, "/etc/passwd"),
-        r"index.json names '/etc/passwd', which is not a file beside it",
+        r"index.json lists '/etc/passwd', which is not a file in the same directory",
     ),
     "wrong shard": (
         lambda d: point(d, Q1, json.loads((d / INDEX).read_text())["weight_map"]["model.norm.weight"]),
-        rf"index.json says that {Q1} stands in model-.*, and it does not \(1 such",
+        rf"index.json says that {Q1} is in model-.*, but it is not there \(1 tensor in all\)",
     ),
     "broken index": (lambda d: (d / INDEX).write_text("{"), "index.json cannot be read"),
-    "empty index": (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), "index.json names no tensor"),
+    "empty index": (lambda d: (d / INDEX).write_text('{"weight_map": {}}'), "index.json lists no tensors"),
     "listed index": (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "index.json cannot be read"),
-    "twice": (both, r"lm_head.weight stands in both model-"),
+    "twice": (both, r"lm_head.weight is in both model-"),
     "shape": (
         lambda d: change(d, Q1, lambda t: t.update({Q1: t[Q1].T.copy()})),
-        rf"1 tensor\(s\) do not fit its config.json:\n  {Q1} has shape \(96, 128\), expected \(128, 96\)",
+        rf"does not match its config.json \(1 tensor\):\n  {Q1} has shape \(96, 128\), expected \(128, 96\)",
     ),
     "dtype": (
         lambda d: change(d, Q1, lambda t: t.update({Q1: t[Q1].astype(np.int8)})),
@@ -126,30 +126,33 @@ BROKEN = {
     ),
     "nan": (
         lambda d: change(d, Q1, lambda t: poison(t, np.nan)),
-        rf"1 tensor\(s\) hold values that are not finite numbers in float32:\n  {Q1}$",
+        rf"contains NaN or infinity in float32 \(1 tensor\):\n  {Q1}$",
     ),
-    "infinite": (lambda d: change(d, Q1, lambda t: poison(t, -np.inf)), rf"not finite numbers in float32:\n  {Q1}$"),
+    "infinite": (
+        lambda d: change(d, Q1, lambda t: poison(t, -np.inf)),
+        rf"NaN or infinity in float32 \(1 tensor\):\n  {Q1}$",
+    ),
     "pickled": (pickled, r"only pickled weights \(pytorch_model.bin\), which can run code.*save_pretrained"),
     "unnamed": (lambda d: (d / INDEX).unlink(), r"expected model.safetensors or .*index.json, found model-00001-"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_checkpoint_is_refused_by_name(sharded, name):
+def test_broken_model_directory_is_an_error_that_names_the_fault(sharded, name):
     damage, message = BROKEN[name]
     damage(sharded)
     with pytest.raises(UserError, match=message):
         load(sharded)
 
 
-def test_all_that_does_not_fit_is_said_at_once(sharded):
+def test_all_mismatched_tensors_are_listed(sharded):
     change(sharded, Q1, lambda tensors: tensors.update({"model.odd.weight": np.zeros(3, np.float32)}))
     config = json.loads((sharded / "config.json").read_text())
     (sharded / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4, "intermediate_size": 80}))
     with pytest.raises(UserError) as error:
         load(sharded)
     said = str(error.value)
-    assert said.startswith(f"base_model {sharded}: 19 tensor(s) do not fit its config.json:\n")
+    assert said.startswith(f"base_model={sharded} does not match its config.json (19 tensors):\n")
     for line in (
         "model.layers.3.self_attn.q_proj.weight is missing",
         "model.layers.0.mlp.gate_proj.weight has shape (160, 96), expected (80, 96)",
@@ -158,19 +161,19 @@ def test_all_that_does_not_fit_is_said_at_once(sharded):
         assert f"\n  {line}" in said
 
 
-def test_a_value_too_large_for_the_wanted_dtype_is_found(tmp_path):
+def test_value_that_overflows_the_dtype_is_an_error(tmp_path):
     directory = make(tmp_path / "model")
     change(directory, Q1, lambda tensors: poison(tensors, 1e5))
-    with pytest.raises(UserError, match=rf"not finite numbers in float16:\n  {Q1}$"):
+    with pytest.raises(UserError, match=rf"NaN or infinity in float16 \(1 tensor\):\n  {Q1}$"):
         load(directory, jnp.float16)
 
 
-def test_weights_are_written_in_shards_that_read_back(tmp_path):
+def test_weights_survive_a_round_trip_through_shards(tmp_path):
     tensors = {f"t{i}": np.full((10, 10), i, np.float32).T[: 10 - i] for i in range(5)}
     write_weights(tmp_path, {name: value.nbytes for name, value in tensors.items()}, tensors.__getitem__, shard=800)
     assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1  # the weights are for whom the index is for
+    assert len(modes) == 1  # the weights are as readable as the index
     read = Weights(tmp_path)
     assert read.names() == tensors.keys()
     for name, value in tensors.items():

@@ -1,6 +1,7 @@
-"""Hugging Face's tensor names: one table for the loader, the PEFT files and the merged export, in both directions."""
+"""Names on disk: the one table that the loader, the GGUF reader, PEFT files and merged export all use."""
 
-# Place in the model -> tensor name in the files; {i} is the layer. The adapter's tensors are named after these.
+# Path in the model -> Hugging Face's tensor name; {i} is the layer. Adapter tensors derive their names from these.
+# All families share the table; a family uses the entries of the modules that it has.
 NAMES = {
     ("embed_tokens", "weight"): "model.embed_tokens.weight",
     ("layers", "input_layernorm", "weight"): "model.layers.{i}.input_layernorm.weight",
@@ -27,11 +28,11 @@ NAMES = {
 
 
 def projections() -> list[str]:
-    """Every linear module of a layer, as "self_attn.q_proj"."""
+    """Returns all linear modules of a layer, such as "self_attn.q_proj"."""
     return [".".join(path[1:-1]) for path in NAMES if path[-1] == "weight" and path[-2].endswith("_proj")]
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-    """The file's names for one leaf: one, or one a layer."""
+    """Returns the names on disk of a leaf with this path and shape: one name, or one per layer."""
     name = NAMES[path]
     return [name.format(i=i) for i in range(shape[0])] if path[0] == "layers" else [name]

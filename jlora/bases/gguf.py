@@ -19,15 +19,12 @@ from jlora.adapters.hf_names import NAMES, tensor_names
 from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
+from jlora.models.families import FAMILIES
 from jlora.models.rope import Llama3Rope, plain_frequencies
 from jlora.models.safetensors_files import write_weights
 
-# GGUF architecture, which equals the model_type -> class name, table of tensor names. Mistral is stored as llama.
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", gguf.MODEL_ARCH.LLAMA),
-    "qwen2": ("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2),
-    "qwen3": ("Qwen3ForCausalLM", gguf.MODEL_ARCH.QWEN3),
-}
+# Architectures in GGUF, which are model types too. Mistral is stored as llama, with a sliding window.
+ARCHITECTURES = list(dict.fromkeys(family.gguf_architecture for family in FAMILIES.values()))
 # Architecture fields that jlora reads. It rejects a file that sets any other to something other than zero or false.
 READ = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
@@ -63,7 +60,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     rotated = {}
-    if field["general.architecture"] == "llama":  # the only architecture whose rows llama.cpp reorders
+    if FAMILIES[config["model_type"]].gguf_pairs_adjacent:
         rotated = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def read(name: str) -> np.ndarray:
@@ -88,8 +85,8 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
       ValueError: a field has a value that jlora does not support.
     """
     kind = field["general.architecture"]
-    if kind not in FAMILIES:
-        raise ValueError(f"Unsupported general.architecture {kind!r}. Supported: {', '.join(FAMILIES)}.")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"Unsupported general.architecture {kind!r}. Supported: {', '.join(ARCHITECTURES)}.")
     if field.get("split.count", 1) > 1:
         raise ValueError(
             f"This is one of {field['split.count']} parts. Join them with `llama-gguf-split --merge FIRST_PART OUTPUT`."
@@ -107,9 +104,10 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
     if window and kind != "llama":
         raise ValueError(f"Unsupported {kind}.attention.sliding_window={window}. It is only supported for llama.")
     special = {role: field.get(f"tokenizer.ggml.{role}") for role in ("bos_token_id", "eos_token_id")}
+    family = FAMILIES["mistral" if window else kind]
     return {
-        "architectures": ["MistralForCausalLM" if window else FAMILIES[kind][0]],
-        "model_type": "mistral" if window else kind,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": int(stored["token_embd.weight"].shape[1]),
         "hidden_size": width,
         "intermediate_size": own["feed_forward_length"],
@@ -123,7 +121,7 @@ def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]
         "rope_parameters": {"rope_theta": _decimal(theta), **_scaling(own, stored, theta, size)},
         **({"sliding_window": window} if window else {}),
         "tie_word_embeddings": "output.weight" not in stored,
-        "attention_bias": kind != "qwen2" and "blk.0.attn_q.bias" in stored,
+        "attention_bias": isinstance(family.qkv_bias, str) and "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_gate.bias" in stored,
         **special,
         "pad_token_id": field.get("tokenizer.ggml.padding_token_id"),
@@ -157,7 +155,7 @@ def _llama3(table: np.ndarray, theta: float, size: int) -> dict[str, Any]:
 
 def _tensor_names(kind: str, layers: int, stored: dict[str, Any]) -> dict[str, str]:
     """Returns Hugging Face's name -> GGUF's name for every tensor in the file."""
-    table = gguf.get_tensor_name_map(FAMILIES[kind][1], layers)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], layers)
     ours = [name for path in NAMES for name in tensor_names(path, (layers,))]
     theirs = {name: table.get_name(name, (".weight", ".bias")) for name in ours}
     names = {name: found for name, found in theirs.items() if found in stored}

@@ -16,16 +16,9 @@ from jlora.adapters.lora import Adapter
 from jlora.adapters.spec import LoraConfig
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
-from jlora.models.families import read_config
+from jlora.models.families import FAMILIES, read_config
 
 FILE, REPORT = "adapter.gguf", "parity.json"
-# config.json's model_type -> llama.cpp's architecture, and whether its q and k rows have rotary pairs side by side.
-ARCHITECTURES = {
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-}
 TOLERANCE = 1e-5  # of the largest entry of a module's delta
 
 
@@ -40,20 +33,24 @@ def write_gguf(
       base: the base's model directory; its config.json names the architecture.
 
     Raises:
-      UserError: `target` exists or cannot be written, or llama.cpp's name for the architecture is not known here.
+      UserError: `target` exists or cannot be written, or its model type is not supported.
     """
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
     model_type = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if model_type not in ARCHITECTURES:
-        raise UserError(f"--for llama.cpp: model_type={model_type!r}; expected one of {', '.join(ARCHITECTURES)}")
-    architecture, paired = ARCHITECTURES[model_type]
+    if model_type not in FAMILIES:
+        raise UserError(f"--for llama.cpp: model_type={model_type!r}; expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
     config = read_config(base)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if paired else {}
+    heads = (
+        {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        if family.gguf_pairs_adjacent
+        else {}
+    )
     adapter, spec = jax.device_get(portable[0]), portable[1]
     try:
         with new_directory(target) as made:
-            writer = gguf.GGUFWriter(made / FILE, architecture)
+            writer = gguf.GGUFWriter(made / FILE, family.gguf_architecture)
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string("adapter.type", "lora")
             writer.add_float32("adapter.lora.alpha", spec.alpha)

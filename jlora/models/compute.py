@@ -1,4 +1,4 @@
-"""How the model is computed, which is no part of its config: dtypes, bits, and what the backward pass recomputes."""
+"""How the model is computed, apart from its config: dtypes, quantization, recomputation, attention kernel, mesh."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from jax.typing import DTypeLike
 
 
 class Packing(NamedTuple):
-    """What is known of all rows beforehand, so that attention can be cut to it."""
+    """Upper bounds that hold for every packed row, so that attention can skip pairs of different examples."""
 
-    prefix: int = 0  # tokens that the examples of a row share, laid once before them, at most
-    examples: int = 0  # in a row, at most; 0: nothing is known
-    longest: int = 0  # places of an example, at most, those of the prefix aside
+    prefix: int = 0  # tokens at the start of a row that all its examples share
+    examples: int = 0  # examples in a row; 0 if no bounds are known
+    longest: int = 0  # tokens in one example, without the prefix
 
 
 UNKNOWN = Packing()
@@ -22,15 +22,18 @@ UNKNOWN = Packing()
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Args:
-    param_dtype: of the frozen weights; adapter weights are float32.
-    compute_dtype: of activations; norms, rotary angles and softmax are float32 inside.
-    remat: what of a layer the backward pass recomputes: "none"; "dots": all but products with weights, and what
-      attention mixed; "full".
-    attention: "xla", or the kernel that mixes the tokens of a row, as backend.choose found it to run here.
-    packing: what is known of the rows.
-    mesh: over which the rows of activations are split; None leaves them as they come.
-    quantize: "nf4" and "int8" hold the projections' weights in 4 or 8 bits, and the rest in `param_dtype`.
+    """Choices that change speed and memory, but not the model.
+
+    Args:
+      param_dtype: dtype of the frozen weights. Adapter weights are float32.
+      compute_dtype: dtype of activations. Norms, rotary angles and softmax are computed in float32.
+      remat: what the backward pass recomputes in a layer: "none"; "dots", everything except products with weights and
+        the output of attention; or "full".
+      attention: "xla", or a kernel that `kernel_choice.choose` found to work on the device.
+      mesh: splits the rows of activations; None leaves them where they are.
+      quantize: "nf4" or "int8" stores the projections' weights in 4 or 8 bits and all others in `param_dtype`; "none"
+        stores all in `param_dtype`.
+      packing: bounds on the packed rows.
     """
 
     param_dtype: DTypeLike
@@ -44,29 +47,33 @@ class Compute:
 
 FLOAT32 = Compute(jnp.float32, jnp.float32)
 
-MIXED = "mixed"  # checkpoint_name of what attention's backward pass needs of its forward pass
+ATTENTION_OUTPUT = "attention_output"  # checkpoint_name of the results that attention's backward pass reuses
 
-# What of a layer's activations the backward pass finds kept, by `Compute.remat`; None is all.
-KEPT = {
+# `Compute.remat` -> policy that selects the activations to keep; None keeps all.
+REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(MIXED)
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def compute_capability(device: Any) -> float:
-    """Of an NVIDIA card, as 7.5; 0 of any other device."""
+    """Compute capability of an NVIDIA card, such as 7.5; 0 for any other device."""
     try:
         return float(getattr(device, "compute_capability", 0))
-    except ValueError:  # AMD's, as "gfx90a"
+    except ValueError:  # AMD's is a name, such as "gfx90a"
         return 0.0
 
 
 def default_dtype(device: Any) -> DTypeLike:
-    """What weights and activations are, unless a config says otherwise: float32 on a CPU, else bfloat16; float16 on
-    NVIDIA's cards before Ampere (T4, V100), which have no bfloat16."""
+    """Dtype of weights and activations unless the config sets another.
+
+    Returns:
+      float32 on a CPU; float16 on NVIDIA cards before Ampere (T4, V100), which lack bfloat16; bfloat16 elsewhere.
+    """
     if device.platform == "cpu":
         return jnp.float32
     return jnp.float16 if 0 < compute_capability(device) < 8 else jnp.bfloat16

@@ -1,6 +1,12 @@
-"""config.json -> the model's own config, field by field as transformers reads it, or refused by name and value."""
+"""Model families, and how config.json becomes the model's own config: each key as transformers reads it.
 
+A new family is one `Family` below, plus whatever llama.py does not compute yet. A setting that jlora does not support
+is an error that names the key and its value.
+"""
+
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -8,76 +14,136 @@ from jlora.common.errors import UserError
 from jlora.models.llama import LlamaConfig
 from jlora.models.rope import KINDS, DefaultRope, yarn_attention_factor
 
-# model_type -> what its family fixes: a value, or the name of the field of config.json that decides.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
-    "mistral": {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": False},
-    "qwen2": {"qkv_bias": True, "o_bias": False, "mlp_bias": False, "qk_norm": False},
-    "qwen3": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": False, "qk_norm": True},
-}
-# transformers' defaults for fields that a config.json may leave out.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"sliding_window": None},
-    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "qwen2": {"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 32},
-    "qwen3": {"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
-}
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The differences between families that share one network. A string names the config.json key that decides."""
+
+    model_type: str  # in config.json
+    architecture: str  # the class in transformers
+    qkv_bias: bool | str
+    o_bias: bool | str
+    mlp_bias: bool | str
+    qk_norm: bool
+    defaults: Mapping[str, Any]  # of keys that a config.json may leave out, if the family has its own
+    gguf_architecture: str  # the name in llama.cpp
+    gguf_pairs_adjacent: bool  # llama.cpp reorders the rows of q and k, so that rotary pairs are neighbours
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    qk_norm=False,
+    defaults={"sliding_window": None},
+    gguf_architecture="llama",
+    gguf_pairs_adjacent=True,
+)
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+    gguf_architecture="llama",
+    gguf_pairs_adjacent=True,
+)
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    qkv_bias=True,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    defaults={"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 32},
+    gguf_architecture="qwen2",
+    gguf_pairs_adjacent=False,
+)
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias=False,
+    qk_norm=True,
+    defaults={"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+    gguf_architecture="qwen3",
+    gguf_pairs_adjacent=False,
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+# transformers' defaults that all families share.
 COMMON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
-# Fields that change the numbers, with the one value that jlora computes.
+# Keys that change the numbers, with the only supported value.
 REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None, "pretraining_tp": 1}
-# Fields of rope_parameters that may be left out.
+# Keys of rope_parameters that may be left out.
 ROPE_DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """config.json (of a directory, or the file itself) as the model's own config, read as transformers reads it.
+    """Reads config.json (in a directory, or the file itself) as transformers does.
 
     Raises:
-      UserError: the file is missing or broken, or asks for something that jlora does not compute, by name and value.
+      UserError: the file is missing or broken, or has settings that jlora does not support; all of them at once.
     """
     path = directory if directory.suffix == ".json" else directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"base_model {directory}: no config.json, so this is not a model directory") from None
+        raise UserError(f"base_model={directory} is not a model directory: it has no config.json.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{path}: model_type={family!r}; jlora computes {', '.join(FAMILIES)}")
-    given = {**COMMON, **DEFAULTS[family], **raw}
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"{path} has model_type={model_type!r}. Supported model types: {', '.join(FAMILIES)}.")
+    family = FAMILIES[model_type]
+    given = {**COMMON, **family.defaults, **raw}
     problems = [
-        f"{field}={given[field]!r} (jlora computes {expected!r})"
-        for field, expected in REQUIRED.items()
-        if given.get(field, expected) != expected
+        f"{key}={given[key]!r} (supported: {expected!r})"
+        for key, expected in REQUIRED.items()
+        if given.get(key, expected) != expected
     ]
     try:
-        window = _sliding_window(given, problems)
-        rope = _rope(given, problems)
-        heads = given["num_attention_heads"]
-        config = LlamaConfig(
-            vocab_size=given["vocab_size"],
-            hidden_size=given["hidden_size"],
-            intermediate_size=given["intermediate_size"],
-            num_hidden_layers=given["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=given.get("num_key_value_heads") or heads,
-            head_dim=given.get("head_dim") or given["hidden_size"] // heads,
-            rms_norm_eps=float(given["rms_norm_eps"]),
-            rope=rope,
-            sliding_window=window,
-            tie_word_embeddings=given["tie_word_embeddings"],
-            **{name: given[fixed] if isinstance(fixed, str) else fixed for name, fixed in FAMILIES[family].items()},
-        )
+        config = _model_config(family, given, problems)
     except KeyError as error:
-        raise UserError(f"{path}: the field {error.args[0]!r} is missing") from None
+        raise UserError(f"{path} lacks the key {error.args[0]!r}.") from None
     if problems:
-        raise UserError(f"{path} asks for what jlora does not compute: {'; '.join(problems)}")
+        raise UserError(f"{path} has settings that jlora does not support: {'; '.join(problems)}.")
     return config
 
 
+def _model_config(family: Family, given: dict[str, Any], problems: list[str]) -> LlamaConfig:
+    """The config of the network; appends the settings that are not supported to `problems`."""
+
+    def decided(value: bool | str) -> bool:
+        return given[value] if isinstance(value, str) else value
+
+    heads = given["num_attention_heads"]
+    return LlamaConfig(
+        vocab_size=given["vocab_size"],
+        hidden_size=given["hidden_size"],
+        intermediate_size=given["intermediate_size"],
+        num_hidden_layers=given["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=given.get("num_key_value_heads") or heads,
+        head_dim=given.get("head_dim") or given["hidden_size"] // heads,
+        rms_norm_eps=float(given["rms_norm_eps"]),
+        rope=_rope(given, problems),
+        qkv_bias=decided(family.qkv_bias),
+        o_bias=decided(family.o_bias),
+        mlp_bias=decided(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        sliding_window=_sliding_window(given, problems),
+        tie_word_embeddings=given["tie_word_embeddings"],
+    )
+
+
 def _sliding_window(given: dict[str, Any], problems: list[str]) -> int | None:
-    """The window of all layers; one that only some layers have is a problem."""
+    """The window that all layers share; a window in some layers only is not supported."""
     window = given["sliding_window"] if given.get("use_sliding_window", True) else None
     layers = given["num_hidden_layers"]
     types = given.get("layer_types")
@@ -87,16 +153,16 @@ def _sliding_window(given: dict[str, Any], problems: list[str]) -> int | None:
     if types is None:
         return window
     if len(set(types)) > 1 or not set(types) <= {"full_attention", "sliding_attention"}:
-        problems.append(f"layer_types={sorted(set(types))} (jlora computes one kind for all layers)")
+        problems.append(f"layer_types={sorted(set(types))} (supported: one type in all layers)")
     return window if types[0] == "sliding_attention" else None
 
 
 def _rope(given: dict[str, Any], problems: list[str]) -> DefaultRope:
-    """The rotary embedding that rope_parameters (of old, rope_scaling and rope_theta) ask for."""
+    """The rotary embedding in rope_parameters, or in rope_scaling and rope_theta, the older spelling."""
     asked = given.get("rope_parameters") or given.get("rope_scaling") or {}
     kind = asked.get("rope_type", asked.get("type", "default"))
     if kind not in KINDS:
-        problems.append(f"rope_type={kind!r} (jlora computes {', '.join(KINDS)})")
+        problems.append(f"rope_type={kind!r} (supported: {', '.join(KINDS)})")
         kind = "default"
     original = given.get("original_max_position_embeddings") or given.get("max_position_embeddings")
     values = {
@@ -115,5 +181,5 @@ def _rope(given: dict[str, Any], problems: list[str]) -> DefaultRope:
             values["factor"], values.get("mscale"), values.get("mscale_all_dim")
         )
     if values.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor={values['partial_rotary_factor']!r} (jlora computes 1.0)")
+        problems.append(f"partial_rotary_factor={values['partial_rotary_factor']!r} (supported: 1.0)")
     return KINDS[kind](**{name: cast(values[name]) for name, cast in get_type_hints(KINDS[kind]).items()})

@@ -1,10 +1,10 @@
-"""Hugging Face's side of the model: THE table of names in both directions, and the loader.
+"""Load the frozen weights of a Hugging Face model directory.
 
-Weights lie in jlora as they lie on disk, [out, in], stacked over layers; no row is ever permuted or transposed.
+Weights keep their layout on disk, [out, in], and are stacked over layers; no row is permuted or transposed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ def abstract(
     spec: LoraConfig,
     compute: Compute,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
-    """The model as shapes: its structure, the adapter's tree and the base's tree. `nnx.merge` joins them again.
+    """Returns the model as shapes: its structure, the adapter's tree and the base model's tree, for `nnx.merge`.
 
     Raises:
-      UserError: the mesh that it is computed on does not divide it.
+      UserError: the mesh does not divide the model evenly.
     """
     if compute.mesh is not None:
         _check_mesh(config, compute, compute.mesh)
@@ -44,8 +44,8 @@ def abstract(
 
 
 def _check_mesh(config: LlamaConfig, compute: Compute, mesh: Mesh) -> None:
-    """Raises UserError where an axis of the mesh does not divide what it splits; names the sizes that do."""
-    block = BLOCK if compute.quantize == "nf4" else 1  # blocks of a quantised row stay whole
+    """Raises UserError if an axis of the mesh does not divide the dimensions that it splits; suggests sizes that do."""
+    block = BLOCK if compute.quantize == "nf4" else 1  # a block of a quantized row cannot be split
     inner, hidden = config.intermediate_size // block, config.hidden_size // block
     heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
     blocks = f" / {block}" if block > 1 else ""
@@ -59,21 +59,21 @@ def _check_mesh(config: LlamaConfig, compute: Compute, mesh: Mesh) -> None:
             fitting = [n for n in range(1, mesh.size + 1) if common % n == 0 and mesh.size % n == 0]
             listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise UserError(
-                f"mesh: {axis}={count} does not divide all of the base's {listed}: "
-                f"set {axis} to one of {', '.join(map(str, fitting))}"
+                f"mesh: {axis}={count} does not divide all of the base model's {listed}. "
+                f"Set {axis} to one of {', '.join(map(str, fitting))}."
             )
 
 
 def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:
-    """The tensors of a model directory, which are those of the base's tree.
+    """Opens a model directory and checks that its tensors are those of the base model's tree.
 
     Raises:
-      UserError: all missing, surplus and misshapen tensors at once.
+      UserError: lists all missing, unexpected and misshapen tensors.
     """
     weights = Weights(directory)
-    if problems := _unfit(weights, shapes):
+    if problems := _mismatches(weights, shapes):
         raise UserError(
-            f"base_model {directory}: {len(problems)} tensor(s) do not fit its config.json:{_listed(problems)}"
+            f"base_model={directory} does not match its config.json ({_tensors(problems)}):{_listed(problems)}"
         )
     return weights
 
@@ -81,19 +81,19 @@ def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:
 def load_base(
     directory: Path, shapes: dict[str, Any], mesh: Mesh, progress: Callable[[int], object] = lambda size: None
 ) -> dict[str, Any]:
-    """Reads the frozen weights, tensor by tensor, each straight to its place on the mesh; quantised on the way there.
+    """Reads the frozen weights tensor by tensor to their devices, quantizing them on the way if the tree says so.
 
     Args:
       directory: the model directory.
-      shapes: the base's tree of shapes and dtypes; values are cast to these dtypes.
-      progress: called with the bytes of each tensor read.
+      shapes: the base model's tree of shapes and dtypes; values are cast to these dtypes.
+      progress: called with the number of bytes of each tensor read.
 
     Raises:
-      UserError: tensors do not fit, or hold values that are not finite; all of them at once.
+      UserError: lists all tensors that do not match, or all that contain NaN or infinity.
     """
     weights, broken = open_base(directory, shapes), set()
 
-    def place(path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
+    def load(path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
         names = tensor_names(_keys(path), leaf.shape)
         if is_quantized(leaf):
             return quantize(names, leaf, sharding)
@@ -103,7 +103,7 @@ def load_base(
             stacked = _keys(path)[0] == "layers"
             wanted = names[index[0]] if stacked else names
             for name, target in zip(wanted, part if stacked else part[None], strict=True):
-                with np.errstate(over="ignore"):  # what does not fit the dtype is named below
+                with np.errstate(over="ignore"):  # overflowing values are reported below
                     target[...] = weights.read(name)[index[1:] if stacked else index]
                 weights.release(name)
                 if not _finite(target):
@@ -114,40 +114,42 @@ def load_base(
         return jax.make_array_from_callback(leaf.shape, sharding, read)
 
     def quantize(names: list[str], leaf: Any, sharding: Any) -> Any:
-        parts, form = jax.tree.flatten(leaf)
-        places = jax.tree.leaves(sharding)
-        own = [  # what this process's devices hold of each part
+        parts, treedef = jax.tree.flatten(leaf)
+        part_shardings = jax.tree.leaves(sharding)
+        own = [  # the shards of each part on this process's devices
             {
-                _span(index, part.shape): _empty(place.shard_shape(part.shape), part.dtype)
-                for index in place.addressable_devices_indices_map(part.shape).values()
+                _bounds(index, part.shape): _empty(where.shard_shape(part.shape), part.dtype)
+                for index in where.addressable_devices_indices_map(part.shape).values()
             }
-            for part, place in zip(parts, places, strict=True)
+            for part, where in zip(parts, part_shardings, strict=True)
         ]
         for layer, name in enumerate(names):
             for held, made in zip(own, leaf.quantized(weights.read(name)), strict=True):
                 for (_, *within), target in held.items():
                     target[layer] = made[tuple(slice(*span) for span in within)]
-                if made.dtype == np.float32 and not np.isfinite(made).all():  # as is a block that holds such a value
+                if (
+                    made.dtype == np.float32 and not np.isfinite(made).all()
+                ):  # NaN or infinity in a block makes its scale so
                     broken.add(name)
                 progress(made.nbytes)
             weights.release(name)
         arrays = [
-            jax.make_array_from_callback(part.shape, place, lambda at: held[_span(at, part.shape)])  # noqa: B023
-            for part, place, held in zip(parts, places, own, strict=True)
+            jax.make_array_from_callback(part.shape, where, lambda at: held[_bounds(at, part.shape)])  # noqa: B023
+            for part, where, held in zip(parts, part_shardings, own, strict=True)
         ]
-        return jax.tree.unflatten(form, arrays)
+        return jax.tree.unflatten(treedef, arrays)
 
-    base = jax.tree_util.tree_map_with_path(place, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
+    base = jax.tree_util.tree_map_with_path(load, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
     if broken:
         raise UserError(
-            f"base_model {directory}: {len(broken)} tensor(s) hold values that are not finite numbers in "
-            f"{jax.tree.leaves(shapes)[0].dtype.name}:{_listed(sorted(broken))}"
+            f"base_model={directory} contains NaN or infinity in {jax.tree.leaves(shapes)[0].dtype.name} "
+            f"({_tensors(broken)}):{_listed(sorted(broken))}"
         )
     return base
 
 
 def dense(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The quantised weights of a base by the file's names, as the model computes with them; float32."""
+    """Yields the quantized weights of a base model, dequantized to float32, with their names on disk."""
     layer_of = jax.jit(lambda stack, layer: jax.tree.map(itemgetter(layer), stack).astype(jnp.float32))
     for path, leaf in jax.tree_util.tree_flatten_with_path(base, is_leaf=is_quantized)[0]:
         if is_quantized(leaf):
@@ -156,12 +158,12 @@ def dense(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def ignored(name: str, *, tied: bool) -> bool:
-    """Does transformers leave this tensor aside too? Old files store rotary tables, and the head of a tied model."""
+    """Whether transformers ignores this tensor too: old files store rotary tables and the head of a tied model."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def _unfit(weights: Weights, shapes: dict[str, Any]) -> list[str]:
-    """What of a directory's tensors is missing, surplus, misshapen or of a dtype that is not read."""
+def _mismatches(weights: Weights, shapes: dict[str, Any]) -> list[str]:
+    """Describes each tensor that is missing, unexpected, or of the wrong shape or dtype."""
     problems, expected, stored = [], set(), weights.names()
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_quantized)[0]:
         shape = leaf.shape[1:] if _keys(path)[0] == "layers" else leaf.shape
@@ -178,10 +180,10 @@ def _unfit(weights: Weights, shapes: dict[str, Any]) -> list[str]:
 
 
 def _finite(values: np.ndarray) -> bool:
-    """Is there no NaN and no infinity? In two passes over the bits, without a temporary array.
+    """Whether no value is NaN or infinity, found in two passes over the bits without a temporary array.
 
-    Bits of IEEE floats grow with the magnitude, infinity and NaN at the top: as signed integers the positive ones are
-    the largest, as unsigned the negative ones.
+    The bits of IEEE floats grow with the magnitude, up to infinity and NaN: read as signed integers, the positive ones
+    are the largest; as unsigned integers, the negative ones.
     """
     kind = jnp.finfo(values.dtype)
     infinity = np.array(np.inf, values.dtype).view(f"u{kind.bits // 8}").item()
@@ -190,20 +192,24 @@ def _finite(values: np.ndarray) -> bool:
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An array that begins on a 64-byte boundary: on a CPU, JAX takes such a one over without a copy."""
+    """Returns an array aligned to 64 bytes, which JAX uses on a CPU without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + size].view(dtype).reshape(shape)
 
 
-def _span(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """A part of an array as (start, stop) by axis: slices can be no keys."""
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Returns (start, stop) by axis: slices are not hashable before Python 3.12."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(key.key for key in path)
+
+
+def _tensors(problems: Collection[str]) -> str:
+    return "1 tensor" if len(problems) == 1 else f"{len(problems)} tensors"
 
 
 def _listed(problems: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which attention a run uses: the wish, the device and the shapes decide, and a kernel is tried before it is used."""
+"""Choose the attention backend from the setting, the device and the shapes; try a kernel before using it."""
 
 from typing import Any
 
@@ -14,75 +14,80 @@ from jlora.models.kernels import BLOCK
 from jlora.models.llama import LlamaConfig
 
 KERNEL_OF = {"tpu": "splash", "gpu": "pallas"}  # by jax.Device.platform
-TOLERANCE = 0.02  # of the norm: several times bfloat16's rounding, far below what a leak or a wrong mask makes
+TOLERANCE = 0.02  # relative error: several times bfloat16's rounding, far below the effect of a leak or a wrong mask
 
 
 def choose(
-    wish: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int, *, here: bool = True
+    setting: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int, *, here: bool = True
 ) -> tuple[str, str]:
-    """The backend of attention.attention, and where that is not the one made for the device, why not.
+    """Chooses the backend for `attention.attention`.
 
     Args:
-      wish: "auto", "xla", or a kernel of flash.py.
-      device: one of those that the run uses, a jax.Device or what stands for it.
-      dtype: of activations.
-      longest: tokens of the longest row.
-      here: the device is of this machine, so that a kernel can be tried on it.
+      setting: "auto", "xla", or a kernel of kernels.py.
+      device: one of the run's devices: a jax.Device or a stand-in for it.
+      dtype: dtype of activations.
+      longest: tokens in the longest row.
+      here: whether the device belongs to this machine, so that a kernel can be tried on it.
+
+    Returns:
+      The backend, and why it is not the device's own kernel ("" if it is).
 
     Raises:
-      UserError: the kernel that is wished for cannot run.
+      UserError: the setting is a kernel that cannot run.
     """
-    kernel = KERNEL_OF.get(device.platform, "xla") if wish == "auto" else wish
+    kernel = KERNEL_OF.get(device.platform, "xla") if setting == "auto" else setting
     if kernel == "xla":
         return "xla", ""
     window = model.sliding_window
     window = None if window is None or window >= longest else window
-    reason = obstacle(kernel, device, model.head_dim, window, dtype)
+    reason = _missing_requirement(kernel, device, model.head_dim, window, dtype)
     if not reason and here:
-        reason = trial(kernel, model, window, dtype, longest)
+        reason = _try_kernel(kernel, model, window, dtype, longest)
     if not reason:
         return kernel, ""
-    if wish == "auto":
+    if setting == "auto":
         return "xla", f"{kernel}: {reason}"
     raise UserError(
-        f"attn_implementation={wish!r} cannot run here: {reason}. Set attn_implementation to 'xla', which runs "
-        "anywhere, or to 'auto'"
+        f"attn_implementation={setting!r} cannot run here: {reason}. Set attn_implementation to 'xla', which runs "
+        "anywhere, or to 'auto'."
     )
 
 
-def obstacle(kernel: str, device: Any, head_dim: int, window: int | None, dtype: DTypeLike) -> str:
-    """Why a kernel cannot run, as far as that is known before it is tried; "" otherwise."""
+def _missing_requirement(kernel: str, device: Any, head_dim: int, window: int | None, dtype: DTypeLike) -> str:
+    """The reason why a kernel cannot run, if there is one that needs no trial; "" otherwise."""
     if KERNEL_OF.get(device.platform) != kernel:
         place = next(platform for platform, name in KERNEL_OF.items() if name == kernel).upper()
-        return f"it is made for a {place}, and this is a {device.platform.upper()}"
+        return f"it requires a {place}, and this device is a {device.platform.upper()}"
     if kernel == "splash":
         return ""
     if compute_capability(device) < 8:
-        return f"it needs an NVIDIA card of compute capability 8.0 or more, and this is a {device.device_kind}"
+        return (
+            f"it requires an NVIDIA card of compute capability 8.0 or higher, and this device is a {device.device_kind}"
+        )
     if jnp.dtype(dtype).itemsize != 2:
-        return f"it needs activations in bfloat16 or float16, and they are {jnp.dtype(dtype).name}"
+        return f"it requires activations in bfloat16 or float16, and these are {jnp.dtype(dtype).name}"
     if head_dim > 128:
-        return f"it needs a head_dim of at most 128, and this is {head_dim}"
+        return f"it requires a head_dim of at most 128, and this model's is {head_dim}"
     if window is not None:
-        return f"it has no sliding window, and rows are longer than this base's of {window}"
+        return f"it does not support a sliding window, and rows are longer than this model's window of {window} tokens"
     return ""
 
 
-def trial(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike, longest: int) -> str:
-    """Runs a kernel and XLA on one row of this base's heads, in the run's blocks, forward and backward.
+def _try_kernel(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike, longest: int) -> str:
+    """Runs a kernel and XLA on one row with this model's heads and the run's block size, forward and backward.
 
     Returns:
-      What went wrong; "" where nothing did.
+      The reason why the kernel cannot be used; "" if it can.
     """
     T, N, K, H = min(longest, 2 * BLOCK), model.num_attention_heads, model.num_key_value_heads, model.head_dim
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (jax.random.normal(keys[i], (1, T, heads, H), dtype) for i, heads in enumerate((N, K, K, N)))
-    places = jnp.arange(T)
-    segments = jnp.where(places < T // 3, 1, jnp.where(places < T - T // 8, 2, 0))[None]
+    positions = jnp.arange(T)
+    segments = jnp.where(positions < T // 3, 1, jnp.where(positions < T - T // 8, 2, 0))[None]
 
     def run(backend: str) -> list[Array]:
         def loss(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            mixed = attention(
+            out = attention(
                 q,
                 k,
                 v,
@@ -93,14 +98,14 @@ def trial(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike,
                 backend=backend,
                 mesh=None,
             )
-            return jnp.sum(mixed.astype(jnp.float32) * weights), mixed
+            return jnp.sum(out.astype(jnp.float32) * weights), out
 
-        (_, mixed), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-        return [x.astype(jnp.float32) for x in (mixed, *grads)]
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return [x.astype(jnp.float32) for x in (out, *grads)]
 
     try:
         pairs = list(zip(run(kernel), run("xla"), strict=True))
-    except Exception as error:  # whatever a compiler or a driver makes of it
+    except Exception as error:  # compilers and drivers raise many types
         return f"it failed on this device ({str(error).strip().splitlines()[0][:200]})"
     worst = max(float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())) for a, b in pairs)
-    return "" if worst <= TOLERANCE else f"its results are not XLA's on this device (off by {worst:.1%})"
+    return "" if worst <= TOLERANCE else f"its results differ from XLA's by {worst:.1%} on this device"

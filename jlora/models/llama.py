@@ -1,10 +1,11 @@
-"""The LLaMA decoder and its kin in Flax NNX, with LoRA inside the projections (Touvron et al. 2023, arXiv:2302.13971).
+"""The LLaMA decoder in Flax NNX, with adapters inside the projections (Touvron et al. 2023, arXiv:2302.13971).
 
-Mistral adds a sliding window, Qwen2 biases on q/k/v, Qwen3 a norm on q and k: each is a field of the config.
+Related families differ by fields of the config: Mistral has a sliding window, Qwen2 biases on q/k/v, and Qwen3 norms
+on q and k. `families.py` reads the config.
 
 Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim, D model,
-F feed-forward, V vocabulary, L layers, r rank. Weights lie as Hugging Face stores them: [out, in].
-Layers are stacked: every leaf under `layers` has a leading axis L, and the stack is run by `jax.lax.scan`.
+F feed-forward, V vocabulary, L layers, r rank. Weights have Hugging Face's layout, [out, in].
+Layers are stacked: every leaf under `layers` has a leading axis L, and `jax.lax.scan` runs the stack.
 """
 
 import dataclasses
@@ -20,14 +21,14 @@ from jlora.adapters import lora
 from jlora.adapters.spec import LoraConfig
 from jlora.distributed.sharding import split_rows, whole_rows
 from jlora.models.attention import attention
-from jlora.models.compute import KEPT, UNKNOWN, Compute
+from jlora.models.compute import REMAT_POLICIES, UNKNOWN, Compute
 from jlora.models.quant import linear, zeros
-from jlora.models.rope import DefaultRope, angles, rotate
+from jlora.models.rope import DefaultRope, rotary_cos_sin, rotate
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """What decides the numbers, under config.json's own names. No field has a default."""
+    """Everything that decides the numbers, with config.json's names where it has them. No field has a default."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -42,12 +43,12 @@ class LlamaConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    sliding_window: int | None  # tokens that a query sees, itself included; None is all
+    sliding_window: int | None  # tokens that a query sees, including itself; None means no limit
     tie_word_embeddings: bool
 
     @property
     def matrices(self) -> int:
-        """Parameters of a layer's seven projections, without biases."""
+        """Number of parameters in a layer's seven projections, without biases."""
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         return self.hidden_size * (heads + 3 * self.intermediate_size)
 
@@ -57,12 +58,12 @@ class Cache(NamedTuple):
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
-    segments: Int[Array, "B S"]  # 0 where nothing, or padding, was written
-    fill: Int[Array, ""]  # places written
+    segments: Int[Array, "B S"]  # 0 at empty positions and padding
+    fill: Int[Array, ""]  # number of positions written
 
 
 class LayerCache(NamedTuple):
-    """One layer's share of the cache; `segments` already counts the tokens being written at `fill`."""
+    """One layer's part of the cache; `segments` already includes the tokens that this step writes at `fill`."""
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
@@ -139,7 +140,7 @@ class Projection(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, the mean square in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * weight, normalized in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.zeros((size,), dtype))
@@ -171,7 +172,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
+        cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
         layer: Int[Array, ""],
         keys: list[PRNGKeyArray | None],
@@ -183,15 +184,15 @@ class Attention(nnx.Module):
         v = self.v_proj(x, layer, keys[2]).reshape(B, T, -1, self.config.head_dim)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *turned), rotate(k, *turned)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.compute.attention
         if cache is not None:
-            backend = "xla"  # few queries and many keys, which the kernels are not made for
+            backend = "xla"  # kernels need as many queries as keys
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.fill, axis=1)
             k_segments, start = cache.segments, cache.fill
             cache = cache._replace(k=k, v=v)
-        mixed = attention(
+        out = attention(
             q,
             k,
             v,
@@ -203,11 +204,11 @@ class Attention(nnx.Module):
             mesh=self.compute.mesh,
             packing=self.compute.packing if cache is None else UNKNOWN,
         )
-        return self.o_proj(mixed.reshape(B, T, -1), layer, keys[3]), cache
+        return self.o_proj(out.reshape(B, T, -1), layer, keys[3]), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
         D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
@@ -234,15 +235,15 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turned: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
+        cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
         layer: Int[Array, ""],
         key: PRNGKeyArray | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        mixed, cache = self.self_attn(self.input_layernorm(x), turned, segments, layer, keys[:4], cache)
-        x = x + mixed
+        attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, segments, layer, keys[:4], cache)
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x), layer, keys[4:]), cache
 
 
@@ -261,12 +262,12 @@ class Embedding(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The decoder; hidden states and logits are separate, so that a loss may take logits where it needs them.
+    """The decoder. Hidden states and logits are separate calls, so that a loss makes logits only where it needs them.
 
     Args:
-      config: the base.
+      config: the base model.
       spec: the adapter.
-      compute: dtypes, and what the backward pass recomputes.
+      compute: dtypes and other choices that do not change the model.
     """
 
     def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
@@ -288,16 +289,16 @@ class Llama(nnx.Module):
         key: PRNGKeyArray | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the last norm, and the cache with these tokens written to it.
+        """Returns hidden states after the final norm, and the cache with these tokens added.
 
         Args:
           tokens: token ids.
-          segments: which example each token belongs to, from 1; 0 is padding.
-          positions: place of each token within its example, from 0.
-          key: for the adapter's dropout and for noise on embeddings; None turns both off.
-          cache: where to read and write keys and values; None in training.
+          segments: example that each token belongs to, from 1; 0 is padding, -1 the shared prefix.
+          positions: position of each token within its example, from 0.
+          key: for the adapter's dropout and noise on embeddings; None turns both off.
+          cache: keys and values so far; None in training.
         """
-        turned = angles(self.config.rope, positions, self.config.head_dim)
+        cos_sin = rotary_cos_sin(self.config.rope, positions, self.config.head_dim)
         x = self.embed_tokens.table()[tokens].astype(self.compute.compute_dtype)
         if key is not None and self.noise:
             key, noise_key = jax.random.split(key)
@@ -313,10 +314,10 @@ class Llama(nnx.Module):
         def layer(x: Array, leaves: tuple[Any, Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
             state, index, key, kv = leaves
             past = None if cache is None else LayerCache(kv[0], kv[1], cache.segments, cache.fill)
-            x, past = nnx.merge(graphdef, state)(x, turned, segments, index, key, past)
+            x, past = nnx.merge(graphdef, state)(x, cos_sin, segments, index, key, past)
             return x, None if past is None else (past.k, past.v)
 
-        policy = KEPT[self.compute.remat]
+        policy = REMAT_POLICIES[self.compute.remat]
         body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
         kv = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
@@ -325,23 +326,23 @@ class Llama(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """Scores of the next token, float32."""
+        """Returns logits of the next token; float32."""
         return scores(hidden, self.head())
 
     def head(self) -> Float[Array, "V D"]:
-        """The table that `logits` multiplies by; where devices share it, it comes together here."""
+        """Returns the output embedding, gathered from all devices that hold a part of it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return whole_rows(head.table(), self.compute.mesh)
 
 
 def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
-    """Scores of the next token, float32."""
+    """Returns logits of the next token; float32."""
     return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, places: int) -> Cache:
-    """A cache for `batch` rows of up to `places` tokens, with nothing in it."""
+def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, length: int) -> Cache:
+    """Returns an empty cache for `batch` rows of up to `length` tokens."""
     c = config
-    shape = (c.num_hidden_layers, batch, places, c.num_key_value_heads, c.head_dim)
-    segments = jnp.zeros((batch, places), jnp.int32)
+    shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+    segments = jnp.zeros((batch, length), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))

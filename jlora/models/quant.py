@@ -1,11 +1,11 @@
-"""Frozen weights in 4 or 8 bits, with bitsandbytes' codes and rounding.
+"""Frozen weights quantized to 4 or 8 bits, with bitsandbytes' codes and rounding.
 
-NF4 with double quantisation is QLoRA's (Dettmers et al. 2023, arXiv:2305.14314, section 3); int8 by output row is that
-of LLM.int8() (arXiv:2208.07339, section 2.1), for weights alone.
+NF4 with double quantization follows QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3); int8 per output row
+follows LLM.int8() (arXiv:2208.07339, section 2.1), for weights only.
 
-A quantised weight stands where an array [out, in] would: it has that `shape`, and `astype` makes that array of it. Its
-leaves lie the other way round, [in, out], so that the two values of a byte follow each other along the outer axis: a
-compiler for TPU would else turn the whole stack first. They can be split over either, over `in` between blocks.
+A quantized weight replaces an array [out, in]: it has that `shape`, and `astype` dequantizes it. Its leaves are
+transposed, [in, out], so that the two values of a byte are neighbors along the outer axis: otherwise the TPU compiler
+transposes the whole stack first. A mesh can split them along `out`, and along `in` between blocks.
 """
 
 import os
@@ -22,12 +22,12 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from jlora.common.errors import UserError
 
-BLOCK = 64  # neighbours along `in` that share a scale
-SCALES = 256  # scales, in the order of the flattened weight, that share a scale of their own
-CHUNK = 1 << 18  # values that a thread works on at a time, so that they stay in its cache
-TINY = np.float32(1e-36)  # in place of the largest magnitude of nothing but zeros
+BLOCK = 64  # consecutive values along `in` that share a scale
+SCALES = 256  # consecutive scales of the flattened weight that share a second-level scale
+CHUNK = 1 << 18  # values that a thread quantizes at a time, few enough for its cache
+TINY = np.float32(1e-36)  # replaces the largest magnitude of an all-zero block
 
-# The normal distribution's quantiles as bitsandbytes rounds them (functional.get_4bit_type("nf4")).
+# NF4's levels: quantiles of the normal distribution, as bitsandbytes rounds them (functional.get_4bit_type("nf4")).
 NORMAL = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -40,9 +40,9 @@ NORMAL = np.array(
 
 
 def _dynamic() -> Float[np.ndarray, "256"]:
-    """The 8-bit code for scales: 2^e steps in each decade 10^(e-7) to 10^(e-6), e from 0 to 6, both signs; 0 and 1.
+    """The 8-bit levels for scales: 2^e steps in each decade 10^(e-7) to 10^(e-6), e from 0 to 6, both signs; 0 and 1.
 
-    Dettmers 2015, arXiv:1511.04561, as bitsandbytes has it (functional.create_dynamic_map).
+    Source: Dettmers 2015, arXiv:1511.04561, and bitsandbytes (functional.create_dynamic_map).
     """
     positive: list[float] = []
     for e in range(7):
@@ -55,24 +55,24 @@ DYNAMIC = _dynamic()
 
 
 class NF4(NamedTuple):
-    """One weight in 4 bits a value, or a stack of them with a leading axis L.
+    """A weight with 4 bits per value, or a stack of weights with a leading axis L.
 
-    With h = i / 2, b = i / BLOCK and n = ceil(o b / SCALES). A value is NORMAL[code] * scale, and a scale is
+    Shapes use h = i / 2, b = i / BLOCK and n = ceil(o b / SCALES). A value is NORMAL[code] * scale, and a scale is
     DYNAMIC[scale code] * scale_absmax + scale_mean.
     """
 
-    codes: Any  # uint8 [h, o]: two codes a byte, the first in the high bits
+    codes: Any  # uint8 [h, o]: two codes per byte, the first in the high bits
     scales: Any  # uint8 [b, o]: the codes of the blocks' scales
     scale_absmax: Any  # float32 [n]
     scale_mean: Any  # float32 []
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """Shape of the dequantized weight."""
         return (*self.codes.shape[:-2], self.codes.shape[-1], 2 * self.codes.shape[-2])
 
     def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
-        """The weight, computed in float32."""
+        """Returns the weight, dequantized in float32."""
         blocks, outputs = self.scales.shape
         absmax = jnp.repeat(self.scale_absmax, SCALES)[: self.scales.size].reshape(outputs, blocks).T
         scales = _look_up(DYNAMIC, self.scales) * absmax + self.scale_mean
@@ -82,11 +82,15 @@ class NF4(NamedTuple):
 
     @staticmethod
     def zeros(outputs: int, inputs: int) -> "NF4":
-        """UserError where the inputs are not whole blocks."""
+        """Returns a weight of zeros.
+
+        Raises:
+          UserError: `inputs` is not a multiple of the block size.
+        """
         if inputs % BLOCK:
             raise UserError(
-                f"quantize_base=nf4 needs a multiple of {BLOCK} inputs, and this base has a weight with {inputs}: set "
-                "quantize_base=int8, or none"
+                f"quantize_base=nf4 requires weights with a multiple of {BLOCK} inputs, and the base model has one "
+                f"with {inputs}. Set quantize_base to int8 or none."
             )
         blocks = inputs // BLOCK
         absmax = jnp.zeros(-(-outputs * blocks // SCALES), jnp.float32)
@@ -95,39 +99,39 @@ class NF4(NamedTuple):
 
     @staticmethod
     def quantized(weight: Shaped[np.ndarray, "o i"]) -> "NF4":
-        """The weight's nearest codes, in NumPy; any dtype of floats, read a few rows at a time."""
+        """Quantizes a weight of any float dtype to the nearest codes, in NumPy, a few rows at a time."""
         codes, absmax = (np.concatenate(parts) for parts in zip(*_by_rows(_normal_codes, weight), strict=True))
         mean = np.float32(absmax.mean(dtype=np.float64))
-        rest = -absmax.size % SCALES  # the last block may be a short one
-        with np.errstate(invalid="ignore"):  # a value that is not finite shows in the mean
+        rest = -absmax.size % SCALES  # pads the last block
+        with np.errstate(invalid="ignore"):  # NaN or infinity shows in the mean
             scaled, scale_absmax = _scaled(np.append(absmax - mean, np.zeros(rest, np.float32)), SCALES)
         scales = _nearest(DYNAMIC, scaled).reshape(-1)[: absmax.size].reshape(absmax.shape)
         return NF4(codes.T, scales.T, scale_absmax, mean)
 
 
 class Int8(NamedTuple):
-    """One weight in 8 bits a value, or a stack of them with a leading axis L: codes * absmax / 127."""
+    """A weight with 8 bits per value, or a stack of weights with a leading axis L: codes * absmax / 127."""
 
     codes: Any  # int8 [i, o]
-    absmax: Any  # float32 [o]: the largest value of an output's row
+    absmax: Any  # float32 [o]: the largest magnitude in an output's row
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that this stands for."""
+        """Shape of the dequantized weight."""
         return (*self.codes.shape[:-2], self.codes.shape[-1], self.codes.shape[-2])
 
     def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
-        """The weight, computed in float32."""
+        """Returns the weight, dequantized in float32."""
         return (self.codes.astype(jnp.float32) * self.absmax[None] * np.float32(1 / 127)).astype(dtype).T
 
     @staticmethod
     def zeros(outputs: int, inputs: int) -> "Int8":
-        """Of these sizes."""
+        """Returns a weight of zeros."""
         return Int8(jnp.zeros((inputs, outputs), jnp.int8), jnp.zeros(outputs, jnp.float32))
 
     @staticmethod
     def quantized(weight: Shaped[np.ndarray, "o i"]) -> "Int8":
-        """The weight's nearest codes, in NumPy; any dtype of floats, read a few rows at a time."""
+        """Quantizes a weight of any float dtype to the nearest codes, in NumPy, a few rows at a time."""
         codes, absmax = (np.concatenate(parts) for parts in zip(*_by_rows(_int8_codes, weight), strict=True))
         return Int8(codes.T, absmax)
 
@@ -136,17 +140,17 @@ KINDS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
 
 
 def is_quantized(node: Any) -> bool:
-    """Is this node of a tree a whole quantised weight?"""
+    """Whether this node of a tree is a whole quantized weight."""
     return isinstance(node, NF4 | Int8)
 
 
 def zeros(kind: str, outputs: int, inputs: int, dtype: DTypeLike) -> Any:
-    """A weight of these sizes: of `dtype` where `kind` is "none", else quantised."""
+    """Returns a weight of zeros: an array of `dtype` if `kind` is "none", otherwise a quantized weight."""
     return jnp.zeros((outputs, inputs), dtype) if kind == "none" else KINDS[kind].zeros(outputs, inputs)
 
 
 def linear(x: Float[Array, "B T i"], weight: Any) -> Float[Array, "B T o"]:
-    """W x. What is made of a quantised weight for it is made again in the backward pass, and never kept."""
+    """Returns W x. The backward pass dequantizes a quantized weight again instead of keeping it."""
 
     def product(x: Float[Array, "B T i"], weight: Any) -> Float[Array, "B T o"]:
         return jnp.einsum("BTi,oi->BTo", x, weight.astype(x.dtype))
@@ -159,7 +163,7 @@ def _look_up(table: Float[np.ndarray, " c"], codes: UInt8[Array, "*o"]) -> Float
 
 
 def _choose(codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
-    """NORMAL[codes] by choices between neighbours, bit by bit: on TPU a look-up of single values is slow."""
+    """Returns NORMAL[codes] by selecting between neighbors, bit by bit: a gather of single values is slow on TPU."""
     values: list[Any] = [*NORMAL]
     for bit in range(4):
         odd = (codes >> bit) & 1 == 1
@@ -168,11 +172,11 @@ def _choose(codes: UInt8[Array, "*o"]) -> Float[Array, "*o"]:
 
 
 def _by_rows(function: Callable[[Any], Any], weight: np.ndarray) -> list[Any]:
-    """What `function` makes of groups of rows as float32, on all cores."""
+    """Applies `function` to groups of rows as float32, on all cores, and returns the results in order."""
     rows = max(1, CHUNK // weight.shape[1])
 
     def group(first: int) -> Any:
-        with np.errstate(invalid="ignore"):  # a value that is not finite shows in the scale
+        with np.errstate(invalid="ignore"):  # NaN or infinity shows in the scale
             return function(np.asarray(weight[first : first + rows], np.float32))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -180,28 +184,28 @@ def _by_rows(function: Callable[[Any], Any], weight: np.ndarray) -> list[Any]:
 
 
 def _normal_codes(rows: Float[np.ndarray, "o i"]) -> tuple[np.ndarray, np.ndarray]:
-    """Packed codes [o, h] and the largest magnitude of each block [o, b]."""
+    """Returns packed codes [o, h] and the largest magnitude of each block [o, b]."""
     values, absmax = _scaled(rows, BLOCK)
     codes = _nearest(NORMAL, values).reshape(rows.shape)
     return codes[:, ::2] << 4 | codes[:, 1::2], absmax.reshape(len(rows), -1)
 
 
 def _int8_codes(rows: Float[np.ndarray, "o i"]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [o, i] and the largest magnitude of each row [o]."""
+    """Returns codes [o, i] and the largest magnitude of each row [o]."""
     absmax = np.abs(rows).max(axis=1)
     factor = np.float32(1) / np.maximum(absmax, TINY) * np.float32(127)
     return np.rint(rows * factor[:, None]).astype(np.int8), absmax
 
 
 def _scaled(values: Float[np.ndarray, "*n"], block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values in blocks, divided by the largest magnitude of each, as bitsandbytes divides: by way of the inverse."""
+    """Divides blocks of values by their largest magnitude; as in bitsandbytes, by multiplying with its inverse."""
     blocks = values.reshape(-1, block)
     absmax = np.abs(blocks).max(axis=1)
     return blocks * (np.float32(1) / np.maximum(absmax, TINY))[:, None], absmax
 
 
 def _nearest(code: Float[np.ndarray, " c"], values: Float[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
-    """The index of the nearest value of an ascending `code`, the lower one where two are equally near."""
+    """Returns the index of the nearest level of an ascending `code`; the lower one if two are equally near."""
     found = np.zeros(values.shape, np.uint8)
     for middle in (code[1:] + code[:-1]) / 2:
         found += values > middle

@@ -1,6 +1,6 @@
-"""A row's examples, each moved to a slot of its own, so that attention compares no token with another example's.
+"""Moves each example of a packed row to a slot of its own, so that attention never compares two examples.
 
-Axes: B row, T place in a row, P place of what a row begins with, E example of a row, M place in a slot,
+Axes: B row, T position in a row, P position in the shared prefix, E example of a row, M position in a slot,
 U = P + E M: the prefix and then the slots, end to end.
 """
 
@@ -14,26 +14,26 @@ from jlora.models.compute import Packing
 
 
 class Slots(NamedTuple):
-    """Which place of a row each place of its slots holds, and the other way round."""
+    """Indices that move values from rows to slots and back."""
 
-    from_row: Int[Array, "B U"]
-    filled: Bool[Array, "B U"]  # where it holds nothing, `from_row` is some place or other
-    from_slots: Int[Array, "B T"]
-    real: Bool[Array, "B T"]  # of padding, `from_slots` is some place or other
-    hold: Bool[Array, " B"]  # whether there is room for all of the row
+    from_row: Int[Array, "B U"]  # row position of each slot position; arbitrary where not `filled`
+    filled: Bool[Array, "B U"]
+    from_slots: Int[Array, "B T"]  # slot position of each row position; arbitrary where not `real`
+    real: Bool[Array, "B T"]  # not padding
+    fits: Bool[Array, " B"]  # whether the slots have room for the whole row
 
-    def sorted(self, x: Float[Array, "B T *N"]) -> Float[Array, "B U *N"]:
-        """Rows as slots; anything where they hold nothing."""
-        return _moved(x, self.from_row, self.from_slots, self.real)
+    def to_slots(self, x: Float[Array, "B T *N"]) -> Float[Array, "B U *N"]:
+        """Moves values from rows to slots; empty slot positions hold arbitrary values."""
+        return _permuted(x, self.from_row, self.from_slots, self.real)
 
-    def laid(self, x: Float[Array, "B U *N"]) -> Float[Array, "B T *N"]:
-        """Slots as rows; anything in the padding, and NaN in a row that they do not hold: never a wrong number."""
-        x = _moved(x, self.from_slots, self.from_row, self.filled)
-        return jnp.where(_over(self.hold[:, None], x), x, jnp.nan)
+    def to_rows(self, x: Float[Array, "B U *N"]) -> Float[Array, "B T *N"]:
+        """Moves values back; padding holds arbitrary values, and a row that does not fit is NaN, never wrong."""
+        x = _permuted(x, self.from_slots, self.from_row, self.filled)
+        return jnp.where(_expanded(self.fits[:, None], x), x, jnp.nan)
 
 
-def slots_of(segments: Int[Array, "B T"], packing: Packing) -> Slots:
-    """Where the tokens go: -1, what a row begins with, to its own place; the examples, from 1, to their slots."""
+def make_slots(segments: Int[Array, "B T"], packing: Packing) -> Slots:
+    """Assigns the prefix (segment -1) to its own positions, and example e (from 1) to slot e - 1."""
     B, T = segments.shape
     P, E, M = packing
     own = segments[:, None] == jnp.arange(1, E + 1)[None, :, None]
@@ -44,33 +44,33 @@ def slots_of(segments: Int[Array, "B T"], packing: Packing) -> Slots:
     example = jnp.maximum(segments - 1, 0)
     slot = P + example * M + of_row - jnp.take_along_axis(first[..., 0], example, axis=1)
     from_slots = jnp.where(segments < 0, of_row, jnp.clip(slot, 0, P + E * M - 1))
-    hold = (
+    fits = (
         jnp.all(count[..., 0] <= M, axis=1) & (jnp.max(segments, axis=1) <= E) & jnp.all(segments[:, P:] >= 0, axis=1)
     )
-    return Slots(jnp.minimum(from_row, T - 1), filled, from_slots, segments != 0, hold)
+    return Slots(jnp.minimum(from_row, T - 1), filled, from_slots, segments != 0, fits)
 
 
 @jax.custom_vjp
-def _moved(x: Array, source: Array, back: Array, kept: Array) -> Array:
-    """x[source], along the second axis; its gradient is moved by `back`, not added up, and is 0 where not `kept`."""
-    return _taken(x, source)
+def _permuted(x: Array, source: Array, inverse: Array, kept: Array) -> Array:
+    """x[source] along the second axis. Its gradient is a gather by `inverse`, 0 where not `kept`: no scatter-add."""
+    return _gathered(x, source)
 
 
-def _forward(x: Array, source: Array, back: Array, kept: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _taken(x, source), (back, kept)
+def _forward(x: Array, source: Array, inverse: Array, kept: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _gathered(x, source), (inverse, kept)
 
 
-def _backward(moves: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None, None]:
-    back, kept = moves
-    return jnp.where(_over(kept, gradient), _taken(gradient, back), 0), None, None, None
+def _backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None, None]:
+    inverse, kept = residuals
+    return jnp.where(_expanded(kept, gradient), _gathered(gradient, inverse), 0), None, None, None
 
 
-def _taken(x: Array, source: Array) -> Array:
-    return jnp.take_along_axis(x, _over(source, x), axis=1, mode="promise_in_bounds")
+def _gathered(x: Array, source: Array) -> Array:
+    return jnp.take_along_axis(x, _expanded(source, x), axis=1, mode="promise_in_bounds")
 
 
-def _over(places: Array, x: Array) -> Array:
-    return places.reshape(*places.shape, *(1 for _ in x.shape[2:]))
+def _expanded(indices: Array, x: Array) -> Array:
+    return indices.reshape(*indices.shape, *(1 for _ in x.shape[2:]))
 
 
-_moved.defvjp(_forward, _backward)
+_permuted.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Compiling: said beforehand, with about how long it takes; timed; and kept for the next start."""
+"""Compile programs with an announcement and a time, and cache them for the next start."""
 
 import contextlib
 import time
@@ -9,18 +9,23 @@ import jax
 
 from jlora.common import malloc, paths
 
-FIRST = {"cpu": "about 10 s", "gpu": "about a minute", "tpu": "about a minute"}  # by platform, for any size of model
-# A CPU's matrix products by XLA's library; what stands around them by XLA's own loops, which use both cores better.
+FIRST = {
+    "cpu": "about 10 s",
+    "gpu": "about a minute",
+    "tpu": "about a minute",
+}  # expected time by platform, for any size of model
+# On a CPU, XLA's library computes matrix products, and XLA's own loops the rest: these use several cores better.
 OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 }
-LARGEST = 2 << 30  # bytes of kept programs; the ones longest unused make room
+LARGEST = 2 << 30  # bytes of cached programs; the least recently used are evicted
 
 
 def keep_programs() -> None:
-    """Compiled programs are kept in the user's cache directory, unless JAX was told where to, or not to, keep them.
+    """Caches compiled programs in the user's cache directory, unless JAX already has a setting for that.
 
-    Not for several processes on GPUs: they tune programs together, and one that has its own does not take part.
+    Does nothing for several processes on GPUs: they autotune together, and a process with a cached program would not
+    take part.
     """
     if jax.process_count() > 1 and jax.default_backend() == "gpu":
         return
@@ -31,29 +36,29 @@ def keep_programs() -> None:
 
 
 class Compiler:
-    """Compiles one program after the other, and says so.
+    """Compiles programs and reports each one.
 
     Args:
-      platform: of the devices that they are for.
+      platform: platform of the target devices.
     """
 
     def __init__(self, platform: str) -> None:
         self._options = OPTIONS.get(platform)
-        self._seconds = 0.0  # that the last one took
+        self._seconds = 0.0  # of the last compilation
 
     def __call__(self, name: str, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]) -> Any:
-        """The program; `name` is what it does and for which sizes."""
+        """Returns the compiled program; `name` describes it and its sizes in the report."""
         takes = f"about {self._seconds:.0f} s again" if self._seconds >= 1 else FIRST.get(jax.default_backend(), "")
-        say(f"compiling {name}: {takes}, or less where it was compiled before")
+        say(f"Compiling {name}: {takes}, less if cached")
         start = time.perf_counter()
         program = self._compiled(lower())
         self._seconds = time.perf_counter() - start
         malloc.give_back()
-        say(f"compiled in {self._seconds:.1f} s")
+        say(f"Compiled in {self._seconds:.1f} s")
         return program
 
     def _compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         if self._options:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another XLA may not know them
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # other versions of XLA may not know the options
                 return lowered.compile(compiler_options=self._options)
         return lowered.compile()

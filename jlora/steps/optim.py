@@ -1,6 +1,6 @@
-"""The optimizer: AdamW on the adapter, nothing on the base, and the learning-rate schedule.
+"""The optimizer (AdamW on the adapter, no update of the base model) and the learning-rate schedule.
 
-The base enters `multi_transform` as a masked node: it has no gradient, no state and no update.
+The base model enters `multi_transform` as a masked node: it has no gradient, no state and no update.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ State = optax.OptState
 
 
 def schedule(config: Config, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over the warm-up, then as `lr_scheduler_type` says; as transformers' own.
+    """Returns the learning rate by step, as in transformers: linear warm-up from 0, then `lr_scheduler_type`.
 
     Args:
-      steps: optimizer steps of the run.
+      steps: number of optimizer steps in the run.
     """
     warmup = -int(-(config.warmup_ratio * steps) // 1)
     rest = max(1, steps - warmup)
@@ -32,12 +32,12 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
-# Leaves that LoRA+ gives its own rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354); leaves that never change.
+# Leaves with LoRA+'s higher rate, as in PEFT (Hayou et al. 2024, arXiv:2402.12354); leaves that never change.
 FAST, FROZEN = ("lora_B", "lora_magnitude_vector"), ("pissa_A", "pissa_B")
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); the base is labelled frozen."""
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by global norm; the base is frozen."""
     rate = schedule(config, steps)
 
     def adamw(ratio: float) -> optax.GradientTransformation:
@@ -69,13 +69,13 @@ def _tree(lora: Adapter) -> dict[str, Any]:
 
 
 def init(optimizer: optax.GradientTransformation, lora: Adapter) -> State:
-    """Optimizer state: two float32 moments of every leaf that trains, and counters."""
+    """Returns the initial optimizer state: two float32 moments for every trained leaf, and counters."""
     return optimizer.init(_tree(lora))
 
 
 def update(
     optimizer: optax.GradientTransformation, grads: Adapter, state: State, lora: Adapter
 ) -> tuple[Adapter, State]:
-    """The adapter and the optimizer state after one step."""
+    """Returns the adapter and the optimizer state after one step."""
     updates, state = optimizer.update(_tree(grads), state, _tree(lora))
     return optax.apply_updates(lora, updates["lora"]), state

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: from shapes alone, or with the arrays that they run on."""
+"""The compiled programs of a run, built from arrays or from shapes alone."""
 
 import functools
 from collections.abc import Callable
@@ -20,15 +20,16 @@ from jlora.distributed.sharding import place, places_of, row_ways, shardings
 from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim
 from jlora.steps.compilation import Compiler
+from jlora.steps.loss import CROSS_ENTROPY, Loss
 from jlora.steps.step import Metrics, TrainState, make_eval_step, make_train_step
 
 
 def fresh_state(
     adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
 ) -> TrainState:
-    """Step 0, without moments; placed on the mesh."""
-    places = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
-    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=places)(adapter)
+    """Returns the training state before step 1, placed on the mesh."""
+    out_shardings = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
+    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=out_shardings)(adapter)
 
 
 def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
@@ -37,7 +38,7 @@ def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dt
 
 
 def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
-    """Shapes and dtypes with their places on the mesh, as `shardings` has them: what a program is compiled from."""
+    """Returns shapes and dtypes with their shardings on the mesh, to compile programs from."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -48,24 +49,25 @@ def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
 def state_shapes(
     adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
 ) -> TrainState:
-    """What `fresh_state` would make, as shapes."""
+    """Returns the result of `fresh_state` as shapes."""
     made = jax.eval_shape(lambda adapter: _first(adapter, optimizer, compute_dtype), adapter)
     return placed_shapes(made, mesh, "state")
 
 
 def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh) -> Batch:
-    """A batch of one compiled size, as shapes."""
-    places, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
-    tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (places, targets))
+    """Returns a batch of one size as shapes."""
+    positions, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
+    tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (positions, targets))
     weights = jax.ShapeDtypeStruct(targets, jnp.float32)
     return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, "batch")
 
 
 class Programs:
-    """The compiled steps of one run on one mesh; each size of batch is compiled when it first comes.
+    """The compiled steps of one run on one mesh. Each batch shape is compiled on first use.
 
     Args:
-      base: the frozen weights, placed; shapes of them are enough to compile, and arrays may take their place.
+      base: the frozen weights, placed on the mesh; placed shapes are enough to compile, but not to run.
+      loss: what the run minimizes.
     """
 
     def __init__(
@@ -75,40 +77,41 @@ class Programs:
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
         *,
+        loss: Loss = CROSS_ENTROPY,
         dropout: bool,
         seed: int,
     ) -> None:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._seed = seed
-        self._train_step = make_train_step(graphdef, optimizer, dropout=dropout, devices=row_ways(mesh))
-        self._eval = jax.jit(make_eval_step(graphdef, devices=row_ways(mesh)), out_shardings=self._everywhere)
+        self._train_step = make_train_step(graphdef, loss, optimizer, dropout=dropout, devices=row_ways(mesh))
+        self._eval = jax.jit(make_eval_step(graphdef, loss, devices=row_ways(mesh)), out_shardings=self._everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
         self.after_compiling: Callable[[], None] = lambda: None
 
     def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
-        """One optimizer step; the state given is used up."""
+        """Runs one optimizer step. The given state is donated and must not be used again."""
         placed = self._place(batch)
         return self.compile_training(state, placed, say)(state, self.base, placed, self._key)
 
     def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
-        """Mean loss over all targets of the held-out examples, nats a target."""
+        """Returns the mean loss on the held-out set; for cross-entropy in nats per target."""
         sums = []
         for step in range(batches.steps_per_epoch):
             batch = batches[step]
             arguments = (adapter, self.base, self._place(batch))
             program = self._program("evaluation", batch, lambda: self._eval.lower(*arguments), say)  # noqa: B023
             sums.append(program(*arguments))
-        losses, targets = np.sum(jax.device_get(sums), axis=0)
-        return float(losses / targets)
+        total, count = np.sum(jax.device_get(sums), axis=0)
+        return float(total / count)
 
     def neutral(self, adapter: Adapter) -> Adapter:
-        """An adapter of the same form and place that does nothing."""
+        """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
         return jax.jit(lora.neutral, out_shardings=places_of(adapter))(adapter, self.base)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
-        """The training step for a size of batch; `state` and `batch` may be placed shapes."""
+        """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""
 
         def lower() -> jax.stages.Lowered:
             step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(places_of(state), self._everywhere))
@@ -119,12 +122,12 @@ class Programs:
         return self._program("training", batch, lower, say)
 
     def _place(self, batch: Batch) -> Batch:
-        """A host batch on the mesh, its rows split."""
+        """Copies a host batch to the mesh, with its rows split."""
         return place(batch, shardings(batch, self._mesh, "batch"))
 
     @functools.cached_property
     def _key(self) -> PRNGKeyArray:
-        """Of all that is drawn in training."""
+        """The key for everything random in training."""
         return jax.jit(lambda: jax.random.key(self._seed), out_shardings=self._everywhere)()
 
     def _program(
