@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import adapter_of, logged, losses_of, process_options, run_module, short_run, start_module, wait_for
+from jlora.training.known import Known
 
 from jlora.adapters import provenance
 from jlora.steps.step import TrainState
 from jlora.training.checkpoint import Checkpoints, Progress
-from jlora.training.known import Known
 
 
 def assert_same(one, other):

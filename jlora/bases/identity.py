@@ -1,4 +1,4 @@
-"""What makes a base the same base: hashes of its weights, its tokenizer and its chat template."""
+"""Identity of a base model: hashes of its weights, tokenizer and chat template."""
 
 import hashlib
 import json
@@ -13,16 +13,18 @@ from jlora.adapters.provenance import BASE, metadata
 from jlora.common.errors import UserError
 from jlora.models.safetensors_files import Weights
 
-SAMPLE = 64  # values of every tensor that count
-# Scripts, digits, spaces, line ends: where tokenizers with one vocabulary part ways.
+SAMPLE = 64  # values of each tensor that are hashed
+# Scripts, digits, spaces and line ends, which tokenizers with the same vocabulary may split differently.
 TEXT = " Must a contract be in writing?\n\n  劳动合同，第19条。 Ünï 12345 don't\t🙂\u00a0e\u0301 "
 USER, ASSISTANT = {"role": "user", "content": " Is it? "}, {"role": "assistant", "content": " It is.\n"}
-NO_DAY = "{% macro strftime_now(form) %}{{ form }}{% endmacro %}{{ '' }}"  # for templates that ask which day it is
+NO_DAY = (
+    "{% macro strftime_now(form) %}{{ form }}{% endmacro %}{{ '' }}"  # replaces the date in templates that contain it
+)
 CHATS = [[USER], [USER, ASSISTANT, USER], [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]]
 
 
 def base_hash(directory: Path) -> str:
-    """A hash of every tensor's name, shape and first values, as bfloat16: the same in other files or another dtype."""
+    """Hashes each tensor's name, shape and first values, as bfloat16: equal for other files or another dtype."""
     weights, digest = Weights(directory), hashlib.sha256()
     for name in sorted(weights.names()):
         values, shape = weights.read(name), list(weights.shape(name))
@@ -32,7 +34,7 @@ def base_hash(directory: Path) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the vocabulary, the special tokens, and the ids of a text that is hard to cut."""
+    """Hashes the vocabulary, the special tokens, and the token ids of a text that is hard to split."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     known = [sorted(tokenizer.get_vocab().items()), sorted(special.items()), ids]
@@ -40,12 +42,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """A hash of what the chat template makes of a few conversations, on no particular day; "" where there is none."""
+    """Hashes a few conversations that the chat template renders, without the date; returns "" without a template."""
     if not tokenizer.chat_template:
         return ""
     digest, template = hashlib.sha256(), NO_DAY + tokenizer.chat_template
     for chat in CHATS:
-        try:  # some templates know no system
+        try:  # some templates refuse system turns
             text = tokenizer.apply_chat_template(
                 chat, chat_template=template, tokenize=False, add_generation_prompt=chat[-1] is USER
             )
@@ -56,7 +58,7 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def fingerprint(directory: Path) -> str:
-    """A cheap identity of a base's files: config.json, and each weight file's size, first and last mebibyte."""
+    """Hashes config.json and each weight file's size, first and last MiB: fast, but only for the same files."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size
@@ -69,34 +71,34 @@ def fingerprint(directory: Path) -> str:
 
 
 def check_unchanged(record: dict[str, Any], tokenizer: Any) -> None:
-    """Raises UserError where base, tokenizer or chat template of a run are no longer what it was trained with.
+    """Raises a UserError if the base model, tokenizer or chat template of a run changed since training.
 
     Args:
-      record: the run's config.json; what an older run does not note is not compared.
-      tokenizer: as it is now, with the run's chat template.
+      record: the run's config.json; hashes that older versions did not record are not compared.
+      tokenizer: the current tokenizer, with the run's chat template.
     """
     base, data = record["base"], record["data"]
-    now = {"tokenizer": tokenizer_hash(tokenizer), "template": source_hash(tokenizer)}
+    now = {"tokenizer": tokenizer_hash(tokenizer), "template": template_source_hash(tokenizer)}
     changed = [f"its {part}" for part in now if part in data and data[part] != now[part]]
     if base["fingerprint"] != fingerprint(Path(base["directory"])):
         changed.insert(0, "its weights or config.json")
     if changed:
         raise UserError(
-            f"the base in {base['directory']} is not what the run was trained on; {' and '.join(changed)} changed "
-            "since: put the files back"
+            f"The base model in {base['directory']} is not the one that the run was trained on: "
+            f"{' and '.join(changed)} changed. Restore the original files."
         )
 
 
-def source_hash(tokenizer: Any) -> str:
-    """A hash of the chat template as it is written, if there is one."""
+def template_source_hash(tokenizer: Any) -> str:
+    """Hashes the source of the chat template; a missing template counts as empty."""
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
 def check_base(weights: Path, base: Path) -> None:
-    """Raises UserError where an adapter's file notes another base than the one at hand."""
-    noted = metadata(weights).get(BASE)
-    if noted and noted != (here := base_hash(base)):
+    """Raises a UserError if an adapter's file records another base model than the one in `base`."""
+    recorded = metadata(weights).get(BASE)
+    if recorded and recorded != (here := base_hash(base)):
         raise UserError(
-            f"adapter {weights.parent} was trained on other weights than {base} holds (hash {noted[:12]}, here "
-            f"{here[:12]}): name the base that it was trained on"
+            f"Adapter {weights.parent} was trained on another base model than {base} (weights hash {recorded[:12]}, "
+            f"here {here[:12]}). Use the base model that it was trained on."
         )
