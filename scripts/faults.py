@@ -4,7 +4,7 @@
     python scripts/faults.py --kills 3 --terms 1 --processes 1
 
 A run on a tiny base model with random weights is killed in one of its phases (start, compile, step, save, export) and
-restarted with the same command, again and again. Exits with 1 if an adapter is not bit for bit the undisturbed run's, if
+restarted with the same command, again and again. Exits with 1 if an adapter is not bit for bit the undisturbed one, if
 a restart lost more than the checkpoint that was being written, if a SIGTERM lost a step, or if the other processes of a
 killed one did not end by themselves.
 """

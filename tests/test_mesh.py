@@ -1,4 +1,4 @@
-"""One mesh or another, the same numbers; each array where THE rule table has it; what does not divide is said."""
+"""Every mesh gives the same numbers, arrays are sharded by the rules, and sizes that do not divide are reported."""
 
 import dataclasses
 import json
@@ -120,30 +120,32 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"fsdp": 3}, r"data=-1 x fsdp=3 x tensor=1 does not make up 8 .*each one of 1, 2, 4, 8"),
-        ({"data": 2, "tensor": 2}, r"data=2 x fsdp=1 x tensor=2 does not make up 8"),
+        ({"fsdp": 3}, r"data=-1 x fsdp=3 x tensor=1 does not match 8 .*use sizes from 1, 2, 4, 8"),
+        ({"data": 2, "tensor": 2}, r"data=2 x fsdp=1 x tensor=2 does not match 8"),
         (
             {"tensor": 8},
             r"tensor=8 does not divide all of .*num_key_value_heads=4.*: set tensor to one of 1, 2, 4$",
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit(heads, mesh, message):
+def test_a_mesh_that_does_not_match_is_refused(heads, mesh, message):
     with pytest.raises(UserError, match=message):
         Run(heads, 8, mesh)
 
 
-def test_a_batch_that_does_not_divide():
+def test_a_batch_size_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh(jax.devices(), {"data": 2, "fsdp": 2, "tensor": 2})
     sharding.check_batch(mesh, 8)
-    words = r"batch_size=6 does not divide over 4 devices \(mesh: data=2 x fsdp=2 x tensor=2\): set batch_size=4 or 8"
+    words = (
+        r"batch_size=6 does not divide over 4 devices \(mesh: data=2 x fsdp=2 x tensor=2\)\. Set batch_size=4 or 8\."
+    )
     with pytest.raises(UserError, match=words):
         sharding.check_batch(mesh, 6)
 
 
-def test_an_unknown_leaf_has_no_place():
+def test_an_array_without_a_sharding_rule_is_refused():
     mesh = sharding.make_mesh()
-    with pytest.raises(ValueError, match="no sharding rule covers base/layers/self_attn/q_proj/bits"):
+    with pytest.raises(ValueError, match="No sharding rule matches base/layers/self_attn/q_proj/bits"):
         sharding.shardings({"layers": {"self_attn": {"q_proj": {"bits": np.zeros(8)}}}}, mesh, "base")
 
 
@@ -170,9 +172,11 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
             process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
-        assert f"40 steps on {devices} x cpu" in out and (at == 0 or f"from step {at}, but not bit for bit" in out)
+        assert f"Training for 40 steps on {devices} CPU device" in out and (
+            at == 0 or f"from step {at}, but not bit for bit" in out
+        )
         if until < 40:
-            at = int(re.search(r"stopped after step (\d+) of 40", out)[1])
+            at = int(re.search(r"Stopped after step (\d+) of 40", out)[1])
     assert len(losses("moving")) == len(losses("still"))
     assert np.abs(np.subtract(losses("moving"), losses("still"))).max() < 1e-5
     assert losses("still")[-1] < losses("still")[0] - 0.1

@@ -155,7 +155,7 @@ def test_the_plan_reads_config_json_alone(written, capsys):
         "no other setting that fits should be faster",
     ):
         assert words in said, said
-    with pytest.raises(UserError, match="batch_size=6 does not divide over 8 devices: set batch_size=8"):
+    with pytest.raises(UserError, match=r"batch_size=6 does not divide over 8 devices\. Set batch_size=8"):
         plan.main(["--config", str(written(batch_size=6))])
 
 

@@ -27,6 +27,8 @@ T = TypeVar("T")
 LOST_PROCESS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 # SLURM and Open MPI set these to the number of processes; JAX reads them too.
 PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# JAX's errors without a cluster, and once JAX is in use, as in a notebook: the process then runs alone.
+UNCONNECTED = ("coordinator_address should be defined", "must be called before any JAX")
 ERROR_BYTES = 4096  # longest error text that is sent to the other processes
 HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead
 SHUTDOWN_TIMEOUT = 30  # seconds that a finished process waits for the others
@@ -37,7 +39,7 @@ class SharedError(UserError):
 
 
 def connect(coordinator: str, count: int, index: int) -> None:
-    """Connects this process to the others of its run; call it before JAX is first used.
+    """Connects this process to the others of its run, if there are any; call it before JAX is first used.
 
     Args:
       coordinator: HOST:PORT of the first process; "": detected by JAX on Cloud TPU, GKE, SLURM and Open MPI.
@@ -49,6 +51,8 @@ def connect(coordinator: str, count: int, index: int) -> None:
     """
     if count == 1 or (not (coordinator or count) and any(os.environ.get(v) == "1" for v in PROCESS_COUNT_VARIABLES)):
         return  # for a single SLURM task, JAX would use only one device
+    if jax.distributed.is_initialized():
+        return  # this process is connected already
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator or None,
@@ -59,8 +63,8 @@ def connect(coordinator: str, count: int, index: int) -> None:
         )
     except Exception as error:  # JAX's cluster detection may raise anything
         configured = coordinator or count or index >= 0
-        if not configured and "coordinator_address should be defined" in str(error):
-            return  # not on a cluster
+        if not configured and any(text in str(error) for text in UNCONNECTED):
+            return
         raise UserError(
             f"The processes of this run could not connect ({_first_line(error)}). Found "
             f"coordinator_address={coordinator!r}, num_processes={count}, process_id={index}. Start all processes with "

@@ -15,7 +15,7 @@ from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
 
 PARTS = {  # part -> its key in the adapter's metadata, and what to do if it differs
-    "base weights": (provenance.BASE, "use the base model that the adapter was trained on"),
+    "base model weights": (provenance.BASE, "use the base model that the adapter was trained on"),
     "tokenizer": (provenance.TOKENIZER, "use the tokenizer files of the base model that it was trained on"),
     "chat template": (provenance.TEMPLATE, "serve it with the chat template that it was trained with"),
 }

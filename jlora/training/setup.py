@@ -135,7 +135,7 @@ def find_devices(config: Config) -> list[jax.Device]:
         ) from None
 
 
-def choose_compute(config: Config, device: jax.Device) -> Compute:
+def choose_compute(config: Config, device: Any) -> Compute:
     """Returns the dtypes of a run, with `auto` resolved for a device. `remat` is chosen later, from the free memory."""
     auto = default_dtype(device)
     names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
