@@ -91,7 +91,7 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
 def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "PROMPTS", 4)
     monkeypatch.setattr(verify, "NEW_TOKENS", 2)
-    other = shutil.copytree(run, tmp_path / "run")  # the same arrays, of a run with other scales
+    other = shutil.copytree(run, tmp_path / "run")  # the same arrays with other scales
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"use_rslora": True, "alpha_pattern": ["v_proj=3", "layers.1.mlp.down_proj=20"]}
     (other / "config.json").write_text(json.dumps(record))
@@ -102,7 +102,7 @@ def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkey
     parity = json.loads((other / "adapter-vllm" / peft_io.PARITY).read_text())
     assert parity["largest_logit_difference"] < 1e-3 and parity["equal_greedy_answers"] == len(parity["prompts"]) == 4
     assert not parity["without_peft"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
-    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
     parity = json.loads((tmp_path / "alone" / peft_io.PARITY).read_text())
     assert parity["without_peft"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
@@ -128,7 +128,7 @@ def test_an_exported_adapter_is_read_back_unchanged(run):
 
 
 def read(directory, run):
-    """The adapter of a directory, read for the base of a run."""
+    """Reads the adapter in a directory for the base model of a run."""
     base = read_config(Path(read_record(run, "--run")["base"]["directory"]))
     spec = peft_config.read_spec(directory, base.num_hidden_layers)
     _, shapes, _ = hf_loader.abstract(base, spec, FLOAT32)

@@ -22,7 +22,7 @@ from jlora.training.checkpoint import CHECKSUMS, Checkpoints, Progress, write_re
 
 
 def state_of(step):
-    """A state as the loop hands it over, with another value at every step."""
+    """A state as the training loop saves it, with a different value at every step."""
     lora = {"layers": {"q_proj": {"lora_A": np.full((2, 4, 8), step, np.float32)}}}
     return TrainState(lora, {"mu": np.full(3, step, np.float32)}, np.array(step, np.int32))
 
@@ -85,7 +85,7 @@ def test_damaged_checkpoints_are_renamed_and_unfinished_ones_removed(saved):
     (saved / "checkpoints/.unfinished-abc/new").mkdir(parents=True)
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
         checkpoints.clean_up(keep_intact=True)
-        checkpoints.save(state_of(2), Progress(), None)  # the step is trained again
+        checkpoints.save(state_of(2), Progress(), None)  # the step is repeated
         checkpoints.wait()
         assert not checkpoints.find_damage(2)
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["1", "2", "2.damaged-0"]
@@ -96,7 +96,7 @@ def test_a_save_waits_only_for_the_previous_one(saved, monkeypatch):
         goes_on, write = threading.Event(), checkpoints._orbax.save
         monkeypatch.setattr(checkpoints._orbax, "save", lambda *a, **k: (goes_on.wait(60), write(*a, **k)))
         checkpoints.save(state_of(3), Progress(), None)
-        assert checkpoints.steps() == [1, 2]  # training goes on while it is written
+        assert checkpoints.steps() == [1, 2]  # training continues while it is written
         threading.Timer(0.5, goes_on.set).start()
         checkpoints.save(state_of(4), Progress(), None)
         assert goes_on.is_set() and checkpoints.steps()[-1] >= 3
@@ -111,7 +111,7 @@ def test_a_read_only_directory_is_reported(saved):
     place = saved / "checkpoints"
     if os.geteuid():
         place.chmod(0o555)
-    else:  # root may write anywhere but on what is mounted so
+    else:  # root can write anywhere except on a read-only mount
         subprocess.run(["mount", "--bind", place, place], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
     try:
@@ -129,7 +129,7 @@ def test_a_read_only_directory_is_reported(saved):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny, pairs):
-    """A run of 12 steps, saved at 6 and 12, and a function that writes its config for another place."""
+    """A run of 12 steps, saved at 6 and 12, and a function that writes its config for another directory."""
     directory = tmp_path_factory.mktemp("faults")
 
     def write(place, **changes):
@@ -174,7 +174,7 @@ def test_a_moved_run_directory_is_not_recreated(finished, tmp_path):
 
 
 def test_a_loss_spike_stops_the_run_and_names_the_rows(finished, tmp_path):
-    """The loss of random weights hardly moves: a spike is here what is over 0.9 of those before."""
+    """The loss of random weights hardly changes, so a factor of 0.9 makes every step a spike."""
     _, write = finished
     done = run_module("jlora.train", "--config", write(tmp_path / "run", max_loss_spike=0.9, save_steps=3))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
@@ -213,7 +213,7 @@ def test_a_damaged_best_checkpoint_is_no_longer_the_best(saved):
 def test_a_start_killed_before_its_record_can_start_again(saved, monkeypatch):
     record = {"config": {"init_adapter": ""}}
     again = Config(output_dir=str(saved), resume_from_checkpoint="auto")
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # killed before the record had its name
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # killed before the record was renamed
         patched.setattr(Path, "replace", lambda *_: sys.exit())
         write_record(saved, record)
     assert {path.name for path in saved.iterdir()} == {"checkpoints", ".unfinished-config.json"}

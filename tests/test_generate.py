@@ -1,4 +1,4 @@
-"""Answers: greedy as transformers', streamed text whole, sampling within its mass."""
+"""Generation: greedy answers equal transformers', streamed text is complete, sampling respects top_p."""
 
 import jax
 import jax.numpy as jnp

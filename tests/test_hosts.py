@@ -15,7 +15,7 @@ STEPS = 10
 
 
 def start(config, count, *overrides, devices=1, last=()):
-    """Starts `python -m jlora.train` in so many processes; the last of them with more overrides."""
+    """Starts `python -m jlora.train` in `count` processes; the last one gets the overrides in `last`."""
     port = free_port()
     told = [f"--config.coordinator_address=127.0.0.1:{port}", f"--config.num_processes={count}"]
     processes = []
@@ -34,7 +34,7 @@ def start(config, count, *overrides, devices=1, last=()):
 
 
 def ended(processes, seconds=300):
-    """Exit codes, and what each process printed and complained of."""
+    """Waits for all processes; returns their exit codes, outputs and errors."""
     texts = [process.communicate(timeout=seconds) for process in processes]
     return [process.returncode for process in processes], [out for out, _ in texts], [err for _, err in texts]
 
@@ -44,7 +44,7 @@ def losses(run):
 
 
 def assert_close(one, other):
-    """The curves and the adapters of two runs, within 1e-5."""
+    """Asserts that the loss curves and adapters of two runs agree within 1e-5."""
     assert len(losses(one)) == len(losses(other)) == STEPS
     assert np.abs(losses(one) - losses(other)).max() < 1e-5
     a, b = adapter_of(one), adapter_of(other)
@@ -53,7 +53,7 @@ def assert_close(one, other):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny, pairs):
-    """A directory of runs, and what writes their configs."""
+    """A directory for runs, and a function that writes their configs."""
     directory = tmp_path_factory.mktemp("hosts")
 
     def write(name, **changes):
@@ -67,16 +67,16 @@ def place(tmp_path_factory, tiny, pairs):
 
 @pytest.fixture(scope="module")
 def alone(place):
-    """One process, one device."""
+    """A run with one process on one device."""
     directory, write = place
     (code,), _, (err,) = ended(start(write("alone"), 1))
     assert code == 0, err
     curve = losses(directory / "alone")
-    assert curve[-1] < curve[0] - 0.1  # the bounds mean something: it learns
+    assert curve[-1] < curve[0] - 0.1  # it learns, so the bounds are meaningful
     return directory / "alone"
 
 
-# XLA's own words, piece by piece: its threads write them into each other. Three numbers stand between them.
+# XLA's own log lines, in pieces, because its threads interleave them. Each line contains three numbers.
 GLOO = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : "
 
 
@@ -97,7 +97,7 @@ def test_several_processes_equal_one(place, alone, name, count, devices, mesh):
     )
     said = "".join(outs[1:])
     lines = said.count("[Gloo] Rank ")
-    assert re.fullmatch(rf"\n{{{lines}}}\d{{{3 * lines}}}", "".join(sorted(re.sub(GLOO, "", said))))  # and no more
+    assert re.fullmatch(rf"\n{{{lines}}}\d{{{3 * lines}}}", "".join(sorted(re.sub(GLOO, "", said))))  # and nothing else
     assert not any("Traceback" in err for err in errs)
 
 
@@ -112,7 +112,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(place, alone):
     step = int(re.search(r"Stopped after step (\d+) of", outs[0])[1])
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert 2 <= step < STEPS and saved == [*range(5, step, 5), step]  # at each evaluation, and at its end
-    assert len(losses(run)) == step  # none of them is lost, none is logged twice
+    assert len(losses(run)) == step  # no step is lost or logged twice
     (code,), (out,), (err,) = ended(start(config, 1, "--config.resume_from_checkpoint=auto"))
     assert code == 0, err
     assert (
@@ -181,7 +181,7 @@ print(json.dumps([peak() - before, own, sum(leaf.nbytes for leaf in jax.tree.lea
 
 
 def test_a_process_loads_only_its_share_of_the_base_model(tmp_path, smollm):
-    """The peak of its memory while it reads; the rest of the base would be seen."""
+    """The peak memory while loading is too small for the rest of the base model."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 16384}
     directory = make_model(tmp_path / "base", smollm, **sizes, num_attention_heads=16, num_key_value_heads=16)
     largest = 4 * 16384 * 1024

@@ -35,7 +35,7 @@ def tensors(directory):
 
 
 def halved(directory, dtype):
-    """The same model in another dtype, in shards, with files that are no weights beside it."""
+    """Saves the same model in another dtype, in shards, with other files next to the weights."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     shutil.rmtree(directory)
     model.save_pretrained(directory, max_shard_size="300KB")

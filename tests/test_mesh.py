@@ -30,7 +30,7 @@ MORE = {"use_dora": True, "gradient_accumulation_steps": 2}
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory, smollm):
-    """A random Llama whose heads divide over 4 devices, with a head of its own and few words."""
+    """A random untied Llama whose heads divide over 4 devices, with a small vocabulary."""
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 512}
     return make_model(tmp_path_factory.mktemp("heads"), smollm, num_hidden_layers=2, **changes)
 
@@ -74,7 +74,7 @@ class Run(Trains):
 
 @pytest.fixture(scope="module")
 def alone(heads):
-    """The run on one device, once for what is changed."""
+    """A function that returns the run on one device for some changes, cached."""
     runs = {}
 
     def get(**changes):
@@ -99,7 +99,7 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
     monkeypatch.setattr(kernels, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.curve, many.curve)).max() < 1e-5
-    assert one.curve[-1] < one.curve[0] - 0.1  # the bound means something: it learns
+    assert one.curve[-1] < one.curve[0] - 0.1  # it learns, so the bound is meaningful
     for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(many.state.lora), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
     for leaf in jax.tree.leaves(many.base["layers"]):
@@ -150,7 +150,7 @@ def test_an_array_without_a_sharding_rule_is_refused():
 
 
 def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
-    """Stopped twice on the way, on devices that share in three ways; the curve is that of one device alone."""
+    """Stopped twice, on three different meshes; the loss curve equals that of a single device."""
 
     def config(name):
         values = {"save_steps": 100, "max_steps": 40, "batch_size": 8}

@@ -34,13 +34,13 @@ SYSTEM = 'Be "brief":\n```'
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny):
-    """A base of this module's own, to be changed in copies."""
+    """A base model for this module; tests change copies of it."""
     return shutil.copytree(tiny, tmp_path_factory.mktemp("provenance") / "base")
 
 
 @pytest.fixture(scope="module")
 def run(base, pairs):
-    """Two steps with held-out rows, a system prompt, and a chat template that is a file, not the base's own."""
+    """A run of two steps with held-out rows, a system prompt, and its own chat template file."""
     root = base.parent
     (root / "own.jinja").write_text(TEMPLATES["alpaca"])
     own = {"chat_template": str(root / "own.jinja"), "system_prompt": SYSTEM, "eval_share": 0.2}
@@ -54,7 +54,7 @@ def run(base, pairs):
 
 @pytest.fixture(scope="module")
 def plain(run, base):
-    """The same arrays, as if trained without all that: an adapter that speaks the base's own template."""
+    """The same arrays, as if trained without system prompt and with the base model's chat template."""
     other = shutil.copytree(run, base.parent / "plain")
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"chat_template": "", "system_prompt": ""}

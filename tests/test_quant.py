@@ -34,7 +34,7 @@ from jlora.steps.step import loss_sum
 from jlora.training.checkpoint import read_record
 
 WHEEL = "bitsandbytes==0.50.2"
-# Beside torch, in a process of its own: where it can be imported, PEFT takes it up, and every test would wait for that.
+# In a process of its own: if bitsandbytes can be imported, PEFT imports it, which would slow down every test.
 THEIRS = """
 import sys, numpy as np, torch
 sys.path.insert(0, sys.argv[1])
@@ -55,7 +55,7 @@ np.savez(sys.argv[3], **{key: value.numpy() for key, value in made.items()})
 
 @pytest.fixture(scope="module")
 def weights():
-    """Random weights with blocks of zeros, blocks of ties and blocks of one sign; scales in whole blocks and a rest."""
+    """Random weights with blocks of zeros, of ties and of one sign; the last block of scales is not full."""
     made = np.random.default_rng(0).standard_normal((300, 576)).astype(np.float32) * 0.02
     made[3, :64] = made[299, -64:] = made[7] = 0
     ties = np.append((quant.NORMAL[1:] + quant.NORMAL[:-1]) / 2, np.float32(1))
@@ -67,7 +67,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory, weights):
-    """What bitsandbytes makes of them."""
+    """The codes and values that bitsandbytes computes for them."""
     root = tmp_path_factory.mktemp("bitsandbytes")
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", root, WHEEL]
     subprocess.run(fetch, check=True, capture_output=True)
@@ -127,7 +127,7 @@ TOKENS = np.random.default_rng(1).integers(0, 1000, (2, 12), dtype=np.int32)
 
 
 def load(directory, quantize, spec=SPEC, devices=1):
-    """The model as structure, shapes of the adapter, and the base."""
+    """Returns the structure of the model, the shapes of the adapter, and the base model."""
     compute = dataclasses.replace(FLOAT32, quantize=quantize)
     graphdef, adapter, shapes = hf_loader.abstract(read_config(directory), spec, compute)
     return graphdef, adapter, hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:devices]))

@@ -22,7 +22,7 @@ from jlora.training.checkpoint import Checkpoints, Progress
 
 
 def assert_same(one, other):
-    """Bit for bit: the adapters, and the losses that both logged."""
+    """Asserts that two runs have bit for bit the same adapter and the same logged losses."""
     a, b = adapter_of(one), adapter_of(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -161,7 +161,7 @@ def test_a_killed_warm_start_continues_warm(whole):
     config, warm = write("warm-killed", save_steps=100, seed=1), run.parent / "warm-killed"
     process = start_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
     wait_for(lambda: (warm / "config.json").exists(), process)
-    assert (warm / "checkpoints/0").exists()  # so that a run with a record always has its start
+    assert (warm / "checkpoints/0").exists()  # a run with a config.json always has its first checkpoint
     process.kill()
     process.communicate()
     done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
@@ -215,7 +215,7 @@ def test_a_finished_run_is_not_changed(whole):
 
 def test_the_best_checkpoint_is_kept_when_a_run_continues(tmp_path):
     progress = Progress(base_loss=5.0)
-    for losses in ({1: 1.0, 2: 2.0, 3: 3.0, 4: None}, {5: 4.0, 6: None}):  # each a process of its own
+    for losses in ({1: 1.0, 2: 2.0, 3: 3.0, 4: None}, {5: 4.0, 6: None}):  # one process after the other
         checkpoints = Checkpoints(tmp_path)
         for step, loss in losses.items():
             if loss is not None:
@@ -250,7 +250,7 @@ def test_the_base_loss_cache_depends_on_all_values_and_arrays(tmp_path, monkeypa
 
 def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp_path):
     run, write, _ = whole
-    for name, answer in (("trained", "yes " * 9), ("held_out", "no " * 9)):  # what is learned is wrong for the others
+    for name, answer in (("trained", "yes " * 9), ("held_out", "no " * 9)):  # training on one makes the other worse
         (tmp_path / name).mkdir()
         rows = (f"User: Is {number} {name}?\nAssistant: {answer}" for number in range(8))
         (tmp_path / name / "rows.txt").write_text("\n\n".join(rows))
@@ -277,7 +277,7 @@ def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp
     assert f"Exported the adapter from step {best} to " in done.stdout
     again = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert again.returncode == 0 and f"Exported the adapter from step {best} to " in again.stdout
-    assert len((run.parent / "early/metrics.jsonl").read_text().splitlines()) == len(lines)  # no step more
+    assert len((run.parent / "early/metrics.jsonl").read_text().splitlines()) == len(lines)  # no further step
     saved = sorted(int(p.name) for p in (run.parent / "early/checkpoints").iterdir() if p.name.isdigit())
     assert best in saved and len(saved) <= 3
     on = run_module(
@@ -307,7 +307,7 @@ def test_divergence_stops_the_run_and_names_the_rows(whole):
 
 @pytest.fixture
 def filling_disk(tmp_path):
-    """A directory and what makes it take no more: a small disk where it may be mounted, else a file-size limit."""
+    """A directory, and a function that fills it: a small tmpfs if it can be mounted, else a file-size limit."""
     directory = tmp_path / "disk"
     directory.mkdir()
     if os.geteuid():
@@ -361,7 +361,7 @@ def test_user_errors_are_one_message(config_file, tmp_path, changes, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert not (tmp_path / "run").exists()  # nothing was started
+    assert not (tmp_path / "run").exists()  # the run did not start
 
 
 @pytest.mark.parametrize(

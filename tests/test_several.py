@@ -60,7 +60,7 @@ def small(tmp_path_factory, smollm):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, small):
-    """PEFT directories of adapters that all change the answers, by name."""
+    """Name -> PEFT directory of adapters that all change the answers."""
     root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
         _, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
@@ -77,12 +77,12 @@ def places(tmp_path_factory, small):
 
 @pytest.fixture(scope="module")
 def together(small, places):
-    """A generator, and the adapters that can stand side by side."""
+    """A generator, and the adapters that can be loaded together."""
     return loading.load_model(str(small), {name: places[name] for name in SPECS})
 
 
 def alone(small, place, prompt):
-    """The last logits of a prompt with one adapter in its own form, without a batch, padding or a cache."""
+    """Returns the last logits of a prompt with one adapter in its own form, without batch, padding or cache."""
     config = read_config(small)
     spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
     graphdef, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
@@ -99,7 +99,7 @@ def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, togeth
     want = np.stack([alone(small, places.get(name), prompt) for name, prompt in zip(ROWS, PROMPTS, strict=True)])
     assert np.abs(got - want).max() < 1e-5
     wrong = np.asarray(generator.next_token_logits([chosen[name] for name in ROWS[-1:] + ROWS[:-1]], PROMPTS))
-    assert np.abs(wrong - want)[1:].max(axis=1).min() > 0.05  # the first row is the same
+    assert np.abs(wrong - want)[1:].max(axis=1).min() > 0.05  # the first row has the same adapter
     many = list(generator.generate_batch([chosen[name] for name in ROWS], PROMPTS, 8))
     for row, (name, prompt) in enumerate(zip(ROWS, PROMPTS, strict=True)):
         said = [step[row] for step in many if step[row] is not None]
@@ -131,7 +131,7 @@ def test_switching_compiles_nothing(small, places, together, caplog):
         answers = [list(generator.generate_tokens(a, PROMPTS[0], 4)) for a in (*adapters.by_name.values(), nothing)]
         assert not [r.message for r in caplog.records if "ompil" in r.message]
         assert len(set(map(tuple, answers))) == 4
-        jax.jit(lambda x: x * 3.25)(1.0)  # that a compilation would have been seen
+        jax.jit(lambda x: x * 3.25)(1.0)  # a compilation would have been detected
         assert [r.message for r in caplog.records if "ompil" in r.message]
 
 
@@ -197,7 +197,7 @@ def test_a_sum_of_one_is_that_adapter(small, places):
 def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
-    generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it is itself
+    generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it works
     got = np.asarray(generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]]))[0]
     assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
     with pytest.raises(UserError, match="adapter dora has DoRA"):

@@ -31,7 +31,7 @@ from jlora.training import setup, train
 
 
 class Setup(Trains):
-    """All the pieces of a run on some devices, from a config file; `mesh` says how they share the work."""
+    """All parts of a run from a config file, on some devices."""
 
     def __init__(self, file, devices=1, attention="xla", **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
@@ -57,7 +57,7 @@ class Setup(Trains):
         self.lay(batches)
 
     def lay(self, batches):
-        """Takes these batches, and programs for them."""
+        """Switches to these batches, and compiles programs for them."""
         compute = dataclasses.replace(self.compute, packing=Packing(*batches.packing))
         self.graphdef, *_ = hf_loader.abstract(self.model_config, self.spec, compute)
         self.batches = batches
@@ -68,10 +68,10 @@ class Setup(Trains):
 
 
 def peft_losses(setup, initial, directory, count):
-    """PEFT and torch's AdamW on the same examples, padded as its users pad, from the same A and B."""
+    """Trains with PEFT and torch's AdamW on the same padded examples, from the same A and B; returns the losses."""
     config = setup.config
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT's way of saying that keys do not fit
+        warnings.simplefilter("error", UserWarning)  # PEFT warns if keys do not match
         tied = setup.model_config.tie_word_embeddings
         config_of_peft = peft_config(setup.spec, str(setup.directory), None, tied=tied)
         write_adapter(initial, setup.spec, config_of_peft, "", directory)
@@ -127,7 +127,7 @@ def test_the_loss_curve_equals_pefts(config_file, tmp_path, changes):
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
     got = setup.losses(20)
     assert np.abs(got / want - 1).max() < 1e-4
-    assert want[-1] < want[0] - 0.1  # the bound means something: it learns
+    assert want[-1] < want[0] - 0.1  # it learns, so the bound is meaningful
 
 
 def test_the_loss_curve_equals_pefts_on_the_real_model(config_file, tmp_path, smollm):
