@@ -1,90 +1,151 @@
-"""jlora in Python: train, answer, export, verify. Everything here is also an attribute of `jlora` itself.
+"""The Python API: train, answer, export, verify. Its names are attributes of `jlora` too.
 
-config = jlora.load_config("configs/law.py", learning_rate=5e-4)
-result = jlora.finetune(config)
-model = jlora.load_model(adapters={"law": result.adapter})
-print(model.answer("Must a labor contract be in writing?", adapter="law"))
-print(jlora.verify_adapter(result.run).sentence)
+    import jlora
+    result = jlora.finetune(jlora.load_config("configs/law.py", learning_rate=5e-4))
+    model = jlora.load_model(adapters={"law": result.adapter})
+    print(model.answer("Must a labor contract be in writing?", adapter="law"))
+    print(jlora.verify_adapter(result.run).sentence)
+
+The programs call these functions, so results are the same:
+
+    jlora train --config F --config.KEY=V        finetune(load_config(F, KEY=V)), and the next steps are printed
+    jlora generate --adapter law=D --prompt Q    load_model(adapters={"law": D}).answer(Q, adapter="law")
+    jlora export --run R --step N --for vllm     export_adapter(R, step=N, server="vllm")
+    jlora export --run R --verify                verify_adapter(R)
+
+`answer` returns the complete answer, stripped; `jlora generate` prints the same text while it grows. Both are greedy by
+default, stop after 256 tokens by default, and sample the same text for the same seed. They differ in two ways. Without
+`adapter`, `answer` uses the base model alone, but `jlora generate` the first adapter. Only `jlora generate` applies
+output rules.
+
+Errors: UserError says what to change in a config, file or argument (programs exit with code 2). VerificationError says
+that an exported adapter does not compute what was trained (programs exit with code 1).
 """
 
+import json
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jlora.adapters.provenance import written_step
-from jlora.config.files import load_config
-from jlora.config.schema import Config
+from jlora.adapters.provenance import exported_step
+from jlora.common.errors import UserError, VerificationError
+from jlora.config import files
+from jlora.config.schema import Config, validate
 from jlora.distributed import processes
 from jlora.distributed.sharding import place, places_of
 from jlora.export.exporter import export_adapter, verify_adapter
-from jlora.serve.generator import Generator, show_answers
+from jlora.export.verify import Parity
+from jlora.serve.generator import Generator, compare_answers
 from jlora.serve.loading import Model, load_model
 from jlora.steps.compilation import keep_programs
-from jlora.training.loop import overfitting
+from jlora.training.loop import overfitting_warning
 from jlora.training.setup import choose_platform, find_devices
-from jlora.training.train import Trained, train
+from jlora.training.train import TrainedRun, train
 
-__all__ = ["Config", "Model", "Result", "export_adapter", "finetune", "load_config", "load_model", "verify_adapter"]
+__all__ = [
+    "Config",
+    "Model",
+    "Parity",
+    "Result",
+    "UserError",
+    "VerificationError",
+    "export_adapter",
+    "finetune",
+    "load_config",
+    "load_model",
+    "verify_adapter",
+]
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. Losses are of the held-out set, in nats a target; None where nothing was held out."""
+    """How a run ended. Losses are mean losses on the held-out set, in nats per target token; None without one."""
 
-    run: Path  # its output_dir
-    step: int  # of the exported adapter; of a run that a signal stopped, the last step done
-    steps: int  # that the run has in all
-    adapter: Path | None  # the PEFT directory; None where a signal stopped the run
-    base_loss: float | None  # of the base alone
-    best_loss: float | None  # of the adapter at its best evaluation
-    stopped: signal.Signals | None
+    run: Path  # the run's output_dir
+    step: int  # the step of the exported adapter; of a stopped run, its last step
+    steps: int  # the number of steps of the whole run
+    adapter: Path | None  # the PEFT directory; None if the run was stopped
+    base_loss: float | None  # of the base model, before training
+    best_loss: float | None  # of the adapter, at its best evaluation
+    stopped: signal.Signals | None  # SIGINT or SIGTERM if one of them stopped the run, which was saved; else None
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = (), **settings: Any) -> Config:
+    """Reads a `.py` or `.yaml` config, changes some settings, and checks all of them.
+
+    Args:
+      file: the config file.
+      overrides: changes as on the command line: "--config.lora_rank=8".
+      settings: changes as Python values: lora_rank=8, target_modules=("q_proj", "v_proj").
+
+    Raises:
+      UserError: the file cannot be read, or settings are unknown or wrong; all wrong values are listed.
+    """
+    given = {key: "" if value is None else value for key, value in settings.items()}
+    words = [
+        f"--config.{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
+        for key, value in given.items()
+    ]
+    return files.load_config(str(file), [*overrides, *words])
 
 
 def finetune(config: Config) -> Result:
-    """Trains an adapter and exports its best checkpoint, as `jlora train` does.
+    """Trains an adapter and exports its best checkpoint, as `jlora train` does. Prints its progress.
+
+    Ctrl-C or SIGTERM saves a checkpoint after the current step and returns; call it again with
+    resume_from_checkpoint="auto" to continue. Call it before anything else uses JAX: otherwise `device` has no effect,
+    and the processes of a cluster do not find each other.
+
+    Args:
+      config: from `load_config`, or a `Config` of your own.
 
     Raises:
-      UserError: something in the config, the data or the base must change.
+      UserError: the config, the data or the base model must change; or training diverged. What was saved stays.
     """
+    if problems := validate(config):
+        raise UserError("\n  ".join(["The config is not valid:", *problems]))
     choose_platform(config)
-    processes.join(config.coordinator_address, config.num_processes, config.process_id)
+    processes.connect(config.coordinator_address, config.num_processes, config.process_id)
     find_devices(config)
-    processes.hush()
+    processes.mute_all_but_first()
     keep_programs()
-    with processes.surviving(), train(config) as trained:
-        progress, step, target = trained.progress, int(trained.state.step), None
+    with processes.exit_on_failure(), train(config) as trained:
+        progress, step, adapter = trained.progress, int(trained.state.step), None
         if not trained.stopped:
             step = progress.best_step or step
-            target = _finish(trained, step)
+            adapter = _finish(trained, step)
         losses = progress.base_loss, progress.best_loss
-        return Result(Path(config.output_dir), step, trained.ready.steps, target, *losses, trained.stopped)
+        return Result(Path(config.output_dir), step, trained.setup.steps, adapter, *losses, trained.stopped)
 
 
-def _finish(trained: Trained, step: int) -> Path:
-    """Reports the losses, lets base and adapter answer held-out questions, and exports; returns the PEFT directory."""
-    ready, progress, programs, adapter = trained.ready, trained.progress, trained.programs, trained.state.lora
-    run = Path(ready.config.output_dir)
+def _finish(trained: TrainedRun, step: int) -> Path:
+    """Reports the losses, shows answers to held-out questions, and exports the adapter of a step; returns its path."""
+    setup, progress, programs, adapter = trained.setup, trained.progress, trained.programs, trained.state.lora
+    run = Path(setup.config.output_dir)
     if step != int(trained.state.step):
-        best = processes.arrays_of_first(lambda: trained.checkpoints.restore_adapter(step, adapter), adapter)
+        best = processes.broadcast_arrays_from_first(
+            lambda: trained.checkpoints.restore_adapter(step, adapter), adapter
+        )
         adapter = place(best, places_of(adapter))
     trained.checkpoints.close()
     if progress.best_loss is not None and progress.base_loss is not None:
         change = progress.best_loss / progress.base_loss - 1
-        print(
-            f"held-out loss: {progress.base_loss:.4f} before, {progress.best_loss:.4f} at step {step} ({change:+.0%})"
-        )
-    if progress.worse_since:
-        print(overfitting(progress))
-    asked = [row for row in ready.asked if not row.plain]
+        losses = f"{progress.base_loss:.4f} before training, {progress.best_loss:.4f} after step {step} ({change:+.0%})"
+        print(f"Held-out loss: {losses}")
+    if warning := overfitting_warning(progress):
+        print(f"{warning}. Exporting the checkpoint from step {step}")
+    questions = [row for row in setup.held_out_rows if not row.plain]
     generator = Generator(
-        ready.directory, ready.tokenizer, programs.graphdef, programs.base, ready.compute.compute_dtype
+        setup.directory, setup.tokenizer, programs.graphdef, programs.base, setup.compute.compute_dtype
     )
-    for line in show_answers(generator, adapter, asked[: ready.config.sample_questions]):
+    for line in compare_answers(generator, adapter, questions[: setup.config.sample_questions]):
         print(line)
     target = run / "adapter"
-    if target.exists() and written_step(target) != step:  # of an earlier end of this run, gone on from since
+    if target.exists() and exported_step(target) != step:  # exported when this run ended before and then continued
         target = run / f"adapter-{step}"
-    with processes.together():
+    with processes.fail_together():
         if processes.is_first() and not target.exists():
             export_adapter(run, target, step)
     return target

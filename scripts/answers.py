@@ -1,4 +1,4 @@
-"""How many held-out answers begin in the trained form, from the base and from a run's adapter?
+"""Counts the held-out answers that begin as the training answers do, for the base model and a run's adapter.
 
 python scripts/answers.py --run output/law_lora --begins "Under Article"
 """
@@ -15,10 +15,10 @@ from jlora.training.checkpoint import read_record
 
 
 def main(argv: list[str]) -> None:
-    """Prints each question with both greedy answers, and the counts."""
+    """Prints each question with both greedy answers, then the counts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--begins", required=True, help="the form's first words")
+    parser.add_argument("--run", type=Path, required=True, help="the output_dir of a run")
+    parser.add_argument("--begins", required=True, help="the first words of the training answers")
     parser.add_argument("--max_new_tokens", type=int, default=60)
     arguments = parser.parse_args(argv)
     record = read_record(arguments.run, "--run")
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     )
     counts = {}
     for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
-        generator, voices = load_model(base, {"adapter": adapter} if adapter else {})
-        weights = voices.adapters.get("adapter", {})
+        generator, adapters = load_model(base, {"adapter": adapter} if adapter else {})
+        weights = adapters.by_name.get("adapter", {})
         answers = [generator.answer(weights, row.messages[0].content, arguments.max_new_tokens) for row in rows]
         counts[name] = sum(answer.startswith(arguments.begins) for answer in answers)
         for row, answer in zip(rows, answers, strict=True):

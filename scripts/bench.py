@@ -1,20 +1,20 @@
-"""jlora beside PyTorch PEFT on the same work: same base, rows, batches, initial adapter and loss, taking turns.
+"""Compares jlora with PyTorch PEFT on the same work: base model, rows, batches, initial adapter and loss, in turns.
 
     python scripts/bench.py                                  # SmolLM2-135M on this machine, three runs each
     python scripts/bench.py --contenders jlora peft trl      # TRL's SFTTrainer too (pip install trl)
     python scripts/bench.py --shape llama-2-7b --runs 1      # random weights of that shape; no download
 
-Each run is a process of its own; jlora's is `python -m jlora.train`, as a user runs it. Real tokens a second count no
-padding. The share of the matrix peak is useful work over what a large product of two matrices reached in the same run:
+Each run is a process of its own; jlora's is `python -m jlora.train`, as a user runs it. Real tokens per second exclude
+padding. The share of the matrix peak is useful work, relative to a large matrix product measured in the same run:
 
     useful FLOPs = 4 x parameters x real tokens
                  + 12 x layers x heads x head size x t (t + 1) / 2, summed over examples of t tokens
 
-parameters being all matrices that multiply activations, the head included (2 FLOPs a parameter forward, 2 for the
-gradient of activations; frozen weights have no gradient); attention is causal, once forward and twice backward. All
-of it is counted for every token of every example, although jlora makes logits only where the loss needs them, what all
-examples begin with once a row, and nothing of the tokens from the last target on: the second share, "done", counts only
-what it makes. The table, and a JSON file with versions and the device's name, go to scripts/results/.
+The parameters are all matrices that multiply activations, including the head: 2 FLOPs per parameter forward, 2 for the
+gradient of the activations; frozen weights have no gradient. Attention is causal, once forward and twice backward. The
+first share counts this for every token of every example. But jlora computes logits only where the loss needs them, the
+shared prefix only once per row, and no tokens after the last target: the second share, "done", counts only what it
+computes. The table, and a JSON file with versions and the device, are written to scripts/results/.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -35,23 +36,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = Path(__file__).parent / "contenders.py"
 PACKAGES = "jlora jax jaxlib flax torch peft transformers trl".split()
-WARMUP = 3  # first steps that are not timed, in any contender
+WARMUP = 3  # first steps, which are not timed
 
 
 @dataclasses.dataclass
 class Run:
-    """What one process did."""
+    """The measurements of one process."""
 
-    losses: list[float]  # of each step, nats a target
+    losses: list[float]  # of each step, nats per target
     seconds: list[float]  # of each step
-    first_step: float  # seconds from the process's start to the end of step 1
-    compiling: float  # seconds, of all programs
-    peak: int  # bytes, resident on the host
-    device_peak: int  # bytes, 0 where the device does not say
+    first_step: float  # seconds from the start of the process to the end of step 1
+    compiling: float  # seconds, for all programs
+    peak: int  # bytes, resident in host memory
+    device_peak: int  # bytes; 0 if the device does not report it
 
 
 def launch(command: list[str], environment: dict[str, str]) -> tuple[list[str], float, int]:
-    """Runs a process to its end: its lines, the seconds until the first that tells of a step, peak resident bytes."""
+    """Runs a process; returns its output lines, the seconds until its first step, and its peak resident bytes."""
     start, first, lines = time.perf_counter(), 0.0, []
     process = subprocess.Popen(
         command,
@@ -64,7 +65,7 @@ def launch(command: list[str], environment: dict[str, str]) -> tuple[list[str], 
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line.rstrip("\n"))
-        if not first and (line.startswith(("step 1 of", '{"step": 1,'))):
+        if not first and (line.startswith(("Step 1 of", '{"step": 1,'))):
             first = time.perf_counter() - start
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -74,7 +75,7 @@ def launch(command: list[str], environment: dict[str, str]) -> tuple[list[str], 
 
 
 def run_jlora(work: dict[str, Any], scratch: Path, number: int, overrides: list[str]) -> Run:
-    """`python -m jlora.train`, whose compiled programs stay in `scratch` for the next run."""
+    """Runs `python -m jlora.train`; its compiled programs stay in `scratch` for the next run."""
     output = scratch / f"jlora-{number}"
     settings = {
         **work["settings"],
@@ -90,13 +91,13 @@ def run_jlora(work: dict[str, Any], scratch: Path, number: int, overrides: list[
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in logged if "loss" in entry]
     took = [tokens / entry["tokens_per_second"] for tokens, entry in zip(work["tokens_of_steps"], steps, strict=True)]
-    compiling = sum(float(line.split()[-2]) for line in lines if line.startswith("Compiled in "))
+    compiling = sum(float(match[1]) for line in lines if (match := re.match(r"[Cc]ompiled in ([\d.]+) s", line)))
     device = max((entry.get("device_memory_peak", 0) for entry in steps), default=0)
     return Run([entry["loss"] for entry in steps], took, first, compiling, peak, device)
 
 
 def run_torch(name: str, work: dict[str, Any], scratch: Path) -> Run:
-    """A contender of contenders.py on the batches that jlora takes."""
+    """Runs one of contenders.py on the batches of jlora."""
     lines, first, peak = launch([sys.executable, str(CONTENDERS), name, str(scratch / "work.json")], {})
     steps = [json.loads(line) for line in lines if line.startswith('{"step"')]
     device = max((step.get("device_peak", 0) for step in steps), default=0)
@@ -104,7 +105,7 @@ def run_torch(name: str, work: dict[str, Any], scratch: Path) -> Run:
 
 
 def matrix_peak() -> dict[str, float]:
-    """FLOP/s of a large matrix product in jax and in torch, each in its own process."""
+    """Measures the FLOP/s of a large matrix product in jax and in torch, each in its own process."""
     found = {}
     for name in ("jax", "torch"):
         lines, _, _ = launch([sys.executable, str(CONTENDERS), f"peak-{name}"], {})
@@ -113,7 +114,7 @@ def matrix_peak() -> dict[str, float]:
 
 
 def useful_flops(work: dict[str, Any], steps: range, *, done: bool) -> float:
-    """By the formula above, over some steps; `done`: of what jlora computes."""
+    """Counts FLOPs by the formula above, over some steps; `done`: only those that jlora computes."""
 
     def layers(tokens: int) -> float:
         heads = work["layers"] * work["heads"] * work["head_size"]
@@ -129,7 +130,7 @@ def useful_flops(work: dict[str, Any], steps: range, *, done: bool) -> float:
 
 
 def summary(work: dict[str, Any], runs: dict[str, list[Run]], peaks: list[float]) -> list[dict[str, Any]]:
-    """One row a contender: medians over its runs."""
+    """Returns one row per contender: medians over its runs."""
     timed = range(WARMUP, len(work["tokens_of_steps"]))
     tokens = sum(work["tokens_of_steps"][step] for step in timed)
     rows = []
@@ -158,11 +159,11 @@ def summary(work: dict[str, Any], runs: dict[str, list[Run]], peaks: list[float]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as Markdown."""
     first = rows[0]["tokens_per_second"]
     lines = [
-        "| | real tokens/s | jlora is | step | first step, cold / warm | host peak | device peak "
-        "| of matrix peak (done) | loss differs |",
+        "| | real tokens/s | speedup of jlora | step | first step, cold / warm | host peak | device peak "
+        "| share of matrix peak (done) | loss difference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -177,21 +178,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Prepares the work, lets the contenders take turns, prints and keeps the results."""
+    """Prepares the work, runs the contenders in turns, prints and saves the results."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], epilog="Further words (--config.KEY=VALUE) go to jlora.train."
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Further options (--config.KEY=VALUE) are passed to jlora.train.",
     )
     parser.add_argument("--config", default="configs/law.py")
-    parser.add_argument("--shape", default="", help="a file of scripts/shapes, built with random weights")
+    parser.add_argument("--shape", default="", help="a file in scripts/shapes, to use a base model with random weights")
     parser.add_argument("--contenders", nargs="+", default=["jlora", "peft"], choices=("jlora", "peft", "trl"))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--name", default="", help="of the files in scripts/results; default: the base's")
+    parser.add_argument(
+        "--name", default="", help="name of the files in scripts/results; default: the base model's name"
+    )
     arguments, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         prepare = [sys.executable, str(CONTENDERS), "prepare", str(scratch), arguments.config, arguments.shape]
-        launch([*prepare, str(arguments.steps), *overrides], {})  # apart, so that this process stays small
+        launch(
+            [*prepare, str(arguments.steps), *overrides], {}
+        )  # in a process of its own, so that this one stays small
         work = json.loads((scratch / "work.json").read_text())
         runs: dict[str, list[Run]] = {name: [] for name in arguments.contenders}
         peaks = []
@@ -203,7 +209,7 @@ def main() -> None:
                 )
                 some.append(done)
                 print(
-                    f"run {number + 1}, {name}: {statistics.median(done.seconds[WARMUP:]) * 1e3:.0f} ms a step",
+                    f"run {number + 1}, {name}: {statistics.median(done.seconds[WARMUP:]) * 1e3:.0f} ms per step",
                     flush=True,
                 )
     best = [max(peak.values()) for peak in peaks]
@@ -224,7 +230,7 @@ def main() -> None:
     target = ROOT / "scripts" / "results" / name
     target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     target.with_suffix(".md").write_text(f"{words}\n\n{table(rows)}\n")
-    print(f"\n{words}\n\n{table(rows)}\n\nkept as {target}.json and .md")
+    print(f"\n{words}\n\n{table(rows)}\n\nsaved as {target}.json and .md")
 
 
 def _installed(name: str) -> bool:

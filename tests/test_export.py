@@ -1,4 +1,4 @@
-"""The adapter on disk: what PEFT reads is what was trained, and a broken one is caught."""
+"""Exported adapters: PEFT loads what was trained, and verification catches broken ones."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jlora.adapters import hf_names, lora, peft_config, peft_io, provenance
 from jlora.cli.export import main
-from jlora.common.errors import UserError
+from jlora.common.errors import UserError, VerificationError
 from jlora.export import exporter, verify
 from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32
@@ -47,9 +47,9 @@ def run(tmp_path_factory, tiny, pairs):
 def test_the_command_exports_and_verifies_with_peft(run, tmp_path):
     done = run_module("jlora.export", "--run", run, "--step", "6", "--output", tmp_path / "six", "--verify")
     assert done.returncode == 0, done.stderr
-    assert "adapter of step 6" in done.stdout
-    assert "verified: PEFT" in done.stdout and "20 prompts" in done.stdout
-    assert "20 of 20 greedy answers of 40 tokens equal" in done.stdout
+    assert "Exported the adapter from step 6 to" in done.stdout
+    assert "Verified with PEFT" in done.stdout and "20 prompts" in done.stdout
+    assert "20 of 20 greedy answers of 40 tokens are equal" in done.stdout
     six, twelve = (load_file(d / provenance.WEIGHTS) for d in (tmp_path / "six", run / "adapter"))
     assert any(not np.array_equal(six[name], twelve[name]) for name in six)
     again = run_module("jlora.export", "--run", run, "--output", tmp_path / "six")
@@ -84,14 +84,14 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
     tensors, config = break_it(load_file(broken / provenance.WEIGHTS), config)
     save_file(tensors, broken / provenance.WEIGHTS, metadata={"format": "pt"})
     (broken / peft_config.CONFIG).write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match=r"not the trained one|PEFT warns"):
+    with pytest.raises(VerificationError, match=r"does not compute what was trained|PEFT warns"):
         verify.verify(read_record(run, "--run"), *exporter.load_adapter(run, 12), broken)
 
 
-def test_an_export_for_a_server_is_certified_or_leaves_nothing(run, tmp_path, monkeypatch):
+def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "PROMPTS", 4)
     monkeypatch.setattr(verify, "NEW_TOKENS", 2)
-    other = shutil.copytree(run, tmp_path / "run")  # the same arrays, of a run with other scales
+    other = shutil.copytree(run, tmp_path / "run")  # the same arrays with other scales
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"use_rslora": True, "alpha_pattern": ["v_proj=3", "layers.1.mlp.down_proj=20"]}
     (other / "config.json").write_text(json.dumps(record))
@@ -101,21 +101,21 @@ def test_an_export_for_a_server_is_certified_or_leaves_nothing(run, tmp_path, mo
     assert not config["alpha_pattern"] and not config["rank_pattern"]
     parity = json.loads((other / "adapter-vllm" / peft_io.PARITY).read_text())
     assert parity["largest_logit_difference"] < 1e-3 and parity["equal_greedy_answers"] == len(parity["prompts"]) == 4
-    assert not parity["weaker"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
-    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    assert not parity["without_peft"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
     parity = json.loads((tmp_path / "alone" / peft_io.PARITY).read_text())
-    assert parity["weaker"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
+    assert parity["without_peft"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
     assert peft_config.read_config_file(tmp_path / "alone")["use_rslora"]
     scaling = lora.portable
     monkeypatch.setattr(lora, "portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0)))
-    with pytest.raises(SystemExit, match="not the trained one"):
+    with pytest.raises(VerificationError, match="does not compute what was trained"):
         main(["--run", str(other), "--for", "sglang"])
     assert not (other / "adapter-sglang").exists()
     assert not list(other.glob(".unfinished*"))
 
 
-def test_what_is_written_is_read_back_equal(run):
+def test_an_exported_adapter_is_read_back_unchanged(run):
     adapter, spec = exporter.load_adapter(run, 12)
     got, config = read(run / "adapter", run), peft_config.read_config_file(run / "adapter")
     got_spec = peft_config.read_spec(run / "adapter", 3)
@@ -128,7 +128,7 @@ def test_what_is_written_is_read_back_equal(run):
 
 
 def read(directory, run):
-    """The adapter of a directory, read for the base of a run."""
+    """Reads the adapter in a directory for the base model of a run."""
     base = read_config(Path(read_record(run, "--run")["base"]["directory"]))
     spec = peft_config.read_spec(directory, base.num_hidden_layers)
     _, shapes, _ = hf_loader.abstract(base, spec, FLOAT32)
@@ -156,7 +156,7 @@ def read(directory, run):
         ),
     ],
 )
-def test_adapters_that_jlora_does_not_compute_are_refused(run, tmp_path, change, message):
+def test_unsupported_adapters_are_refused(run, tmp_path, change, message):
     shutil.copytree(run / "adapter", tmp_path / "other")
     path = tmp_path / "other" / peft_config.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -164,11 +164,17 @@ def test_adapters_that_jlora_does_not_compute_are_refused(run, tmp_path, change,
         read(tmp_path / "other", run)
 
 
-def test_wrong_places_are_named(run, tmp_path, smollm):
+def test_wrong_paths_and_steps_are_reported(run, tmp_path, smollm):
     for arguments, message in [
-        (["--run", tmp_path], "no checkpoints there"),
-        (["--run", run, "--step", "7", "--output", tmp_path / "x"], "--step 7: there are 6, 12"),
-        (["--run", run, "--step", "last", "--output", tmp_path / "x"], "--step last: there are 6, 12"),
+        (["--run", tmp_path], "contains no checkpoints"),
+        (
+            ["--run", run, "--step", "7", "--output", tmp_path / "x"],
+            "--step 7 has no checkpoint. Available steps: 6, 12",
+        ),
+        (
+            ["--run", run, "--step", "last", "--output", tmp_path / "x"],
+            "--step last has no checkpoint. Available steps: 6, 12",
+        ),
     ]:
         done = run_module("jlora.export", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -184,7 +190,7 @@ def test_wrong_places_are_named(run, tmp_path, smollm):
 
 
 def test_adapters_of_another_base_or_with_broken_values_are_refused(run, tmp_path, smollm):
-    with pytest.raises(UserError, match="was trained on other weights than"):
+    with pytest.raises(UserError, match="was trained on another base model than"):
         loading.load_model(str(smollm), {"adapter": run / "adapter"})
 
     def broken(name, change, **notes):
@@ -207,7 +213,7 @@ def test_adapters_of_another_base_or_with_broken_values_are_refused(run, tmp_pat
         read(pickled, run)
 
 
-def test_forms_of_targets_and_dtypes_that_peft_writes_are_read(run, tmp_path):
+def test_all_target_formats_and_dtypes_of_peft_are_read(run, tmp_path):
     want = read(run / "adapter", run)
     leaves = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     for name, change in {
@@ -226,12 +232,12 @@ def test_forms_of_targets_and_dtypes_that_peft_writes_are_read(run, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, read(directory, run), rounded))
 
 
-def test_a_run_starts_from_an_adapter_in_its_own_form(run, tmp_path, tiny, pairs):
+def test_a_run_starts_from_an_adapter_with_its_settings(run, tmp_path, tiny, pairs):
     values = short_run(tiny, pairs, tmp_path / "on", learning_rate=1e-2, lora_rank=16, max_steps=2, save_steps=1)
     (tmp_path / "on.yaml").write_text(json.dumps({**values, "init_adapter": str(run / "adapter")}))
     done = run_module("jlora.train", "--config", tmp_path / "on.yaml")
     assert done.returncode == 0, done.stderr
-    assert "in its own form: peft_type='LORA', lora_rank=4, lora_alpha=12.0" in done.stdout
+    assert "with its own settings: peft_type='LORA', lora_rank=4, lora_alpha=12.0" in done.stdout
     before, after = (
         [json.loads(line)["loss"] for line in (place / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
         for place in (run, tmp_path / "on")

@@ -1,4 +1,4 @@
-"""What breaks under a run: storage, processes, losses. Nothing is lost but what came after the last checkpoint."""
+"""Faults of storage, processes and losses: only the steps since the last checkpoint are lost."""
 
 import contextlib
 import importlib.util
@@ -18,11 +18,11 @@ from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.steps.step import TrainState
 from jlora.training import resume
-from jlora.training.checkpoint import SUMS, Checkpoints, Progress, write_record
+from jlora.training.checkpoint import CHECKSUMS, Checkpoints, Progress, write_record
 
 
 def state_of(step):
-    """A state as the loop hands it over, with another value at every step."""
+    """A state as the training loop saves it, with a different value at every step."""
     lora = {"layers": {"q_proj": {"lora_A": np.full((2, 4, 8), step, np.float32)}}}
     return TrainState(lora, {"mu": np.full(3, step, np.float32)}, np.array(step, np.int32))
 
@@ -48,53 +48,55 @@ def flip(file):
 
 def test_a_checkpoint_is_what_was_saved(saved):
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
-        assert checkpoints.steps() == [1, 2] and not any(map(checkpoints.damage, (1, 2)))
+        assert checkpoints.steps() == [1, 2] and not any(map(checkpoints.find_damage, (1, 2)))
         found = checkpoints.restore(2, state_of(0))
         assert found.step == 2 and (found.optimizer["mu"] == 2).all()
         assert (found.lora["layers"]["q_proj"]["lora_A"] == 2).all() and checkpoints.progress(1).base_loss == 1
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
-def test_every_file_that_is_harmed_is_noticed_and_its_checkpoint_passed_over(saved, harm):
+def test_every_damaged_file_is_detected_and_its_checkpoint_skipped(saved, harm):
     kept, place = saved / "kept", saved / "checkpoints/2"
     shutil.copytree(place, kept)
     files = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
-    assert len(files) > 8 and Path(SUMS) in files
+    assert len(files) > 8 and Path(CHECKSUMS) in files
     for file in files:
         if not (place / file).stat().st_size and harm is not Path.unlink:
             continue
         harm(place / file)
         with contextlib.closing(Checkpoints(saved)) as checkpoints:
-            assert file.name == SUMS or str(file) in checkpoints.damage(2)
-            assert checkpoints.damage(2) and not checkpoints.damage(1)
+            assert file.name == CHECKSUMS or str(file) in checkpoints.find_damage(2)
+            assert checkpoints.find_damage(2) and not checkpoints.find_damage(1)
             for read in (checkpoints.progress, lambda step: checkpoints.restore(step, state_of(0))):
-                with pytest.raises(UserError, match=r"the checkpoint of step 2 .* is damaged .* Other steps there: 1"):
+                with pytest.raises(
+                    UserError, match=r"The checkpoint of step 2 .* is damaged .* Other available steps: 1\."
+                ):
                     read(2)
             assert checkpoints.best() == 1
-            assert checkpoints.sound_steps()[0] == [1]
+            assert checkpoints.intact_steps()[0] == [1]
         shutil.rmtree(place)
         shutil.copytree(kept, place)
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
-        assert checkpoints.sound_steps() == ([1, 2], [])
+        assert checkpoints.intact_steps() == ([1, 2], [])
 
 
-def test_what_is_damaged_or_half_written_is_set_aside_before_training_goes_on(saved):
+def test_damaged_checkpoints_are_renamed_and_unfinished_ones_removed(saved):
     flip(saved / "checkpoints/2/sha256.json")
     (saved / "checkpoints/.unfinished-abc/new").mkdir(parents=True)
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
-        checkpoints.clear(keep=True)
-        checkpoints.save(state_of(2), Progress(), None)  # the step is trained again
+        checkpoints.clean_up(keep_intact=True)
+        checkpoints.save(state_of(2), Progress(), None)  # the step is repeated
         checkpoints.wait()
-        assert not checkpoints.damage(2)
+        assert not checkpoints.find_damage(2)
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["1", "2", "2.damaged-0"]
 
 
-def test_a_save_waits_for_the_one_before_and_not_for_itself(saved, monkeypatch):
+def test_a_save_waits_only_for_the_previous_one(saved, monkeypatch):
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
         goes_on, write = threading.Event(), checkpoints._orbax.save
         monkeypatch.setattr(checkpoints._orbax, "save", lambda *a, **k: (goes_on.wait(60), write(*a, **k)))
         checkpoints.save(state_of(3), Progress(), None)
-        assert checkpoints.steps() == [1, 2]  # training goes on while it is written
+        assert checkpoints.steps() == [1, 2]  # training continues while it is written
         threading.Timer(0.5, goes_on.set).start()
         checkpoints.save(state_of(4), Progress(), None)
         assert goes_on.is_set() and checkpoints.steps()[-1] >= 3
@@ -105,11 +107,11 @@ def test_a_save_waits_for_the_one_before_and_not_for_itself(saved, monkeypatch):
             checkpoints.wait()
 
 
-def test_a_directory_that_became_read_only_is_said(saved):
+def test_a_read_only_directory_is_reported(saved):
     place = saved / "checkpoints"
     if os.geteuid():
         place.chmod(0o555)
-    else:  # root may write anywhere but on what is mounted so
+    else:  # root can write anywhere except on a read-only mount
         subprocess.run(["mount", "--bind", place, place], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
     try:
@@ -127,7 +129,7 @@ def test_a_directory_that_became_read_only_is_said(saved):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny, pairs):
-    """A run of 12 steps, saved at 6 and 12, and a function that writes its config for another place."""
+    """A run of 12 steps, saved at 6 and 12, and a function that writes its config for another directory."""
     directory = tmp_path_factory.mktemp("faults")
 
     def write(place, **changes):
@@ -140,7 +142,7 @@ def finished(tmp_path_factory, tiny, pairs):
     return directory / "run", write
 
 
-def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(finished, tmp_path):
+def test_a_run_skips_a_damaged_checkpoint_with_the_same_result(finished, tmp_path):
     run, write = finished
     place = tmp_path / "run"
     shutil.copytree(run, place)
@@ -148,8 +150,10 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(finished, tmp_
     flip(max((place / "checkpoints/12/lora").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()))
     done = run_module("jlora.train", "--config", write(place), "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
-    assert "the checkpoint of step 12 is damaged (lora/" in done.stdout and "is not what was written" in done.stdout
-    assert f"passed over\ncontinuing {place} from step 6, exactly" in done.stdout
+    assert (
+        "the checkpoint of step 12 is damaged (lora/" in done.stdout and "differs from what was written" in done.stdout
+    )
+    assert f"Skipping it\nContinuing {place} from step 6, exactly" in done.stdout
     ours, theirs = adapter_of(place), adapter_of(run)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     for step in ("6", "12", "12.damaged-0"):
@@ -158,7 +162,7 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(finished, tmp_
     assert done.returncode == 2 and "the checkpoint of step 6 is damaged" in done.stderr, done.stderr
 
 
-def test_a_place_that_vanishes_is_not_made_anew(finished, tmp_path):
+def test_a_moved_run_directory_is_not_recreated(finished, tmp_path):
     _, write = finished
     place = tmp_path / "run"
     process = start_module("jlora.train", "--config", write(place, max_steps=5000, save_steps=20))
@@ -169,22 +173,23 @@ def test_a_place_that_vanishes_is_not_made_anew(finished, tmp_path):
     assert "Traceback" not in err and not place.exists()
 
 
-def test_a_loss_that_jumps_stops_and_names_the_rows(finished, tmp_path):
-    """The loss of random weights hardly moves: a spike is here what is over 0.9 of those before."""
+def test_a_loss_spike_stops_the_run_and_names_the_rows(finished, tmp_path):
+    """The loss of random weights hardly changes, so a factor of 0.9 makes every step a spike."""
     _, write = finished
     done = run_module("jlora.train", "--config", write(tmp_path / "run", max_loss_spike=0.9, save_steps=3))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
     for words in (
-        "at most in the 10 steps before, jumped at step 11, on ",
+        "The loss jumped at step 11 (",
+        "at most in the 10 steps before): loss ",
         "train.txt:",
-        "the latest checkpoint is of step",
-        "max_loss_spike=0 goes on all the same",
+        "the latest checkpoint is from step",
+        "Set max_loss_spike=0 to continue despite such jumps.",
     ):
         assert words in done.stderr, done.stderr
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_killed_at_random_it_ends_as_if_undisturbed(monkeypatch, capsys):
+def test_random_kills_do_not_change_the_result(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts/faults.py")
     faults = importlib.util.module_from_spec(spec)
@@ -193,7 +198,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(monkeypatch, capsys):
     assert faults.main() == 0, capsys.readouterr().out
 
 
-def test_a_best_checkpoint_that_is_lost_is_best_no_more(saved):
+def test_a_damaged_best_checkpoint_is_no_longer_the_best(saved):
     best = Progress(base_loss=3.0, best_loss=1.0, best_step=2, worse_since=3, worse=1)
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
         checkpoints.save(state_of(3), best, None)
@@ -201,20 +206,22 @@ def test_a_best_checkpoint_that_is_lost_is_best_no_more(saved):
         assert checkpoints.progress(3) == best and checkpoints.best() == 2
         flip(saved / "checkpoints/2/sha256.json")
         assert checkpoints.progress(3) == Progress(base_loss=3.0) and checkpoints.best() == 3
-        (words,) = checkpoints.clear(keep=True)
-        assert words.startswith("the checkpoint of step 2 (") and words.endswith("2.damaged-0")
+        (line,) = checkpoints.clean_up(keep_intact=True)
+        assert line.startswith("Moved the checkpoint of step 2 (") and line.endswith("2.damaged-0")
 
 
-def test_a_start_that_left_no_record_is_started_again(saved, monkeypatch):
+def test_a_start_killed_before_its_record_can_start_again(saved, monkeypatch):
     record = {"config": {"init_adapter": ""}}
     again = Config(output_dir=str(saved), resume_from_checkpoint="auto")
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # killed before the record had its name
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):  # killed before the record was renamed
         patched.setattr(Path, "replace", lambda *_: sys.exit())
         write_record(saved, record)
     assert {path.name for path in saved.iterdir()} == {"checkpoints", ".unfinished-config.json"}
-    with pytest.raises(UserError, match="stopped before it had begun: start it with the resume_from_checkpoint that"):
-        resume.decide(again, record)
+    with pytest.raises(
+        UserError, match=r"killed before it was recorded\. Start it again with the resume_from_checkpoint that"
+    ):
+        resume.decide_start(again, record)
     record["config"]["init_adapter"] = "adapter"
-    assert resume.decide(again, record).source == ""
+    assert resume.decide_start(again, record).source == ""
     with contextlib.closing(Checkpoints(saved)) as checkpoints:
-        assert len(checkpoints.clear(keep=False)) == 2 and checkpoints.steps() == []
+        assert len(checkpoints.clean_up(keep_intact=False)) == 2 and checkpoints.steps() == []

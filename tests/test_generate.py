@@ -1,4 +1,4 @@
-"""Answers: greedy as transformers', streamed text whole, sampling within its mass."""
+"""Generation: greedy answers equal transformers', streamed text is complete, sampling respects top_p."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from conftest import run_module
 from jlora.data.conversation import Message
 from jlora.data.tokenizer import encode_prompt
 from jlora.serve import loading
-from jlora.serve.generator import pick
+from jlora.serve.generator import sample_token
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -31,9 +31,9 @@ def test_greedy_answers_equal_transformers_on_the_real_model(smollm):
             do_sample=False,
             max_new_tokens=40,
         )[0, len(prompt) :].tolist()
-        got = list(generator.tokens(nothing, prompt, 40))
+        got = list(generator.generate_tokens(nothing, prompt, 40))
         assert got == [token for token in want if token != generator.tokenizer.eos_token_id]
-        pieces = list(generator.pieces(nothing, (Message("user", question),), max_new_tokens=40))
+        pieces = list(generator.generate_text(nothing, (Message("user", question),), max_new_tokens=40))
         assert "".join(pieces) == generator.tokenizer.decode(got, skip_special_tokens=True)
         assert not any("\ufffd" in piece for piece in pieces[:-1])
 
@@ -52,9 +52,9 @@ def test_the_command_answers(smollm):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_sampling_keeps_to_the_smallest_set_of_mass_top_p():
+def test_top_p_samples_from_the_smallest_set_with_that_mass():
     logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
-    draw = jax.jit(jax.vmap(lambda key, t, p: pick(logits, key, t, p), in_axes=(0, None, None)))
+    draw = jax.jit(jax.vmap(lambda key, t, p: sample_token(logits, key, t, p), in_axes=(0, None, None)))
     keys = jax.random.split(jax.random.key(0), 4000)
     assert set(np.asarray(draw(keys, 0.0, 1.0))) == {1}
     assert set(np.asarray(draw(keys, 1.0, 0.6))) == {1, 2}

@@ -1,4 +1,4 @@
-"""Several processes of one run: real ones, over loopback; the same numbers, and nobody waits for ever."""
+"""Several real processes of one run, over loopback: the same numbers, and no process waits forever."""
 
 import json
 import re
@@ -15,7 +15,7 @@ STEPS = 10
 
 
 def start(config, count, *overrides, devices=1, last=()):
-    """Starts `python -m jlora.train` in so many processes; the last of them with more overrides."""
+    """Starts `python -m jlora.train` in `count` processes; the last one gets the overrides in `last`."""
     port = free_port()
     told = [f"--config.coordinator_address=127.0.0.1:{port}", f"--config.num_processes={count}"]
     processes = []
@@ -34,7 +34,7 @@ def start(config, count, *overrides, devices=1, last=()):
 
 
 def ended(processes, seconds=300):
-    """Exit codes, and what each process printed and complained of."""
+    """Waits for all processes; returns their exit codes, outputs and errors."""
     texts = [process.communicate(timeout=seconds) for process in processes]
     return [process.returncode for process in processes], [out for out, _ in texts], [err for _, err in texts]
 
@@ -44,7 +44,7 @@ def losses(run):
 
 
 def assert_close(one, other):
-    """The curves and the adapters of two runs, within 1e-5."""
+    """Asserts that the loss curves and adapters of two runs agree within 1e-5."""
     assert len(losses(one)) == len(losses(other)) == STEPS
     assert np.abs(losses(one) - losses(other)).max() < 1e-5
     a, b = adapter_of(one), adapter_of(other)
@@ -53,7 +53,7 @@ def assert_close(one, other):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny, pairs):
-    """A directory of runs, and what writes their configs."""
+    """A directory for runs, and a function that writes their configs."""
     directory = tmp_path_factory.mktemp("hosts")
 
     def write(name, **changes):
@@ -67,16 +67,16 @@ def place(tmp_path_factory, tiny, pairs):
 
 @pytest.fixture(scope="module")
 def alone(place):
-    """One process, one device."""
+    """A run with one process on one device."""
     directory, write = place
     (code,), _, (err,) = ended(start(write("alone"), 1))
     assert code == 0, err
     curve = losses(directory / "alone")
-    assert curve[-1] < curve[0] - 0.1  # the bounds mean something: it learns
+    assert curve[-1] < curve[0] - 0.1  # it learns, so the bounds are meaningful
     return directory / "alone"
 
 
-# XLA's own words, piece by piece: its threads write them into each other. Three numbers stand between them.
+# XLA's own log lines, in pieces, because its threads interleave them. Each line contains three numbers.
 GLOO = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : "
 
 
@@ -84,20 +84,24 @@ GLOO = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of conn
     ("name", "count", "devices", "mesh"),
     [("two", 2, 1, {}), ("four", 4, 1, {"data": 2, "fsdp": 2}), ("split", 2, 2, {"fsdp": 2, "tensor": 2})],
 )
-def test_processes_equal_one(place, alone, name, count, devices, mesh):
+def test_several_processes_equal_one(place, alone, name, count, devices, mesh):
     directory, write = place
     asked = int(name == "two")
     codes, outs, errs = ended(start(write(name, mesh=mesh, sample_questions=asked), count, devices=devices))
     assert codes == [0] * count, errs
     assert_close(alone, directory / name)
-    assert f"of {count} processes" in outs[0] and "adapter of step" in outs[0] and outs[0].count("question: ") == asked
+    assert (
+        f" in {count} processes" in outs[0]
+        and "Exported the adapter from step" in outs[0]
+        and outs[0].count("Question: ") == asked
+    )
     said = "".join(outs[1:])
     lines = said.count("[Gloo] Rank ")
-    assert re.fullmatch(rf"\n{{{lines}}}\d{{{3 * lines}}}", "".join(sorted(re.sub(GLOO, "", said))))  # and no more
+    assert re.fullmatch(rf"\n{{{lines}}}\d{{{3 * lines}}}", "".join(sorted(re.sub(GLOO, "", said))))  # and nothing else
     assert not any("Traceback" in err for err in errs)
 
 
-def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(place, alone):
+def test_a_signal_to_one_process_stops_all_at_the_same_step(place, alone):
     directory, write = place
     run, config = directory / "stopped", write("stopped")
     processes = start(config, 2)
@@ -105,21 +109,24 @@ def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(place, al
     processes[1].send_signal(signal.SIGTERM)
     codes, outs, errs = ended(processes)
     assert codes == [0, 0], errs
-    step = int(re.search(r"stopped after step (\d+) of", outs[0])[1])
+    step = int(re.search(r"Stopped after step (\d+) of", outs[0])[1])
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert 2 <= step < STEPS and saved == [*range(5, step, 5), step]  # at each evaluation, and at its end
-    assert len(losses(run)) == step  # none of them is lost, none is logged twice
+    assert len(losses(run)) == step  # no step is lost or logged twice
     (code,), (out,), (err,) = ended(start(config, 1, "--config.resume_from_checkpoint=auto"))
     assert code == 0, err
-    assert f"from step {step}, but not bit for bit, since devices was 2 and is 1; processes was 2 and is 1" in out
+    assert (
+        f"from step {step}, but not bit for bit, because devices changed from 2 to 1; processes changed from 2 to 1"
+        in out
+    )
     assert_close(alone, run)
 
 
-def test_what_one_cannot_do_all_say(place, pairs, tmp_path):
+def test_an_error_in_one_process_is_raised_in_all(place, pairs, tmp_path):
     directory, write = place
     (tmp_path / "train.txt").write_text((pairs / "train.txt").read_text() + "\n\nUser: More?\nLawyer: Yes.\n")
     for other, words in [
-        (f"--config.train_data_dir={tmp_path}", "must have the same before them: train is"),
+        (f"--config.train_data_dir={tmp_path}", "Processes disagree about the run: train is"),
         ("--config.train_data_dir=/nowhere", "train_data_dir=/nowhere: No such file or directory"),
     ]:
         codes, _, errs = ended(start(write("refused"), 2, last=[other]), 120)
@@ -128,7 +135,7 @@ def test_what_one_cannot_do_all_say(place, pairs, tmp_path):
     assert not (directory / "refused").exists()
 
 
-def test_a_dead_process_ends_the_others_at_once(place):
+def test_a_dead_process_ends_the_others(place):
     directory, write = place
     processes = start(write("dead", max_steps=5000, eval_share=0), 2)
     wait_for(logged(directory / "dead", 2), *processes)
@@ -136,14 +143,14 @@ def test_a_dead_process_ends_the_others_at_once(place):
     killed = time.monotonic()
     codes, _, errs = ended(processes, 60)
     assert codes == [1, -signal.SIGKILL] and time.monotonic() - killed < 30
-    assert "another process of this run is gone" in errs[0] and "resume_from_checkpoint=auto" in errs[0]
+    assert "Another process of this run has died" in errs[0] and "resume_from_checkpoint=auto" in errs[0]
     assert "Traceback" not in errs[0]
 
 
-def test_what_is_not_said_of_the_others_is_asked_for(config_file):
+def test_incomplete_process_settings_are_refused(config_file):
     for told in (["--config.num_processes=2"], ["--config.process_id=0"], ["--config.coordinator_address=127.0.0.1:9"]):
         ((code,), _, (err,)) = ended(start(config_file(), 1, *told))
-        assert code == 2 and "did not find each other" in err and "num_processes=1 runs this one alone" in err, err
+        assert code == 2 and "could not connect" in err and "Set num_processes=1 to run a single process." in err, err
 
 
 LOAD = """
@@ -162,7 +169,7 @@ def peak():
     return int(line.split()[1]) * 1024
 
 index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-processes.join(f"127.0.0.1:{port}", 2, index)
+processes.connect(f"127.0.0.1:{port}", 2, index)
 mesh = sharding.make_mesh(sizes={"fsdp": 2})
 compute = Compute(jnp.float32, jnp.float32, mesh=mesh)
 _, _, shapes = hf_loader.abstract(read_config(directory), LoraConfig(1, 1.0, 0.0, ()), compute)
@@ -173,8 +180,8 @@ print(json.dumps([peak() - before, own, sum(leaf.nbytes for leaf in jax.tree.lea
 """
 
 
-def test_a_process_holds_its_share_of_the_base_and_one_tensor(tmp_path, smollm):
-    """The peak of its memory while it reads; the rest of the base would be seen."""
+def test_a_process_loads_only_its_share_of_the_base_model(tmp_path, smollm):
+    """The peak memory while loading is too small for the rest of the base model."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 16384}
     directory = make_model(tmp_path / "base", smollm, **sizes, num_attention_heads=16, num_key_value_heads=16)
     largest = 4 * 16384 * 1024

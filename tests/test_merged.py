@@ -1,4 +1,4 @@
-"""Merged models: byte by byte the base without an adapter; PEFT's own merge with one."""
+"""Merged models: without an adapter the base model byte by byte; with one, the same as PEFT's merge."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def tensors(directory):
 
 
 def halved(directory, dtype):
-    """The same model in another dtype, in shards, with files that are no weights beside it."""
+    """Saves the same model in another dtype, in shards, with other files next to the weights."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     shutil.rmtree(directory)
     model.save_pretrained(directory, max_shard_size="300KB")
@@ -47,7 +47,7 @@ def halved(directory, dtype):
 
 @pytest.mark.parametrize("dtype", HALF_STEP)
 @pytest.mark.parametrize("case", ["llama-tied", "qwen2", "qwen3"])
-def test_a_base_alone_comes_back_byte_by_byte(tmp_path, case, dtype):
+def test_a_merge_without_adapter_copies_the_base_model(tmp_path, case, dtype):
     base = halved(make(tmp_path / "base", *CASES[case]), dtype)
     main(["--merged", "--base", str(base), "--output", str(tmp_path / "merged")])
     before, after = tensors(base), tensors(tmp_path / "merged")
@@ -79,7 +79,7 @@ FORMS = {
     + [("dora", "qwen2", "bfloat16"), ("tables", "llama-tied", "bfloat16"), ("ia3", "qwen2", "float32")]
     + [("dora", "qwen3", "float32"), ("pissa", "qwen3", "float32"), ("patterned", "qwen3", "float32")],
 )
-def test_with_an_adapter_it_is_what_peft_merges(tmp_path, form, case, dtype):
+def test_a_merge_equals_pefts(tmp_path, form, case, dtype):
     base, spec = halved(make(tmp_path / "base", *CASES[case]), dtype), FORMS[form]
     config = read_config(base)
     tied = config.tie_word_embeddings
@@ -115,7 +115,7 @@ def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
     assert run_module("jlora.train", "--config", config).returncode == 0
     run = tmp_path / "run"
     done = run_module("jlora.export", "--run", run, "--merged")
-    assert done.returncode == 0 and done.stdout.strip() == f"merged model: {run / 'merged'}", done.stderr
+    assert done.returncode == 0 and done.stdout.strip() == f"Wrote the merged model to {run / 'merged'}", done.stderr
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, run / "adapter")
     merged = transformers.AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
@@ -133,7 +133,7 @@ def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_another_bases_adapter_is_refused(tmp_path):
+def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     bases = {case: make(tmp_path / case, *CASES[case]) for case in ("llama-2-gqa", "qwen2")}
     _, shapes, _ = hf_loader.abstract(read_config(bases["qwen2"]), SPEC, FLOAT32)
     config = peft_config(SPEC, str(bases["qwen2"]), None, tied=True)
@@ -146,7 +146,7 @@ def test_another_bases_adapter_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--merged"], ["--merged", "--base", "x"], ["--run", "x", "--base", "y"]])
-def test_what_does_not_go_together_is_said(arguments, capsys):
+def test_conflicting_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and "--run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One mesh or another, the same numbers; each array where THE rule table has it; what does not divide is said."""
+"""Every mesh gives the same numbers, arrays are sharded by the rules, and sizes that do not divide are reported."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ MORE = {"use_dora": True, "gradient_accumulation_steps": 2}
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory, smollm):
-    """A random Llama whose heads divide over 4 devices, with a head of its own and few words."""
+    """A random untied Llama whose heads divide over 4 devices, with a small vocabulary."""
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 512}
     return make_model(tmp_path_factory.mktemp("heads"), smollm, num_hidden_layers=2, **changes)
 
@@ -74,7 +74,7 @@ class Run(Trains):
 
 @pytest.fixture(scope="module")
 def alone(heads):
-    """The run on one device, once for what is changed."""
+    """A function that returns the run on one device for some changes, cached."""
     runs = {}
 
     def get(**changes):
@@ -99,7 +99,7 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
     monkeypatch.setattr(kernels, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.curve, many.curve)).max() < 1e-5
-    assert one.curve[-1] < one.curve[0] - 0.1  # the bound means something: it learns
+    assert one.curve[-1] < one.curve[0] - 0.1  # it learns, so the bound is meaningful
     for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(many.state.lora), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-5
     for leaf in jax.tree.leaves(many.base["layers"]):
@@ -120,35 +120,37 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ({"fsdp": 3}, r"data=-1 x fsdp=3 x tensor=1 does not make up 8 .*each one of 1, 2, 4, 8"),
-        ({"data": 2, "tensor": 2}, r"data=2 x fsdp=1 x tensor=2 does not make up 8"),
+        ({"fsdp": 3}, r"data=-1 x fsdp=3 x tensor=1 does not match 8 .*use sizes from 1, 2, 4, 8"),
+        ({"data": 2, "tensor": 2}, r"data=2 x fsdp=1 x tensor=2 does not match 8"),
         (
             {"tensor": 8},
             r"tensor=8 does not divide all of .*num_key_value_heads=4.*Set tensor to one of 1, 2, 4.$",
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit(heads, mesh, message):
+def test_a_mesh_that_does_not_match_is_refused(heads, mesh, message):
     with pytest.raises(UserError, match=message):
         Run(heads, 8, mesh)
 
 
-def test_a_batch_that_does_not_divide():
+def test_a_batch_size_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh(jax.devices(), {"data": 2, "fsdp": 2, "tensor": 2})
     sharding.check_batch(mesh, 8)
-    words = r"batch_size=6 does not divide over 4 devices \(mesh: data=2 x fsdp=2 x tensor=2\): set batch_size=4 or 8"
+    words = (
+        r"batch_size=6 does not divide over 4 devices \(mesh: data=2 x fsdp=2 x tensor=2\)\. Set batch_size=4 or 8\."
+    )
     with pytest.raises(UserError, match=words):
         sharding.check_batch(mesh, 6)
 
 
-def test_an_unknown_leaf_has_no_place():
+def test_an_array_without_a_sharding_rule_is_refused():
     mesh = sharding.make_mesh()
-    with pytest.raises(ValueError, match="no sharding rule covers base/layers/self_attn/q_proj/bits"):
+    with pytest.raises(ValueError, match="No sharding rule matches base/layers/self_attn/q_proj/bits"):
         sharding.shardings({"layers": {"self_attn": {"q_proj": {"bits": np.zeros(8)}}}}, mesh, "base")
 
 
 def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
-    """Stopped twice on the way, on devices that share in three ways; the curve is that of one device alone."""
+    """Stopped twice, on three different meshes; the loss curve equals that of a single device."""
 
     def config(name):
         values = {"save_steps": 100, "max_steps": 40, "batch_size": 8}
@@ -170,9 +172,11 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
             process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
-        assert f"40 steps on {devices} x cpu" in out and (at == 0 or f"from step {at}, but not bit for bit" in out)
+        assert f"Training for 40 steps on {devices} CPU device" in out and (
+            at == 0 or f"from step {at}, but not bit for bit" in out
+        )
         if until < 40:
-            at = int(re.search(r"stopped after step (\d+) of 40", out)[1])
+            at = int(re.search(r"Stopped after step (\d+) of 40", out)[1])
     assert len(losses("moving")) == len(losses("still"))
     assert np.abs(np.subtract(losses("moving"), losses("still"))).max() < 1e-5
     assert losses("still")[-1] < losses("still")[0] - 0.1

@@ -155,7 +155,7 @@ def test_plan_needs_only_config_json(written, capsys):
         "No other settings that fit should be faster",
     ):
         assert words in said, said
-    with pytest.raises(UserError, match="batch_size=6 does not divide over 8 devices: set batch_size=8"):
+    with pytest.raises(UserError, match=r"batch_size=6 does not divide over 8 devices\. Set batch_size=8"):
         plan.main(["--config", str(written(batch_size=6))])
 
 

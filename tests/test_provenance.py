@@ -1,4 +1,4 @@
-"""Where an adapter comes from: what its file and its card say is true, and what no longer belongs together is found."""
+"""Provenance of adapters: metadata and card match the run, and mismatched adapters and base models are found."""
 
 import json
 import shutil
@@ -34,13 +34,13 @@ SYSTEM = 'Be "brief":\n```'
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny):
-    """A base of this module's own, to be changed in copies."""
+    """A base model for this module; tests change copies of it."""
     return shutil.copytree(tiny, tmp_path_factory.mktemp("provenance") / "base")
 
 
 @pytest.fixture(scope="module")
 def run(base, pairs):
-    """Two steps with held-out rows, a system prompt, and a chat template that is a file, not the base's own."""
+    """A run of two steps with held-out rows, a system prompt, and its own chat template file."""
     root = base.parent
     (root / "own.jinja").write_text(TEMPLATES["alpaca"])
     own = {"chat_template": str(root / "own.jinja"), "system_prompt": SYSTEM, "eval_share": 0.2}
@@ -54,7 +54,7 @@ def run(base, pairs):
 
 @pytest.fixture(scope="module")
 def plain(run, base):
-    """The same arrays, as if trained without all that: an adapter that speaks the base's own template."""
+    """The same arrays, as if trained without system prompt and with the base model's chat template."""
     other = shutil.copytree(run, base.parent / "plain")
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"chat_template": "", "system_prompt": ""}
@@ -64,7 +64,7 @@ def plain(run, base):
     return other / "one"
 
 
-def test_what_the_file_and_the_card_note_is_what_was_run(run, plain, pairs):
+def test_metadata_and_card_match_the_run(run, plain, pairs):
     noted, record = provenance.metadata(run / "adapter" / WEIGHTS), read_record(run, "--run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
@@ -74,17 +74,19 @@ def test_what_the_file_and_the_card_note_is_what_was_run(run, plain, pairs):
     settings = json.loads(noted[provenance.CONFIG])
     assert settings == {key: value for key, value in record["config"].items() if key not in NOT_TRAINING}
     card = (run / "adapter/README.md").read_text()
-    assert f"Held-out loss: {losses[0]:.4f} of the base, {losses[2]:.4f} with it" in card
+    assert (
+        f"Held-out loss: {losses[0]:.4f} for the base model, {losses[2]:.4f} with the adapter (nats per token)." in card
+    )
     for key in (provenance.BASE, provenance.TOKENIZER, provenance.TEMPLATE, provenance.DATA):
         assert len(noted[key]) == 64 and f"`{noted[key]}`" in card
     changed = json.loads(card.split("```json\n")[1].split("\n```\n")[0])
     assert changed.items() <= settings.items() and changed["system_prompt"] == SYSTEM and "adam_beta1" not in changed
     assert provenance.LOSS not in provenance.metadata(plain / WEIGHTS)  # of step 1, which was not evaluated
-    assert "No held-out loss was measured" in (plain / "README.md").read_text()
+    assert "The held-out loss was not measured at this step." in (plain / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["own template and system prompt", "the base's template", "text without roles"])
-def test_the_cards_snippet_says_what_jlora_says(run, plain, base, kind, monkeypatch, capsys, tmp_path):
+def test_the_cards_snippet_answers_as_jlora_does(run, plain, base, kind, monkeypatch, capsys, tmp_path):
     adapter, asked = plain, (Message("user", "Your question?"),)
     if kind.startswith("own"):
         adapter, asked = run / "adapter", (Message("system", SYSTEM), *asked)
@@ -96,9 +98,9 @@ def test_the_cards_snippet_says_what_jlora_says(run, plain, base, kind, monkeypa
     code = (adapter / "README.md").read_text().split("```python\n")[1].split("\n```\n")[0]
     monkeypatch.chdir(adapter)
     exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=12"), "README.md", "exec"), {})
-    generator, voices = loading.load_model(str(base), {"adapter": adapter})
-    weights = voices.adapters["adapter"]
-    said = "".join(generator.pieces(weights, asked, max_new_tokens=12))
+    generator, adapters = loading.load_model(str(base), {"adapter": adapter})
+    weights = adapters.by_name["adapter"]
+    said = "".join(generator.generate_text(weights, asked, max_new_tokens=12))
     assert capsys.readouterr().out.strip("\n") == said.strip("\n") and said.strip()
 
 
@@ -122,38 +124,40 @@ def other_template(base):
     (base / "chat_template.jinja").write_text(text.replace("<|im_start|>", "<|start|>"))
 
 
-CHANGES = {"base weights": other_weights, "tokenizer": other_tokenizer, "chat template": other_template}
+CHANGES = {"base model weights": other_weights, "tokenizer": other_tokenizer, "chat template": other_template}
 
 
 @pytest.mark.parametrize("part", CHANGES)
-def test_a_part_that_changed_is_named_and_the_others_are_the_same(plain, run, base, tmp_path, part, capsys):
+def test_the_check_names_the_part_that_changed(plain, run, base, tmp_path, part, capsys):
     other = shutil.copytree(base, tmp_path / "base")
     main(["--check", str(plain), "--base", str(other)])
     said = capsys.readouterr().out
-    assert said.count("the same (") == 3 and "shapes: all fit" in said and "not the same" not in said
+    assert said.count(": same (") == 3 and "shapes: compatible" in said and "different" not in said
     CHANGES[part](other)
-    with pytest.raises(UserError, match=rf"do not belong together\n(.*\n)*  {part}: not the same \(\w+ in") as error:
+    with pytest.raises(UserError, match=rf"do not match:\n(.*\n)*  {part}: different \(\w+ in") as error:
         main(["--check", str(plain), "--base", str(other)])
-    assert str(error.value).count("not the same") == 1 and str(error.value).count(": the same (") == 2
-    if part == "chat template":  # the adapter that brings its own does not mind
+    assert str(error.value).count(": different (") == 1 and str(error.value).count(": same (") == 2
+    if part == "chat template":  # irrelevant for the adapter that includes its own
         main(["--check", str(run / "adapter"), "--base", str(other)])
-        assert f"give the server {run / 'adapter/chat_template.jinja'}" in capsys.readouterr().out
+        assert f"start the server with {run / 'adapter/chat_template.jinja'}" in capsys.readouterr().out
     moved = shutil.copytree(plain.parent, tmp_path / "run")
     edit(moved / "config.json", lambda record: record["base"].update(directory=str(other)))
-    with pytest.raises(UserError, match=rf"has changed since the run was trained: .*{part.split()[-1]}"):
+    with pytest.raises(
+        UserError, match=rf"is not the one that the run was trained on: its .*{part.split()[-1]}.* changed\."
+    ):
         export_adapter(moved, tmp_path / "made", 1)
     assert not (tmp_path / "made").exists()
 
 
-def test_the_command_says_it_by_its_exit_code(plain, base, smollm):
+def test_the_exit_code_of_the_check(plain, base, smollm):
     done = run_module("jlora.export", "--check", plain, "--base", base)
-    assert done.returncode == 0 and done.stdout.count("the same (") == 3, done.stderr
+    assert done.returncode == 0 and done.stdout.count(": same (") == 3, done.stderr
     done = run_module("jlora.export", "--check", plain, "--base", smollm)
-    assert done.returncode == 2 and "base weights: not the same" in done.stderr and "Traceback" not in done.stderr
-    assert "tokenizer: the same" in done.stderr and "has shape" in done.stderr
+    assert done.returncode == 2 and "base model weights: different" in done.stderr and "Traceback" not in done.stderr
+    assert "tokenizer: same" in done.stderr and "has shape" in done.stderr
 
 
-def test_a_template_is_what_it_renders_whatever_the_day(base):
+def test_the_template_hash_depends_on_the_rendered_text_but_not_the_date(base):
     tokenizer = load_tokenizer(base, "")
 
     def rendered(template):
@@ -171,12 +175,12 @@ def test_a_template_is_what_it_renders_whatever_the_day(base):
     assert identity.tokenizer_hash(tokenizer) == identity.tokenizer_hash(load_tokenizer(base, ""))
 
 
-def test_an_adapter_of_pefts_own_is_checked_by_its_shapes(base, smollm, tmp_path, capsys):
+def test_an_adapter_from_peft_is_checked_by_its_shapes(base, smollm, tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "peft")
     main(["--check", str(tmp_path / "peft"), "--base", str(base)])
     said = capsys.readouterr().out
-    assert said.count("cannot be checked, as the adapter's file has no hash of it") == 3 and "shapes: all fit" in said
+    assert said.count("unknown, because the adapter's file has no hash of it") == 3 and "shapes: compatible" in said
     with pytest.raises(UserError, match=r"belongs to another base.* has shape"):
         main(["--check", str(tmp_path / "peft"), "--base", str(smollm)])
     with pytest.raises(UserError, match=r"expected a directory with adapter_config.json"):

@@ -1,4 +1,4 @@
-"""Quantised bases: bitsandbytes' own codes and values, and loading, training and export on top of them."""
+"""Quantised base models: the codes and values of bitsandbytes; loading, training and export with them."""
 
 import dataclasses
 import subprocess
@@ -23,7 +23,7 @@ from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.spec import LoraConfig
 from jlora.cli import generate
-from jlora.common.errors import UserError
+from jlora.common.errors import UserError, VerificationError
 from jlora.data.batches import Batch
 from jlora.distributed import sharding
 from jlora.export import exporter, verify
@@ -35,7 +35,7 @@ from jlora.steps.step import loss_sum
 from jlora.training.checkpoint import read_record
 
 WHEEL = "bitsandbytes==0.50.2"
-# Beside torch, in a process of its own: where it can be imported, PEFT takes it up, and every test would wait for that.
+# In a process of its own: if bitsandbytes can be imported, PEFT imports it, which would slow down every test.
 THEIRS = """
 import sys, numpy as np, torch
 sys.path.insert(0, sys.argv[1])
@@ -56,7 +56,7 @@ np.savez(sys.argv[3], **{key: value.numpy() for key, value in made.items()})
 
 @pytest.fixture(scope="module")
 def weights():
-    """Random weights with blocks of zeros, blocks of ties and blocks of one sign; scales in whole blocks and a rest."""
+    """Random weights with blocks of zeros, of ties and of one sign; the last block of scales is not full."""
     made = np.random.default_rng(0).standard_normal((300, 576)).astype(np.float32) * 0.02
     made[3, :64] = made[299, -64:] = made[7] = 0
     ties = np.append((quant.NORMAL[1:] + quant.NORMAL[:-1]) / 2, np.float32(1))
@@ -68,7 +68,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory, weights):
-    """What bitsandbytes makes of them."""
+    """The codes and values that bitsandbytes computes for them."""
     root = tmp_path_factory.mktemp("bitsandbytes")
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", root, WHEEL]
     subprocess.run(fetch, check=True, capture_output=True)
@@ -80,7 +80,7 @@ def theirs(tmp_path_factory, weights):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_nf4_is_that_of_bitsandbytes(weights, theirs, dtype, monkeypatch):
+def test_nf4_equals_bitsandbytes(weights, theirs, dtype, monkeypatch):
     weight, their = weights[dtype], {key: theirs[f"{dtype} {key}"] for key in quant.NF4._fields}
     ours = quant.NF4.quantized(weight)
     assert np.array_equal(ours.codes.T.ravel(), their["codes"].ravel())
@@ -105,13 +105,13 @@ def test_nf4_is_that_of_bitsandbytes(weights, theirs, dtype, monkeypatch):
     assert dtype != "float32" or np.isin(scaled, (quant.NORMAL[1:] + quant.NORMAL[:-1]) / 2).sum() >= 2 * 60  # ties
 
 
-def test_a_choice_between_neighbours_is_the_same_as_a_look_up():
+def test_choosing_between_neighbours_equals_a_lookup():
     codes = jnp.arange(16, dtype=jnp.uint8)
     assert np.array_equal(quant._choose(codes), quant.NORMAL)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_int8_is_that_of_bitsandbytes(weights, theirs, dtype):
+def test_int8_equals_bitsandbytes(weights, theirs, dtype):
     ours = quant.Int8.quantized(weights[dtype])
     nothing = theirs[f"{dtype} absmax"] == 0  # of which it makes what NaN is cast to
     codes = ours.codes.T
@@ -128,7 +128,7 @@ TOKENS = np.random.default_rng(1).integers(0, 1000, (2, 12), dtype=np.int32)
 
 
 def load(directory, quantize, spec=SPEC, devices=1):
-    """The model as structure, shapes of the adapter, and the base."""
+    """Returns the structure of the model, the shapes of the adapter, and the base model."""
     compute = dataclasses.replace(FLOAT32, quantize=quantize)
     graphdef, adapter, shapes = hf_loader.abstract(read_config(directory), spec, compute)
     return graphdef, adapter, hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:devices]))
@@ -145,7 +145,7 @@ def logits(graphdef, adapter, base):
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)
-def test_the_projections_are_quantised_while_loading_and_nothing_else(tiny, kind):
+def test_only_the_projections_are_quantised(tiny, kind):
     files = {name: value for file in tiny.glob("*.safetensors") for name, value in load_file(file).items()}
     _, _, base = load(tiny, kind, devices=2)
     for path, leaf in flatten_dict(base).items():
@@ -163,7 +163,7 @@ def test_the_projections_are_quantised_while_loading_and_nothing_else(tiny, kind
     assert sum(leaf.nbytes for leaf in leaves) / values < {"nf4": 0.517, "int8": 1.03}[kind]
 
 
-def test_what_cannot_be_quantised_is_named(tiny, tmp_path):
+def test_weights_that_cannot_be_quantised_are_reported(tiny, tmp_path):
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     values = load_file(tmp_path / "model.safetensors")
@@ -225,19 +225,19 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     assert without < stack / 2 and temporaries() > without + stack / 2
 
 
-def test_a_run_on_four_bits_from_training_to_answers(tiny, config_file, tmp_path, monkeypatch, capsys):
+def test_a_4_bit_run_from_training_to_answers(tiny, config_file, tmp_path, monkeypatch, capsys):
     done = run_module("jlora.train", "--config", config_file(quantize_base="nf4", learning_rate=2e-2))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     again = run_module("jlora.train", "--config", config_file(), "--config.resume_from_checkpoint=auto")
-    assert again.returncode == 2 and "quantize_base was 'nf4' and is 'none'" in again.stderr
+    assert again.returncode == 2 and "quantize_base changed from 'nf4' to 'none'" in again.stderr
     assert '"quantize_base": "nf4"' in (run / "adapter/README.md").read_text()
     monkeypatch.setattr(verify, "PROMPTS", 2)
     record, step = read_record(run, "--run"), exporter.find_step(run, "latest")
     parity = verify.verify(record, *exporter.load_adapter(run, step), run / "adapter")
-    assert "and the base in nf4: 2 prompts" in parity.sentence and not parity.weaker
+    assert "and the nf4 base model: 2 prompts" in parity.sentence and not parity.without_peft
     monkeypatch.setattr(hf_loader, "dense", lambda base: ())
-    with pytest.raises(SystemExit, match="is not the trained one"):
+    with pytest.raises(VerificationError, match="does not compute what was trained"):
         verify.verify(record, *exporter.load_adapter(run, step), run / "adapter")
     options = ["--quantize_base", "nf4", "--prompt", "Hello", "--max_new_tokens", "4"]
     generate.main(["--adapter", str(run / "adapter"), *options])

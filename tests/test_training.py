@@ -1,4 +1,4 @@
-"""Training in one process: PEFT's own curve, frozen means free, many devices equal one."""
+"""Training in one process: the loss curve equals PEFT's, frozen weights cost nothing, many devices equal one."""
 
 import dataclasses
 import warnings
@@ -31,7 +31,7 @@ from jlora.training import setup, train
 
 
 class Setup(Trains):
-    """All the pieces of a run on some devices, from a config file; `mesh` says how they share the work."""
+    """All parts of a run from a config file, on some devices."""
 
     def __init__(self, file, devices=1, attention="xla", **changes):
         self.config = dataclasses.replace(load_config(str(file), []), **changes)
@@ -57,7 +57,7 @@ class Setup(Trains):
         self.lay(batches)
 
     def lay(self, batches):
-        """Takes these batches, and programs for them."""
+        """Switches to these batches, and compiles programs for them."""
         compute = dataclasses.replace(self.compute, packing=Packing(*batches.packing))
         self.graphdef, *_ = hf_loader.abstract(self.model_config, self.spec, compute)
         self.batches = batches
@@ -68,10 +68,10 @@ class Setup(Trains):
 
 
 def peft_losses(setup, initial, directory, count):
-    """PEFT and torch's AdamW on the same examples, padded as its users pad, from the same A and B."""
+    """Trains with PEFT and torch's AdamW on the same padded examples, from the same A and B; returns the losses."""
     config = setup.config
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT's way of saying that keys do not fit
+        warnings.simplefilter("error", UserWarning)  # PEFT warns if keys do not match
         tied = setup.model_config.tie_word_embeddings
         config_of_peft = peft_config(setup.spec, str(setup.directory), None, tied=tied)
         write_adapter(initial, setup.spec, config_of_peft, "", directory)
@@ -122,21 +122,21 @@ def peft_losses(setup, initial, directory, count):
     ],
     ids=["cosine", "linear-decay", "accumulation"],
 )
-def test_the_curve_is_pefts_own(config_file, tmp_path, changes):
+def test_the_loss_curve_equals_pefts(config_file, tmp_path, changes):
     setup = Setup(config_file(max_steps=20, learning_rate=5e-3, warmup_ratio=0.1), **changes)
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
     got = setup.losses(20)
     assert np.abs(got / want - 1).max() < 1e-4
-    assert want[-1] < want[0] - 0.1  # the bound means something: it learns
+    assert want[-1] < want[0] - 0.1  # it learns, so the bound is meaningful
 
 
-def test_the_curve_is_pefts_own_on_the_real_model(config_file, tmp_path, smollm):
+def test_the_loss_curve_equals_pefts_on_the_real_model(config_file, tmp_path, smollm):
     setup = Setup(config_file(base_model=str(smollm), max_steps=20, learning_rate=1e-3, lora_rank=16))
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 3)
     assert np.abs(setup.losses(3) / want - 1).max() < 1e-4
 
 
-def test_the_loss_without_padding_is_the_padded_one(config_file):
+def test_packed_and_padded_losses_are_equal(config_file):
     setup = Setup(config_file())
     adapter = jax.tree.map(lambda x: x + 0.02, setup.state.lora)
     order = {"batch_size": 4, "micro_batches": 1, "steps": setup.steps, "seed": 0, "linear_cost": 1e4}
@@ -154,7 +154,7 @@ def test_the_loss_without_padding_is_the_padded_one(config_file):
     assert abs(setup.held_out_loss(adapter) / other - 1) > 1e-5
 
 
-def test_what_all_begin_with_trains_the_same_when_it_is_laid_once(config_file):
+def test_sharing_the_prefix_does_not_change_training(config_file):
     file = config_file(learning_rate=1e-2)
     once, each = Setup(file), Setup(file)
     order = {"batch_size": 4, "micro_batches": 1, "steps": each.steps, "seed": 0, "linear_cost": 1e4}
@@ -165,7 +165,7 @@ def test_what_all_begin_with_trains_the_same_when_it_is_laid_once(config_file):
         assert np.abs(a - b).max() < 1e-4 * np.abs(b).max()
 
 
-def test_it_is_laid_once_only_where_each_example_would_make_the_same_of_it(config_file):
+def test_the_prefix_is_shared_only_if_results_stay_the_same(config_file):
     setup = Setup(config_file())
 
     def prefixes(model=setup.model_config, **changes):
@@ -179,7 +179,7 @@ def test_it_is_laid_once_only_where_each_example_would_make_the_same_of_it(confi
     assert prefixes(dataclasses.replace(setup.model_config, sliding_window=4096)) == [0, 0]
 
 
-def test_frozen_means_free(config_file):
+def test_frozen_weights_have_no_optimizer_state(config_file):
     setup = Setup(config_file(learning_rate=1e-2))
     before = jax.tree.map(np.array, setup.base)
     setup.losses(3)
@@ -206,7 +206,7 @@ def test_eight_devices_equal_one(config_file, changes):
     assert len(jax.tree.leaves(eight.state.lora)[0].sharding.device_set) == 8
 
 
-def test_only_the_adapter_travels_between_devices(config_file):
+def test_only_the_adapter_is_sent_between_devices(config_file):
     setup = Setup(config_file(batch_size=8), devices=8)
     setup.losses(1)
     (program,) = setup.programs.compiled.values()
@@ -232,7 +232,7 @@ def test_dropout_acts_in_training_only_and_differs_by_step(config_file):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_schedule_is_transformers_own(config_file, kind):
+def test_the_schedule_equals_transformers(config_file, kind):
     config = dataclasses.replace(
         load_config(str(config_file()), []), lr_scheduler_type=kind, warmup_ratio=0.1, learning_rate=1.0
     )

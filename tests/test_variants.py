@@ -26,7 +26,7 @@ from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import TARGETS, LoraConfig, settings_of, spec_of
 from jlora.api import finetune
 from jlora.bases.gguf import _unpermute_rotary as half_rotation
-from jlora.common.errors import UserError
+from jlora.common.errors import UserError, VerificationError
 from jlora.config.files import load_config
 from jlora.config.schema import Config
 from jlora.data.batches import Batch
@@ -380,7 +380,7 @@ def test_a_gguf_adapter_changes_every_weight_as_trained(models, tmp_path, smollm
     assert shapes["blk.2.ffn_down.weight.lora_a"] == (8, 96) and shapes["blk.2.attn_k.weight.lora_b"] == (64, 8)
     heads = {"q_proj": 2, "k_proj": 1}
     for wrong, file_heads in ((dataclasses.replace(spec, alpha=9.0), heads), (spec, {})):  # scale, order of rows
-        with pytest.raises(SystemExit, match="is not the trained one: blk"):
+        with pytest.raises(VerificationError, match="does not compute what was trained: blk"):
             check_gguf(tmp_path / "made" / FILE, (adapter, wrong), file_heads)
     with pytest.raises(UserError, match="exists, and jlora never overwrites"):
         write_gguf((adapter, spec), form, models[True], tmp_path / "made")
@@ -396,11 +396,11 @@ def test_rows_are_in_the_order_of_a_real_gguf_file(smollm):
 @pytest.mark.parametrize(
     ("changes", "max_rank", "message"),
     [
-        ({"use_dora": True}, 0, r"vLLM does not read DoRA \(use_dora\): merge it into the base"),
-        ({"modules_to_save": ("lm_head",)}, 0, "vLLM does not read modules_to_save=lm_head: merge"),
-        ({"peft_type": "IA3"}, 0, "vLLM does not read IA3: merge"),
-        ({"rank": 17}, 0, "rank 17, and vLLM is started for ranks up to 16. Start it with --max-lora-rank 32"),
-        ({"rank": 600}, 512, "rank 600 is above vLLM's limit of 512: merge"),
+        ({"use_dora": True}, 0, r"vLLM does not support DoRA \(use_dora\)\. Merge it into the base model"),
+        ({"modules_to_save": ("lm_head",)}, 0, "vLLM does not support modules_to_save=lm_head. Merge"),
+        ({"peft_type": "IA3"}, 0, "vLLM does not support IA3. Merge"),
+        ({"rank": 17}, 0, "rank 17, but vLLM would be started with a maximum rank of 16. Add --max_lora_rank 32"),
+        ({"rank": 600}, 512, "rank 600 exceeds vLLM's limit of 512. Merge"),
     ],
 )
 def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_rank, message):
@@ -449,7 +449,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     trained, spec = load_adapter(tmp_path / "whole", 4)
     graphdef, _, _ = hf_loader.abstract(read_config(tiny), spec, FLOAT32)
     same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
-    assert list(generator.tokens(adapter, [1, 2, 3], 8)) == list(same.tokens(trained, [1, 2, 3], 8))
+    assert list(generator.generate_tokens(adapter, [1, 2, 3], 8)) == list(same.generate_tokens(trained, [1, 2, 3], 8))
     bare = loading.load_model(str(tiny)).generator
     assert list(same.tokens(same.neutral(trained), [1, 2, 3], 8)) == list(bare.tokens({}, [1, 2, 3], 8))
 

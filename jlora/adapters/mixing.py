@@ -14,7 +14,7 @@ from jlora.common.errors import UserError
 Form = tuple[Adapter, LoraConfig]
 
 
-def check(name: str, spec: LoraConfig) -> None:
+def check_mixable(name: str, spec: LoraConfig) -> None:
     """Raises UserError where an adapter cannot stand beside others, with the way out."""
     for what in spec.beyond_portable:
         raise UserError(
@@ -23,7 +23,7 @@ def check(name: str, spec: LoraConfig) -> None:
         )
 
 
-def alike(adapters: Sequence[Form]) -> tuple[list[Adapter], LoraConfig]:
+def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], LoraConfig]:
     """The same adapters in one form: scale 1, the largest rank, all modules that any of them has; zeros elsewhere.
 
     They are then arguments of one compiled program, and rows of one batch may have different ones.
@@ -92,13 +92,13 @@ def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], 
 
 
 @dataclass(frozen=True)
-class Voices:
+class AdapterSet:
     """The adapters at hand, all of one form."""
 
-    adapters: Mapping[str, Adapter]
+    by_name: Mapping[str, Adapter]
     spec: LoraConfig
 
-    def mixed(self, words: Sequence[str]) -> Adapter:
+    def select(self, words: Sequence[str]) -> Adapter:
         """The adapter that words name: `NAME`, or a sum as `NAME=0.7 OTHER=-0.3`.
 
         A sum of n adapters has n times their rank, which is another program to compile, once for each n.
@@ -108,12 +108,12 @@ class Voices:
         """
         weights = [read_weight(word) for word in words]
         for name, _ in weights:
-            if name not in self.adapters:
-                there = ", ".join(self.adapters) or "none, as no --adapter was given"
+            if name not in self.by_name:
+                there = ", ".join(self.by_name) or "none, as no --adapter was given"
                 raise UserError(f"there is no adapter {name!r}; there are: {there}")
         if len(weights) == 1 and weights[0][1] == 1:
-            return self.adapters[weights[0][0]]
+            return self.by_name[weights[0][0]]
         for name, _ in weights:
-            check(name, self.spec)
-        forms = [(self.adapters[name], self.spec) for name, _ in weights]
+            check_mixable(name, self.spec)
+        forms = [(self.by_name[name], self.spec) for name, _ in weights]
         return combine(forms, [weight for _, weight in weights])[0]

@@ -1,19 +1,19 @@
-"""What an adapter was trained with: cheap hashes of base, tokenizer and chat template, kept in the adapter's file."""
+"""Provenance of an adapter: what it was trained with, as metadata in its safetensors file."""
 
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the tensors of an adapter
-# Keys of the safetensors metadata; every value is text.
+# Keys of the safetensors metadata; all values are strings.
 BASE, TOKENIZER, TEMPLATE = "jlora_base", "jlora_tokenizer", "jlora_template"
 DATA, HELD_OUT = "jlora_data", "jlora_held_out_data"
 VERSION, CONFIG, STEP = "jlora_version", "jlora_config", "jlora_step"
-BASE_LOSS, LOSS = "jlora_base_loss", "jlora_held_out_loss"  # nats a target
+BASE_LOSS, LOSS = "jlora_base_loss", "jlora_held_out_loss"  # nats per target
 
 
 def metadata(weights: Path) -> dict[str, str]:
-    """What jlora noted in an adapter's file; nothing where another program wrote it."""
+    """Returns the metadata of an adapter file; {} if it has none or cannot be read."""
     try:
         with safe_open(weights, framework="numpy") as file:
             return file.metadata() or {}
@@ -21,7 +21,7 @@ def metadata(weights: Path) -> dict[str, str]:
         return {}
 
 
-def written_step(directory: Path) -> int | None:
-    """The step that an exported adapter is of; None where jlora did not write it."""
+def exported_step(directory: Path) -> int | None:
+    """Returns the step from which an adapter was exported; None if jlora did not write it."""
     step = metadata(directory / WEIGHTS).get(STEP, "")
     return int(step) if step.isdigit() else None

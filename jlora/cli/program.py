@@ -1,7 +1,7 @@
-"""The commands of jlora, and how each of them ends.
+"""The commands of jlora, and their exit codes.
 
-Exit codes: 0 done; 2 the user must change something (one message, no traceback); 1 a fault of ours (traceback);
-130 stopped by Ctrl-C.
+0 done; 2 the user must change something (one message, no traceback); 1 a failed verification (one message) or a bug
+(traceback); 130 stopped by Ctrl-C.
 """
 
 import importlib
@@ -9,47 +9,48 @@ import os
 import sys
 from collections.abc import Callable
 
-from jlora.common.errors import UserError
+from jlora.common.errors import UserError, VerificationError
 
-# Command -> what it does; each is `jlora COMMAND`, `python -m jlora COMMAND` and `python -m jlora.COMMAND`.
+# Command -> description; each runs as `jlora COMMAND`, `python -m jlora COMMAND` and `python -m jlora.COMMAND`.
 COMMANDS = {
     "train": "train an adapter",
-    "data": "show the rows as the model will see them",
-    "plan": "say whether a run fits, and what it costs",
-    "export": "write a run's adapter for PEFT or a server, merge it, verify it",
+    "data": "show the examples as the model sees them",
+    "plan": "check whether a run fits into memory, and estimate its time",
+    "export": "export an adapter for PEFT or a server, merge it into the base model, verify it",
     "generate": "answer a prompt, or chat",
-    "combine": "write a weighted sum of adapters as one",
+    "combine": "combine adapters into one, as a weighted sum",
 }
-USAGE = "usage: jlora COMMAND [OPTION ...]\n\n{}\n\njlora COMMAND --help lists the options of a command."
+USAGE = "usage: jlora COMMAND [OPTION ...]\n\n{}\n\nRun `jlora COMMAND --help` for the options of a command."
 
 
 def main() -> None:
-    """The console script `jlora`, and `python -m jlora`."""
-    usage = USAGE.format("\n".join(f"  {name:9} {does}" for name, does in COMMANDS.items()))
+    """Runs the console script `jlora`, and `python -m jlora`."""
+    usage = USAGE.format("\n".join(f"  {name:9} {description}" for name, description in COMMANDS.items()))
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(usage)
         return
     if name not in COMMANDS:
-        sys.exit(f"error: Unknown command {name!r}.\n\n{usage}")
+        print(f"error: Unknown command {name!r}.\n\n{usage}", file=sys.stderr)
+        sys.exit(2)
     run_command(name, arguments)
 
 
 def run_command(name: str, arguments: list[str] | None = None) -> None:
-    """Runs one of COMMANDS and exits; `arguments` are the command line's own unless given."""
+    """Runs one of COMMANDS and exits with its code; `arguments` default to those of the command line."""
     given = sys.argv[1:] if arguments is None else arguments
     run_program(lambda argv: importlib.import_module(f"jlora.cli.{name}").main(argv), given)
 
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs `main(arguments)` and exits; JLORA_DEBUG=1 shows tracebacks of user errors too."""
+    """Runs `main(arguments)`; turns exceptions into messages and exit codes. JLORA_DEBUG=1 shows all tracebacks."""
     try:
         main(arguments)
-    except UserError as error:
+    except (UserError, VerificationError) as error:
         if os.environ.get("JLORA_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # the reader of our output has left, as in `... | head`
         sys.stderr.close()
         os._exit(1)

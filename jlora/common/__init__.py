@@ -1,1 +1,1 @@
-"""What every package needs and none owns: errors, paths, atomic files, memory."""
+"""Shared by every package: errors, cache paths, atomic file writes, malloc tuning."""

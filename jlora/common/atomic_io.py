@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all, whatever stops the writer."""
+"""Atomic file and directory writes: readers see the complete result or nothing, even if the writer is killed."""
 
 import errno
 import tempfile
@@ -6,28 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UNFINISHED = ".unfinished-"  # how the names begin of what a killed writer may leave
+UNFINISHED = ".unfinished-"  # name prefix of files that a killed writer may leave behind
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one move."""
+    """Writes a text file atomically, replacing an existing one."""
     new = path.with_name(f"{UNFINISHED}{path.name}")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
-def names_in(directory: Path) -> set[str]:
-    """What stands in a directory, but for what a killed writer left."""
+def finished_names(directory: Path) -> set[str]:
+    """Returns the names in a directory, without leftovers of a killed writer."""
     return {path.name for path in directory.iterdir() if not path.name.startswith(UNFINISHED)}
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` in one move when the `with` ends well.
+    """Yields an empty directory to fill; it is renamed to `target` if the `with` block succeeds.
 
     Raises:
-      FileExistsError: `target` stands there by then; what was filled is dropped.
-      OSError: it cannot be written.
+      FileExistsError: `target` exists by then; the new directory is removed.
+      OSError: the directory cannot be written.
     """
     with unnamed_directory(target.parent) as made:
         yield made
@@ -36,7 +36,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def unnamed_directory(parent: Path) -> Iterator[Path]:
-    """A directory to fill, for `give_name` to move to a place in `parent`; dropped where that does not happen."""
+    """Yields an empty directory to fill and then move into `parent` with `give_name`; otherwise it is removed."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as scratch:
         made = Path(scratch) / "new"
@@ -45,16 +45,16 @@ def unnamed_directory(parent: Path) -> Iterator[Path]:
 
 
 def give_name(made: Path, target: Path) -> None:
-    """Moves a filled directory to its place.
+    """Renames a filled directory to `target`.
 
     Raises:
-      FileExistsError: `target` stands there by then.
+      FileExistsError: `target` exists.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists")
     try:
         made.rename(target)
-    except OSError as error:  # it came to be in between
+    except OSError as error:  # created since the check
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise FileExistsError(f"{target} exists") from None

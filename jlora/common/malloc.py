@@ -1,18 +1,18 @@
-"""The C library's heap: what a step frees on a CPU stays for the next one, what a compiler frees goes back."""
+"""Tune glibc malloc: keep what a CPU step frees for the next step, and return what the compiler frees."""
 
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None  # another library is left to itself
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None  # None: another libc, which is left alone
 
 
 def keep_freed() -> None:
-    """Lets the main heap serve and keep even the largest blocks.
+    """Serves even the largest blocks from the main heap, and keeps them there once freed.
 
-    A step's temporary memory is one block of hundreds of MB. glibc maps such a block anew each time, and the system
-    clears it and hands it out page by page: a tenth of the time of a step of a small model. The main heap is the main
-    thread's, so it is for steps that run there: `jax_cpu_enable_async_dispatch` is to be off.
+    The temporary memory of a step is one block of hundreds of MB. By default glibc maps such a block anew each time,
+    and the kernel clears it page by page, which takes a tenth of the step time of a small model. Only the main thread
+    uses the main heap, so steps must run there: `jax_cpu_enable_async_dispatch` must be off.
     """
     if GLIBC:
         GLIBC.mallopt(M_MMAP_MAX, 0)
@@ -20,6 +20,6 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Returns to the system what is free now, in all heaps and wherever it lies."""
+    """Returns all free memory of all heaps to the system."""
     if GLIBC:
         GLIBC.malloc_trim(0)

@@ -1,1 +1,1 @@
-"""Many devices and many processes: the mesh, where arrays lie on it, and how processes agree."""
+"""Many devices and processes: the mesh, how arrays are sharded over it, and how processes agree."""

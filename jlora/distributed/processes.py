@@ -1,7 +1,8 @@
-"""The processes of one run: how they find each other, agree, fail together, and are stopped at the same step.
+"""The processes of one run: how they connect, exchange values, fail together, and stop at the same step.
 
-One process a host, or one a GPU; all run the same program on their share of the devices. The first alone writes. Where
-there is one process, all of this is free. Who communicates here comes through with all processes, in the same order.
+There is one process per host, or one per GPU. All run the same program on their share of the devices; only the first
+one prints and writes files. Every process must call the communicating functions, in the same order. With a single
+process they cost nothing.
 """
 
 import json
@@ -22,99 +23,107 @@ from jax.experimental import multihost_utils
 from jlora.common.errors import UserError
 
 T = TypeVar("T")
-# What stands in JAX's errors where a process is lost.
-LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
-# SLURM's and Open MPI's number of processes, where JAX looks for it too.
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-MESSAGE = 4096  # bytes of an error's text that reach the other processes
-SILENCE = 60  # seconds without a sign of life after which a process counts as dead
-FAREWELL = 30  # seconds that a process waits at its end for the others to end
+# JAX's errors contain one of these when another process is lost.
+LOST_PROCESS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
+# SLURM and Open MPI set these to the number of processes; JAX reads them too.
+PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# JAX's errors without a cluster, and once JAX is in use, as in a notebook: the process then runs alone.
+UNCONNECTED = ("coordinator_address should be defined", "must be called before any JAX")
+ERROR_BYTES = 4096  # longest error text that is sent to the other processes
+HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead
+SHUTDOWN_TIMEOUT = 30  # seconds that a finished process waits for the others
 
 
-class AgreedError(UserError):
-    """An error that every process has."""
+class SharedError(UserError):
+    """A UserError that every process of the run raises."""
 
 
-def join(coordinator: str, count: int, index: int) -> None:
-    """Makes this process one of a run's, before JAX is first used.
+def connect(coordinator: str, count: int, index: int) -> None:
+    """Connects this process to the others of its run, if there are any; call it before JAX is first used.
 
     Args:
-      coordinator: HOST:PORT of the first process; "" where JAX finds out: on Cloud TPU, GKE, SLURM and Open MPI.
-      count: processes; 0 is what JAX finds, 1 is this one alone.
-      index: of this process; -1 is what JAX finds.
+      coordinator: HOST:PORT of the first process; "": detected by JAX on Cloud TPU, GKE, SLURM and Open MPI.
+      count: number of processes; 0: detected by JAX; 1: a single process, without connecting.
+      index: index of this process; -1: detected by JAX.
 
     Raises:
-      UserError: there are to be several, and they did not find each other.
+      UserError: the processes could not connect.
     """
-    if count == 1 or (not (coordinator or count) and any(os.environ.get(name) == "1" for name in TASKS)):
-        return  # of one task JAX would use one device alone
+    if count == 1 or (not (coordinator or count) and any(os.environ.get(v) == "1" for v in PROCESS_COUNT_VARIABLES)):
+        return  # for a single SLURM task, JAX would use only one device
+    if jax.distributed.is_initialized():
+        return  # this process is connected already
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator or None,
             num_processes=count or None,
             process_id=None if index < 0 else index,
-            heartbeat_timeout_seconds=SILENCE,
-            shutdown_timeout_seconds=FAREWELL,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
         )
-    except Exception as error:  # a cluster that JAX takes this for may raise what it likes
-        told = coordinator or count or index >= 0
-        if not told and "coordinator_address should be defined" in str(error):
-            return  # no cluster at all
+    except Exception as error:  # JAX's cluster detection may raise anything
+        configured = coordinator or count or index >= 0
+        if not configured and any(text in str(error) for text in UNCONNECTED):
+            return
         raise UserError(
-            f"coordinator_address={coordinator!r}, num_processes={count}, process_id={index}: the processes of this "
-            f"run did not find each other ({_reason(error)}). All of them must run, with the same coordinator_address "
-            "and num_processes and each with its own process_id; or with none of the three where JAX finds them: on "
-            "Cloud TPU, GKE, SLURM and Open MPI. num_processes=1 runs this one alone"
+            f"The processes of this run could not connect ({_first_line(error)}). Found "
+            f"coordinator_address={coordinator!r}, num_processes={count}, process_id={index}. Start all processes with "
+            "the same coordinator_address and num_processes, each with its own process_id. On Cloud TPU, GKE, SLURM "
+            "and Open MPI, set none of the three. Set num_processes=1 to run a single process."
         ) from None
 
 
-def hush() -> None:
-    """From now on only the first process prints; the others say why they end."""
+def mute_all_but_first() -> None:
+    """Discards the standard output of every process but the first; errors still go to standard error."""
     if not is_first():
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (it is to stay open)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open)
 
 
 def is_first() -> bool:
-    """Is this the process that prints and writes?"""
+    """Returns whether this is the process that prints and writes files."""
     return jax.process_index() == 0
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What fails within for one process fails for all: an error that a user can mend is raised in each of them."""
+def fail_together() -> Iterator[None]:
+    """Raises a UserError of any one process in all of them."""
     try:
         yield
-    except AgreedError:
+    except SharedError:
         raise
     except UserError as error:
-        _meet(str(error))
-        raise AgreedError(str(error)) from error
-    _meet()
+        _exchange_errors(str(error))
+        raise SharedError(str(error)) from error
+    _exchange_errors()
 
 
-def _meet(error: str = "") -> None:
-    """Raises another process's error; returns where there is none."""
+def _exchange_errors(error: str = "") -> None:
+    """Raises another process's error, if there is one."""
     if jax.process_count() == 1:
         return
-    text = np.frombuffer(error.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
+    text = np.frombuffer(error.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0"), np.uint8)
     for index, other in enumerate(multihost_utils.process_allgather(text)):
-        said = other.tobytes().rstrip(b"\0").decode(errors="replace")
-        if said and not error:
-            raise AgreedError(f"process {index}: {said}")
+        message = other.tobytes().rstrip(b"\0").decode(errors="replace")
+        if message and not error:
+            raise SharedError(f"process {index}: {message}")
 
 
-def in_turn(make: Callable[[], T]) -> T:
-    """What each process makes, the first of them first: what it left on a disk they share, the others find."""
+def first_then_others(make: Callable[[], T]) -> T:
+    """Calls `make` in the first process, then in the others, which find the files that the first left on a shared disk.
+
+    Returns:
+      This process's own result.
+    """
     for first in (True, False):
-        with together():
+        with fail_together():
             if is_first() == first:
                 made = make()
     return made
 
 
-def of_first(make: Callable[[], T]) -> T:
-    """What the first process makes, of JSON's kinds, in every process."""
-    with together():
+def broadcast_from_first(make: Callable[[], T]) -> T:
+    """Calls `make` in the first process only and returns its result, which must be JSON, in every process."""
+    with fail_together():
         text = json.dumps(make() if is_first() else None).encode()
     if jax.process_count() == 1:
         return json.loads(text)
@@ -122,32 +131,39 @@ def of_first(make: Callable[[], T]) -> T:
     return json.loads(_broadcast(np.frombuffer(text.ljust(size)[:size], np.uint8)).tobytes())
 
 
-def arrays_of_first(make: Callable[[], Any], shapes: Any) -> Any:
-    """Arrays that the first process makes, as arrays of the host in every process; `shapes` says of which form."""
-    with together():
+def broadcast_arrays_from_first(make: Callable[[], Any], shapes: Any) -> Any:
+    """Calls `make` in the first process only and returns its arrays in the host memory of every process.
+
+    Args:
+      shapes: a tree with the shapes and dtypes of those arrays.
+    """
+    with fail_together():
         made = make() if is_first() else jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return made if jax.process_count() == 1 else jax.tree.map(_broadcast, made)
 
 
 def _broadcast(values: np.ndarray) -> np.ndarray:
-    """As bytes, whose sum with the others' zeros is exact."""
+    """Sends an array as bytes: the broadcast adds up all processes' arrays, and adding zeros to bytes is exact."""
     sent = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    got = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-    return got.view(values.dtype).reshape(values.shape)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    return received.view(values.dtype).reshape(values.shape)
 
 
-def agree(values: dict[str, Any]) -> None:
-    """Raises UserError where another process has other values than the first; names them."""
-    firsts = of_first(lambda: values)
-    with together():
+def check_agreement(values: dict[str, Any]) -> None:
+    """Raises a UserError that lists the values in which another process differs from the first."""
+    firsts = broadcast_from_first(lambda: values)
+    with fail_together():
         own = json.loads(json.dumps(values))
-        other = [f"{key} is {own[key]!r}, and {firsts[key]!r} in process 0" for key in own if own[key] != firsts[key]]
+        other = [f"{key} is {own[key]!r}, but {firsts[key]!r} in process 0" for key in own if own[key] != firsts[key]]
         if other:
-            raise UserError(f"all processes of a run must have the same before them: {'; '.join(other)}")
+            raise UserError(
+                f"Processes disagree about the run: {'; '.join(other)}. Give every process the same settings, data, "
+                "base model and package versions."
+            )
 
 
-def least(value: int | None) -> int | None:
-    """The least of all processes' values; None where one has None."""
+def minimum(value: int | None) -> int | None:
+    """Returns the smallest value of all processes; None if any process has None."""
     if jax.process_count() == 1:
         return value
     high, low = np.divmod(-1 if value is None else value, 1 << 31)  # JAX's integers have 32 bits
@@ -156,8 +172,8 @@ def least(value: int | None) -> int | None:
     return None if smallest < 0 else smallest
 
 
-def whole(tree: Any) -> Any:
-    """Arrays of the mesh as whole ones of the host: copies, so that the next step may use the memory again."""
+def gather_to_host(tree: Any) -> Any:
+    """Copies sharded arrays to host memory, complete in every process; the next step may reuse the device memory."""
 
     def leaf(array: jax.Array) -> np.ndarray:
         if array.is_fully_addressable or array.is_fully_replicated:
@@ -168,23 +184,23 @@ def whole(tree: Any) -> Any:
 
 
 @contextmanager
-def surviving() -> Iterator[None]:
-    """Ends this process at once, with a message, where it cannot go on and the others do not know, or are gone.
+def exit_on_failure() -> Iterator[None]:
+    """Exits at once, with a message, if this process fails alone or another process is lost.
 
-    JAX's own end would wait for them.
+    JAX's own shutdown would wait for the other processes.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, AgreedError) or jax.process_count() == 1:
+        if isinstance(error, SharedError) or jax.process_count() == 1:
             raise
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
-        elif any(sign in str(error) for sign in LOST):
+        elif any(sign in str(error) for sign in LOST_PROCESS):
             print(
-                f"error: another process of this run is gone, or cannot be reached ({_reason(error)}). What it said "
-                "last tells why. The checkpoints are safe: start all processes again with the same command, and "
-                "--config.resume_from_checkpoint=auto",
+                f"error: Another process of this run has died or cannot be reached ({_first_line(error)}). Look at the "
+                "last lines that it printed. The saved checkpoints are intact: start all processes again with the "
+                "same command and --config.resume_from_checkpoint=auto.",
                 file=sys.stderr,
             )
         else:
@@ -193,48 +209,48 @@ def surviving() -> Iterator[None]:
         os._exit(2 if isinstance(error, UserError) else 1)
 
 
-def _reason(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
-class Stop:
-    """Within its `with`, the first SIGINT or SIGTERM is a request that the loop answers; a second one kills.
+class StopSignal:
+    """A context manager in which the first SIGINT or SIGTERM asks the training loop to stop; a second one kills.
 
-    In a cluster JAX's own handler takes SIGTERM, tells all processes, and finds a step that none of them has passed.
+    On a cluster JAX's own handler takes SIGTERM, tells all processes, and picks a step that none of them has passed.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None  # that the loop is stopped by
-        self._by_hand = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.received: signal.Signals | None = None  # the signal that stops the loop
+        self._interrupted = False  # SIGINT, forwarded as SIGTERM
+        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Stop":
-        handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask}
+    def __enter__(self) -> "StopSignal":
+        handlers = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal}
         if jax.distributed.is_initialized():
-            handlers = {signal.SIGINT: self._pass_on}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+            handlers = {signal.SIGINT: self._forward}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop before this step; to be asked before every one, by all processes."""
+    def requested(self, step: int) -> bool:
+        """Returns whether to stop before this step; every process must ask before every step."""
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGINT if self._by_hand else signal.SIGTERM
-        return self.signal is not None
+            self.received = signal.SIGINT if self._interrupted else signal.SIGTERM
+        return self.received is not None
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._say(number)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._announce(number)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._by_hand = True
-        self._say(number)
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        self._announce(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _say(self, number: int) -> None:
+    def _announce(self, number: int) -> None:
         signal.signal(number, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        print(f"\n{name}: stopping after this step, saved; once more stops at once", file=sys.stderr)
+        repeat = "press Ctrl-C" if number == signal.SIGINT else f"send {signal.Signals(number).name}"
+        print(f"\nFinishing this step and saving; {repeat} again to quit now", file=sys.stderr)

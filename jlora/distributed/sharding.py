@@ -1,8 +1,8 @@
-"""The mesh, and THE rule table: which axis of which array is split over which axis of the mesh.
+"""The device mesh, and RULES: the one table of which array axis is split over which mesh axis.
 
-Axes of the mesh: `data` copies the base and splits the rows of a batch; `fsdp` splits the rows too, and the base, whose
-layers come together one at a time when they are computed (Rajbhandari et al. 2020, arXiv:1910.02054, stage 3); `tensor`
-splits heads, feed-forward and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053).
+Mesh axes: `data` copies the base model and splits the rows of a batch. `fsdp` splits the rows too, and the base model,
+whose layers are gathered one at a time when they are computed (Rajbhandari et al. 2020, arXiv:1910.02054, stage 3).
+`tensor` splits heads, feed-forward and vocabulary (Shoeybi et al. 2019, arXiv:1909.08053).
 """
 
 import math
@@ -19,12 +19,12 @@ from jaxtyping import Array, Float
 from jlora.common.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what the rows of a batch are split over
-# Projections whose output `tensor` splits, and those that take such an output in and add up what the devices have.
+ROWS = ("data", "fsdp")  # mesh axes that split the rows of a batch
+# Projections whose output `tensor` splits, and projections that take such a split input and sum over devices.
 SPLIT_OUT, SPLIT_IN = r".*/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)", r".*/(self_attn/o_proj|mlp/down_proj)"
-QUANTISED = "weight/(codes|scales)"  # which lie the other way round: codes [L, in or in/2, out], scales [L, in/64, out]
+QUANTISED = "weight/(codes|scales)"  # transposed: codes [L, in or in/2, out], scales [L, in/64, out]
 
-# Path -> spec, first match wins. The optimizer's moments lie as the adapter does: their paths end as its paths do.
+# Path -> spec; the first match wins. Optimizer moments are sharded as the adapter is: their paths end the same way.
 RULES: tuple[tuple[str, P], ...] = (
     (rf"base/{SPLIT_OUT}/weight", P(None, "tensor", "fsdp")),  # [L, out, in]
     (rf"base/{SPLIT_IN}/weight", P(None, "fsdp", "tensor")),
@@ -32,7 +32,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"base/{SPLIT_IN}/{QUANTISED}", P(None, "tensor", "fsdp")),
     (rf"base/{SPLIT_OUT}/weight/absmax", P(None, "tensor")),  # [L, out]
     (rf"base/{SPLIT_IN}/weight/absmax", P(None, "fsdp")),
-    (r"base/.*/weight/scale_(absmax|mean)", P()),  # [L, n], [L]: of blocks across rows, and few
+    (r"base/.*/weight/scale_(absmax|mean)", P()),  # [L, n], [L]: small, and one block spans rows
     (rf"base/{SPLIT_OUT}/bias", P(None, "tensor")),  # [L, out]
     (rf"base/{SPLIT_IN}/bias", P(None, None)),
     (r"base/(embed_tokens|lm_head)/weight", P("tensor", "fsdp")),  # [V, D]
@@ -47,84 +47,86 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(devices: list[Any] | None = None, sizes: Mapping[str, int] | None = None) -> Mesh:
-    """The axes above, `tensor` innermost: over devices that are near each other.
+    """Returns a mesh with the axes above; `tensor` is innermost, so it spans neighbouring devices.
 
     Args:
-      sizes: devices along each axis; -1 takes all that are left. An axis left out has one, `data` all that are left.
+      devices: the devices to use; None: all devices of all processes.
+      sizes: the number of devices along each axis; -1 takes all that are left. Missing axes get 1, `data` gets -1.
 
     Raises:
-      UserError: the sizes do not make up the devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     devices, given = jax.devices() if devices is None else devices, dict(sizes or {})
     wanted = {"data": 1 if -1 in given.values() else -1, "fsdp": 1, "tensor": 1, **given}
     fixed = math.prod(size for size in wanted.values() if size > 0)
     if fixed != len(devices) and (-1 not in wanted.values() or len(devices) % fixed):
-        asked = " x ".join(f"{axis}={size}" for axis, size in wanted.items())
-        fitting = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        product = " x ".join(f"{axis}={size}" for axis, size in wanted.items())
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        count = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
         raise UserError(
-            f"mesh: {asked} does not make up {len(devices)} device(s). The sizes must have the product "
-            f"{len(devices)}, each one of {', '.join(map(str, fitting))}; -1 takes what is left"
+            f"mesh: {product} does not match {count}. The product of the sizes must be {len(devices)}, so use sizes "
+            f"from {', '.join(map(str, divisors))}, or -1 on one axis for all remaining devices."
         )
     shape = [len(devices) // fixed if wanted[axis] == -1 else wanted[axis] for axis in AXES]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def row_ways(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are split."""
+    """Returns the number of devices over which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises UserError where the examples of a forward pass do not divide; names the nearest sizes that do."""
+    """Raises a UserError that suggests the nearest batch sizes if `batch_size` does not divide over the devices."""
     ways = row_ways(mesh)
     if batch_size % ways:
         below, above = batch_size // ways * ways, -(-batch_size // ways) * ways
         sizes = f"{below} or {above}" if below else str(above)
         axes = "" if ways == mesh.size else f" (mesh: {describe(mesh)})"
-        raise UserError(f"batch_size={batch_size} does not divide over {ways} devices{axes}: set batch_size={sizes}")
+        raise UserError(f"batch_size={batch_size} does not divide over {ways} devices{axes}. Set batch_size={sizes}.")
 
 
 def own_rows(mesh: Mesh, rows: int) -> frozenset[int]:
-    """Which rows of a batch this process's devices hold."""
+    """Returns the rows of a batch that the devices of this process hold."""
     places = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
     return frozenset(row for place in places if place for row in range(*place[0].indices(rows)))
 
 
 def place(tree: Any, places: Any) -> Any:
-    """Arrays of the host, whole and the same in every process, on the mesh; `places` has a sharding for each."""
+    """Moves host arrays, complete and equal in every process, to the mesh; `places` has a sharding for each."""
     return jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), tree, places
     )
 
 
 def places_of(tree: Any) -> Any:
-    """Where the arrays of a tree lie."""
+    """Returns the sharding of every array in a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def describe(mesh: Mesh) -> str:
-    """As "data=2 x fsdp=4"; "data=1" on one device."""
+    """Formats a mesh as "data=2 x fsdp=4"; a single device is "data=1"."""
     sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
     return " x ".join(sizes or ["data=1"])
 
 
 def spec_of(name: str) -> P:
-    """The table's answer for a path.
+    """Looks up the partition spec of an array by its path.
 
     Raises:
-      ValueError: no rule covers it.
+      ValueError: no rule matches the path.
     """
     for pattern, spec in RULES:
         if re.fullmatch(pattern, name):
             return spec
-    raise ValueError(f"no sharding rule covers {name}")
+    raise ValueError(f"No sharding rule matches {name}.")
 
 
 def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
-    """A NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "state", "batch").
+    """Returns a NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "state", "batch").
 
     Raises:
-      ValueError: no rule covers a path, or an axis does not divide.
+      ValueError: no rule matches a path, or an axis does not divide over the devices.
     """
 
     def leaf(path: tuple[Any, ...], array: Any) -> NamedSharding:
@@ -140,10 +142,10 @@ def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
 
 
 def split_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
-    """Activations within a program: B split as the rows of the batch are, all else whole on each device."""
+    """Constrains activations inside a program: B is split as the rows of a batch are, the other axes are whole."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
 
 
 def whole_rows(table: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
-    """A token table within a program: V split over `tensor` alone."""
+    """Constrains an embedding table inside a program: V is split over `tensor`, D is whole."""
     return table if mesh is None else jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor")))

@@ -1,1 +1,1 @@
-"""Export: PEFT directories, merged models, GGUF, and the checks that they compute what was trained."""
+"""Export: PEFT directories, merged models, GGUF, and checks that they compute what was trained."""

@@ -1,4 +1,4 @@
-"""README.md of an exported adapter: what it is, how to use it, and what it was trained with."""
+"""The card (README.md) of an exported adapter: what it is, how to use it, and what it was trained with."""
 
 import dataclasses
 import json
@@ -10,53 +10,54 @@ from jlora.bases.identity import base_hash, template_hash, tokenizer_hash
 from jlora.config.schema import NOT_TRAINING, Config
 
 HASHES = {
-    provenance.BASE: "base weights (the first values of every tensor)",
+    provenance.BASE: "base model weights (the first values of each tensor)",
     provenance.TOKENIZER: "tokenizer",
-    provenance.TEMPLATE: "what the chat template renders",
+    provenance.TEMPLATE: "chat template (as rendered)",
     provenance.DATA: "training data",
-    provenance.HELD_OUT: "held-out data",
+    provenance.HELD_OUT: "held-out set",
 }
-TEXT = ['inputs = tokenizer("Your text begins", return_tensors="pt")']  # for text without roles
+TEXT = ['inputs = tokenizer("Your text begins", return_tensors="pt")']  # for plain text, which has no turns
 
 
-def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -> str:
-    """The card of an adapter.
+def card(config: dict[str, Any], metadata: dict[str, str], *, own_template: bool) -> str:
+    """Returns the card of an adapter, as Markdown.
 
     Args:
       config: its adapter_config.json.
-      notes: what its file says of where it comes from (`card.notes`).
-      own_template: it brings a chat template, as the base's own is another.
+      metadata: the metadata of its file, from `provenance_metadata`.
+      own_template: it was trained with another chat template than the base model's, and includes it.
     """
     kind = "An IA3" if config["peft_type"] == "IA3" else f"A LoRA (rank {config['r']}, alpha {config['lora_alpha']:g})"
-    settings = json.loads(notes[provenance.CONFIG])
+    settings = json.loads(metadata[provenance.CONFIG])
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
-    chats = provenance.TEMPLATE in notes and settings["task_type"] != "plain-text"
-    ask = _asked(settings["system_prompt"]) if chats else TEXT
-    hashes = [f"| {what} | `{notes[key]}` |" for key, what in HASHES.items() if key in notes]
+    chats = provenance.TEMPLATE in metadata and settings["task_type"] != "plain-text"
+    inputs = _chat_inputs(settings["system_prompt"]) if chats else TEXT
+    hashes = [f"| {part} | `{metadata[key]}` |" for key, part in HASHES.items() if key in metadata]
     lines = [
         "---",
         "library_name: peft",
         f"base_model: {_quoted(config['base_model_name_or_path'])}",
         "pipeline_tag: text-generation",
         "---",
-        f"{kind} adapter, trained by jlora {notes[provenance.VERSION]}, on {', '.join(config['target_modules'])};",
-        f"step {notes[provenance.STEP]}. {_losses(notes)}",
-        *(["It speaks the chat template in chat_template.jinja, not the base's own."] if own_template else []),
+        f"{kind} adapter for {', '.join(config['target_modules'])}, trained with jlora "
+        f"{metadata[provenance.VERSION]}, from step {metadata[provenance.STEP]}.",
+        _losses(metadata),
+        *(["It was trained with chat_template.jinja, not with the base model's template."] if own_template else []),
         "",
-        "From this directory, with `base` wherever your copy of it lies:",
+        "Run this in this directory; set `base` to your copy of the base model:",
         "",
         "```python",
-        *_snippet(config, ask, own_template=own_template),
+        *_snippet(config, inputs, own_template=own_template),
         "```",
         "",
-        "| it was trained with | sha256 |",
+        "| Trained with | sha256 |",
         "|---|---|",
         *hashes,
         "",
-        "Do they still belong together? `python -m jlora.export --check THIS_DIRECTORY --base BASE`",
+        "To check that adapter and base model still match: `python -m jlora.export --check THIS_DIRECTORY --base BASE`",
         "",
-        "Settings, where they are not the defaults:",
+        "Settings that differ from the defaults:",
         "",
         "```json",
         json.dumps(changed, indent=2, ensure_ascii=False),
@@ -65,16 +66,17 @@ def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -
     return "\n".join(lines) + "\n"
 
 
-def _losses(notes: dict[str, str]) -> str:
-    if provenance.LOSS not in notes:
-        return "No held-out loss was measured at this step."
-    kind = json.loads(notes[provenance.CONFIG])["quantize_base"]
-    base = "the base" if kind == "none" else f"the base in {kind}"
-    return f"Held-out loss: {notes[provenance.BASE_LOSS]} of {base}, {notes[provenance.LOSS]} with it (nats a token)."
+def _losses(metadata: dict[str, str]) -> str:
+    if provenance.LOSS not in metadata:
+        return "The held-out loss was not measured at this step."
+    kind = json.loads(metadata[provenance.CONFIG])["quantize_base"]
+    base = "the base model" if kind == "none" else f"the {kind} base model"
+    before, after = metadata[provenance.BASE_LOSS], metadata[provenance.LOSS]
+    return f"Held-out loss: {before} for {base}, {after} with the adapter (nats per token)."
 
 
-def _snippet(config: dict[str, Any], ask: list[str], *, own_template: bool) -> list[str]:
-    """Python that puts what `ask` makes into PEFT."""
+def _snippet(config: dict[str, Any], inputs: list[str], *, own_template: bool) -> list[str]:
+    """Returns Python code that generates an answer with PEFT; `inputs` is the code that makes its inputs."""
     revision = f", revision={_quoted(config['revision'])}" if config["revision"] else ""
     template = ['tokenizer.chat_template = Path("chat_template.jinja").read_text(encoding="utf-8")']
     return [
@@ -86,14 +88,14 @@ def _snippet(config: dict[str, Any], ask: list[str], *, own_template: bool) -> l
         f"tokenizer = AutoTokenizer.from_pretrained(base{revision})",
         *(template if own_template else []),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base{revision}), ".")',
-        *ask,
+        *inputs,
         "answer = model.generate(**inputs, max_new_tokens=200, do_sample=False)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
 
 
-def _asked(system_prompt: str) -> list[str]:
-    """Python that puts a question through the chat template, after the system prompt that was trained with."""
+def _chat_inputs(system_prompt: str) -> list[str]:
+    """Returns Python code that renders a question with the chat template, after the system prompt of training."""
     system = f'{{"role": "system", "content": {_quoted(system_prompt)}}}, ' if system_prompt else ""
     return [
         f'chat = [{system}{{"role": "user", "content": "Your question?"}}]',
@@ -103,22 +105,23 @@ def _asked(system_prompt: str) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """In double quotes, on one line: the same in Python, JSON and YAML."""
+    """Quotes text in a way that is valid in Python, JSON and YAML."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def provenance_notes(
+def provenance_metadata(
     record: dict[str, Any], step: int, base_loss: float | None, loss: float | None, tokenizer: Any
 ) -> dict[str, str]:
-    """What goes into the file of a run's adapter, under the keys above; what there is none of is left out.
+    """Returns the metadata for the file of a run's adapter, without keys that have no value.
 
     Args:
       record: the run's config.json.
-      base_loss, loss: on the held-out data, without the adapter and with it.
-      tokenizer: with the chat template that was trained on.
+      step: the step of the adapter.
+      base_loss, loss: held-out losses without and with the adapter; None if not measured.
+      tokenizer: with the chat template of training.
     """
     settings = {key: value for key, value in record["config"].items() if key not in NOT_TRAINING}
-    known = {
+    entries = {
         provenance.BASE: base_hash(Path(record["base"]["directory"])),
         provenance.TOKENIZER: tokenizer_hash(tokenizer),
         provenance.TEMPLATE: template_hash(tokenizer),
@@ -130,4 +133,4 @@ def provenance_notes(
         provenance.BASE_LOSS: "" if base_loss is None else f"{base_loss:.4f}",
         provenance.LOSS: "" if loss is None else f"{loss:.4f}",
     }
-    return {key: value for key, value in known.items() if value}
+    return {key: value for key, value in entries.items() if value}

@@ -1,4 +1,4 @@
-"""A weighted sum of adapters as one PEFT directory. Ranks are laid end to end, so nothing is approximated."""
+"""Combines adapters into one PEFT directory, as an exact weighted sum: their ranks are concatenated."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,37 +22,39 @@ from jlora.serve.loading import common_template, read_all
 
 
 def combine_directories(weights: Mapping[str, float], base: str, target: Path) -> int:
-    """Writes the weighted sum of PEFT directories as one; returns its rank.
+    """Writes the weighted sum of PEFT directories as one PEFT directory, and returns its rank.
 
     Args:
-      weights: by directory.
-      base: where their base is; "" for what they themselves name.
+      weights: PEFT directory -> weight.
+      base: the base model; "": the one that the adapters name.
+      target: the new directory.
 
     Raises:
-      UserError: they name different bases, are of another base, cannot be summed, or `target` exists.
+      UserError: the adapters belong to different base models or cannot be summed, or `target` exists.
     """
     directories = {name: Path(name) for name in weights}
     places = {base_of(place) for place in directories.values()}
     if not base and len(places) > 1:
         raise UserError(
-            f"the adapters name different bases, {', '.join(sorted(p for p, _ in places))}: choose by --base"
+            f"The adapters name different base models: {', '.join(sorted(p for p, _ in places))}. Choose one with "
+            "--base."
         )
     place, revision = (base, "") if base else next(iter(places))
     directory = resolve_base(place, revision)
     template = common_template(directories)
     forms = list(read_all(directories, directory).values())
     for name, (_, spec) in zip(directories, forms, strict=True):
-        mixing.check(name, spec)
+        mixing.check_mixable(name, spec)
     config = read_config(directory)
-    if any(spec.pissa for _, spec in forms):  # saved with PiSSA's start, which only the base's weights tell
-        nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-        _, _, shapes = hf_loader.abstract(config, nothing, FLOAT32)
+    if any(spec.pissa for _, spec in forms):  # PiSSA's initial pair is computed from the weights of the base model
+        neutral = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+        _, _, shapes = hf_loader.abstract(config, neutral, FLOAT32)
         frozen = hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
         forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
     adapter, spec = mixing.combine(forms, list(weights.values()))
-    called = place if is_hub_id(place) else str(directory)
-    written = peft_config(spec, called, revision or None, tied=config.tie_word_embeddings)
-    card = _card(weights, called, spec)
+    base_name = place if is_hub_id(place) else str(directory)
+    written = peft_config(spec, base_name, revision or None, tied=config.tie_word_embeddings)
+    card = _card(weights, base_name, spec)
     text = find_template(template) if template else ""
     write_adapter(adapter, spec, written, card, target, {BASE: base_hash(directory)}, None, text)
     return spec.rank
@@ -64,7 +66,7 @@ def _card(weights: Mapping[str, float], base: str, spec: LoraConfig) -> str:
 library_name: peft
 base_model: {base}
 ---
-A LoRA adapter of rank {spec.rank}, the sum that jlora made of
+A LoRA adapter of rank {spec.rank}, combined by jlora from
 
 {parts}
 """

@@ -1,4 +1,4 @@
-"""Do an adapter and a base still belong together? Base weights, tokenizer and chat template, each by its hash."""
+"""Checks that an adapter and a base model match: hashes of weights, tokenizer and chat template, and shapes."""
 
 from pathlib import Path
 
@@ -14,58 +14,58 @@ from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
 
-PARTS = {  # what is compared -> its key in the adapter's file, and what to do where it differs
-    "base weights": (provenance.BASE, "name the base that it was trained on"),
-    "tokenizer": (provenance.TOKENIZER, "take the tokenizer's files from that base"),
-    "chat template": (provenance.TEMPLATE, "serve it with the template that it was trained with"),
+PARTS = {  # part -> its key in the adapter's metadata, and what to do if it differs
+    "base model weights": (provenance.BASE, "use the base model that the adapter was trained on"),
+    "tokenizer": (provenance.TOKENIZER, "use the tokenizer files of the base model that it was trained on"),
+    "chat template": (provenance.TEMPLATE, "serve it with the chat template that it was trained with"),
 }
 
 
 def check(adapter: Path, base: Path) -> str:
-    """What can be said of an adapter and a base: each part the same or not, whether the shapes fit; in lines.
+    """Compares an adapter with a base model; returns a line for each part.
 
     Args:
-      adapter: a PEFT directory; jlora's notes in its file are compared, of another program's only the shapes.
+      adapter: a PEFT directory; if another program wrote it, only the shapes are compared.
       base: a model directory.
 
     Raises:
-      UserError: they do not belong together, with the same lines; or one of them cannot be read.
+      UserError: they do not match, with the same lines; or one of them cannot be read.
     """
-    read_config_file(adapter)  # so that a directory that is no adapter is called that
-    noted, own = provenance.metadata(adapter / WEIGHTS), adapter / TEMPLATE
+    read_config_file(adapter)  # first, for a clear error if `adapter` is not an adapter
+    recorded, own = provenance.metadata(adapter / WEIGHTS), adapter / TEMPLATE
     here, served = {provenance.BASE: identity.base_hash(base)}, ""
-    if provenance.TOKENIZER in noted:
+    if provenance.TOKENIZER in recorded:
         tokenizer = load_tokenizer(base, "")
         served = identity.template_hash(tokenizer)
         if own.is_file():
             tokenizer.chat_template = find_template(str(own))
         here[provenance.TOKENIZER] = identity.tokenizer_hash(tokenizer)
         here[provenance.TEMPLATE] = identity.template_hash(tokenizer)
-    lines, same = [], True
-    for part, (key, way_out) in PARTS.items():
-        if key not in noted:
-            lines.append(f"{part}: cannot be checked, as the adapter's file has no hash of it")
-        elif noted[key] == here[key]:
-            lines.append(f"{part}: the same ({noted[key][:12]})")
+    lines, match = [], True
+    for part, (key, advice) in PARTS.items():
+        if key not in recorded:
+            lines.append(f"{part}: unknown, because the adapter's file has no hash of it")
+        elif recorded[key] == here[key]:
+            lines.append(f"{part}: same ({recorded[key][:12]})")
         else:
-            same, now = False, here[key][:12] or "none"
-            lines.append(f"{part}: not the same ({noted[key][:12]} in training, {now} here): {way_out}")
+            match, now = False, here[key][:12] or "none"
+            lines.append(f"{part}: different ({recorded[key][:12]} in training, {now} here): {advice}")
     if served != here.get(provenance.TEMPLATE, ""):
-        lines.append(f"the base's own chat template is another one: give the server {own}")
+        lines.append(f"The base model has another chat template: start the server with {own}")
     try:
-        _fit(adapter, base)
-        lines.append("shapes: all fit")
+        _check_shapes(adapter, base)
+        lines.append("shapes: compatible")
     except UserError as error:
-        if same:  # then this is all there is to say
+        if match:  # nothing else to report
             raise
         lines.append(f"shapes: {error}")
-    if not same:
-        raise UserError("\n  ".join([f"{adapter} and {base} do not belong together", *lines]))
+    if not match:
+        raise UserError("\n  ".join([f"Adapter {adapter} and base model {base} do not match:", *lines]))
     return "\n".join(lines)
 
 
-def _fit(adapter: Path, base: Path) -> None:
-    """Reads the adapter for this base; UserError where it does not fit."""
+def _check_shapes(adapter: Path, base: Path) -> None:
+    """Reads the adapter for this base model; raises a UserError if the shapes differ."""
     config = read_config(base)
     spec = read_spec(adapter, config.num_hidden_layers)
     _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)

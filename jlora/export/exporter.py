@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a PEFT directory, a server's form of it, or a merged model."""
+"""Exports a run's checkpoint as a PEFT directory, in the form that a server needs, or as a merged model."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
 from jlora.data.templates import find_template
 from jlora.data.tokenizer import load_tokenizer
-from jlora.export.card import card, provenance_notes
+from jlora.export.card import card, provenance_metadata
 from jlora.export.gguf import write_gguf
 from jlora.export.merged import write_merged
 from jlora.export.servers import form_for
@@ -38,13 +38,14 @@ def export_adapter(
 
     Args:
       run: the run's output_dir.
-      output: a new directory; None: RUN/adapter, with the step and the server in its name where they are given.
+      output: a new directory; None: RUN/adapter, RUN/adapter-STEP, RUN/adapter-SERVER or RUN/adapter-SERVER-STEP.
       step: "best", "latest", or a step that has a checkpoint.
-      server: of servers.LOADERS; the adapter is then written in the form that it reads, and verified first.
-      max_rank: the rank that the server is started for; 0 is its default.
+      server: a key of servers.LOADERS: write the form that it reads, and verify it first; "": PEFT, not verified.
+      max_rank: the maximum rank that the server is started with; 0: the server's default.
 
     Raises:
-      UserError: `output` exists, there is no such checkpoint, or the server cannot read such an adapter.
+      UserError: `output` exists, there is no such checkpoint, or the server cannot load such an adapter.
+      VerificationError: with `server`, the adapter does not compute what was trained; nothing is written.
     """
     number = find_step(run, str(step))
     output = output or default_output(run, "adapter" if server in ("", "peft") else f"adapter-{server}", step, number)
@@ -53,16 +54,24 @@ def export_adapter(
 
 
 def default_output(run: Path, name: str, wanted: str | int, step: int) -> Path:
-    """Where an export goes unless told: RUN/NAME for the best step, else RUN/NAME-STEP."""
+    """Returns the default directory of an export: RUN/NAME for the best step, else RUN/NAME-STEP."""
     return run / (name if wanted == "best" else f"{name}-{step}")
 
 
 def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "best") -> Parity:
-    """Compares an exported adapter, read by PEFT, with the checkpoint that it was exported from.
+    """Compares an exported adapter, loaded by PEFT, with the checkpoint from which it was exported.
+
+    Args:
+      run: the run's output_dir.
+      adapter: the PEFT directory; None: RUN/adapter.
+      step: the step from which it was exported: "best", "latest", or a number.
+
+    Returns:
+      The figures, and `sentence`, which sums them up.
 
     Raises:
-      UserError: it cannot be read, or there is no such checkpoint.
-      SystemExit: they disagree.
+      UserError: the adapter cannot be read, or there is no such checkpoint.
+      VerificationError: they disagree, or PEFT warns.
     """
     number = find_step(run, str(step))
     return verify(read_record(run, "--run"), *load_adapter(run, number), adapter or run / "adapter")
@@ -84,7 +93,7 @@ def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> N
     config = peft_config(spec, base, record["base"]["commit"] or None, tied=tied)
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         progress = checkpoints.progress(step)
-    notes = provenance_notes(record, step, progress.base_loss, progress.eval_loss, tokenizer)
+    metadata = provenance_metadata(record, step, progress.base_loss, progress.eval_loss, tokenizer)
 
     def certify(made: Path) -> str:
         parity = verify(record, *trained, made)
@@ -92,12 +101,12 @@ def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> N
         print(parity.sentence)
         return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
 
-    about = card(config, notes, own_template=bool(template))
-    write_adapter(adapter, spec, config, about, target, notes, certify if loader else None, template)
+    about = card(config, metadata, own_template=bool(template))
+    write_adapter(adapter, spec, config, about, target, metadata, certify if loader else None, template)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
-    """The adapter of a run's checkpoint."""
+    """Reads the adapter of a run's checkpoint."""
     record = read_record(run, "--run")
     spec = spec_of(record["config"])
     model_config = read_config(Path(record["base"]["directory"]))
@@ -108,29 +117,35 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
 
 
 def trained_tokenizer(record: dict[str, Any]) -> Any:
-    """The tokenizer of a run with its chat template; UserError where it or the base changed since."""
+    """Loads a run's tokenizer and chat template; raises a UserError if they or the base model changed since then."""
     tokenizer = load_tokenizer(Path(record["base"]["directory"]), record["config"]["chat_template"])
     identity.check_unchanged(record, tokenizer)
     return tokenizer
 
 
 def find_step(run: Path, wanted: str) -> int:
-    """`best`, `latest` or a number as a step that has a checkpoint; `best` without evaluations is the latest."""
+    """Returns the step of "best", "latest" or a number; without evaluations, "best" is the latest.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
     if not (run / "checkpoints").is_dir():
-        raise UserError(f"--run {run}: no checkpoints there; expected the output_dir of a run")
+        raise UserError(f"--run {run} contains no checkpoints. Expected the output_dir of a run.")
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         steps, latest = checkpoints.steps(), checkpoints.latest()
         if latest is None:
-            raise UserError(f"--run {run}: no checkpoint was completed")
+            raise UserError(f"--run {run} contains no complete checkpoint. Continue the training run first.")
         best = checkpoints.best() if wanted == "best" else None
     step = {"best": best, "latest": latest}.get(wanted, int(wanted) if wanted.isdigit() else -1)
     if step not in steps:
-        raise UserError(f"--step {wanted}: there are {', '.join(map(str, steps))} (or best, latest)")
+        raise UserError(
+            f"--step {wanted} has no checkpoint. Available steps: {', '.join(map(str, steps))}, or best, latest."
+        )
     return step
 
 
 def merge_run(run: Path, step: int, target: Path) -> None:
-    """Writes the base of a run and the adapter of one of its checkpoints as one model."""
+    """Merges the adapter of a run's checkpoint into its base model, and writes the result as one model."""
     record = read_record(run, "--run")
     adapter, spec = load_adapter(run, step)
     tokenizer = trained_tokenizer(record)
@@ -139,7 +154,7 @@ def merge_run(run: Path, step: int, target: Path) -> None:
 
 
 def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
-    """Writes a base, with a PEFT directory merged into it where one is given, as one model."""
+    """Writes a base model, with the adapter of a PEFT directory merged into it if one is given, as one model."""
     revision, template, spec = "", "", LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
     if adapter and not base:
         base, revision = base_of(adapter)

@@ -1,6 +1,6 @@
-"""An adapter as a GGUF file for llama.cpp's --lora, read back before it gets its name.
+"""Writes an adapter as a GGUF file for llama.cpp's --lora, and verifies the file before it is published.
 
-Source of the layout: convert_lora_to_gguf.py of llama.cpp. There, the scale is adapter.lora.alpha / rank.
+Source of the layout: convert_lora_to_gguf.py of llama.cpp. Its scale is adapter.lora.alpha / rank.
 """
 
 import json
@@ -15,31 +15,34 @@ from jlora.adapters import hf_names, lora
 from jlora.adapters.lora import Adapter
 from jlora.adapters.spec import LoraConfig
 from jlora.common.atomic_io import new_directory
-from jlora.common.errors import UserError
+from jlora.common.errors import UserError, VerificationError
 from jlora.models.families import FAMILIES, read_config
 
 FILE, REPORT = "adapter.gguf", "parity.json"
-TOLERANCE = 1e-5  # of the largest entry of a module's delta
+TOLERANCE = 1e-5  # relative to the largest entry of a module's delta
 
 
 def write_gguf(
     trained: tuple[Adapter, LoraConfig], portable: tuple[Adapter, LoraConfig], base: Path, target: Path
 ) -> str:
-    """Writes `target`/adapter.gguf, whole or not at all, and returns the figures of the check in a sentence.
+    """Writes `target`/adapter.gguf atomically, and returns a sentence with the figures of its verification.
 
     Args:
-      trained: adapter and form as they were trained; the file is held against them.
-      portable: the same in the portable form, which is what the file holds.
-      base: the base's model directory; its config.json names the architecture.
+      trained: the trained adapter and its spec, which the file is compared with.
+      portable: the same adapter as plain LoRA, which is written.
+      base: the directory of the base model; its config.json names the architecture.
 
     Raises:
-      UserError: `target` exists or cannot be written, or its model type is not supported.
+      UserError: `target` exists or cannot be written, or the model type is not supported.
+      VerificationError: the file does not contain what was trained.
     """
     if target.exists():
-        raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
+        raise UserError(f"{target} exists, and jlora never overwrites. Choose another directory with --output.")
     model_type = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
     if model_type not in FAMILIES:
-        raise UserError(f"--for llama.cpp: model_type={model_type!r}; expected one of {', '.join(FAMILIES)}")
+        raise UserError(
+            f"--for llama.cpp does not support model_type={model_type!r}. Expected one of {', '.join(FAMILIES)}."
+        )
     family = FAMILIES[model_type]
     config = read_config(base)
     heads = (
@@ -66,21 +69,26 @@ def write_gguf(
             report = check_gguf(made / FILE, trained, heads)
             (made / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the adapter could not be written to {target}: {error}") from None
+        raise UserError(f"The adapter could not be written to {target}: {error}") from None
     return (
-        f"verified: read back, the change of each of {report['modules']} weights differs by at most "
-        f"{report['largest_relative_difference']:.1e} of its largest entry; llama.cpp itself was not run"
+        f"Verified by reading the file back: the deltas of {report['modules']} weights differ by at most "
+        f"{report['largest_relative_difference']:.1e} of their largest entry (llama.cpp itself was not run)"
     )
 
 
 def check_gguf(file: Path, trained: tuple[Adapter, LoraConfig], heads: dict[str, int]) -> dict[str, Any]:
-    """Holds the change of every weight that a file makes against that of the trained adapter.
+    """Compares the delta of every weight in a file with that of the trained adapter.
 
     Args:
-      heads: of the projections whose rows the file has in another order.
+      file: the GGUF file.
+      trained: the trained adapter and its spec.
+      heads: the number of heads of each projection whose rows the file reorders.
+
+    Returns:
+      The figures for the report.
 
     Raises:
-      SystemExit: they disagree (exit code 1, with the weight's name).
+      VerificationError: they disagree; the message names the weight.
     """
     reader = gguf.GGUFReader(file)
     alpha = reader.fields["adapter.lora.alpha"].contents()
@@ -100,15 +108,17 @@ def check_gguf(file: Path, trained: tuple[Adapter, LoraConfig], heads: dict[str,
             size = np.abs(want).max() or 1.0
             off = np.abs(got - want).max() / size if got.shape == want.shape else np.inf
             if not off <= TOLERANCE:
-                raise SystemExit(f"error: the written adapter is not the trained one: {name} is off by {off:.1e}")
+                raise VerificationError(
+                    f"The exported adapter does not compute what was trained: {name} differs by {off:.1e}."
+                )
             largest, count = max(largest, float(off)), count + 1
     if found:
-        raise SystemExit(f"error: the written adapter has {min(found)}, which was not trained")
+        raise VerificationError(f"The exported adapter contains {min(found)}, which was not trained.")
     return {"modules": count, "largest_relative_difference": largest, "checked_with": "jlora on the file read back"}
 
 
 def _names(path: tuple[str, ...], leaves: lora.Leaves) -> list[str]:
-    """llama.cpp's name of a projection's weight in each layer; the three architectures have the same."""
+    """Returns llama.cpp's name of a projection's weight in each layer; all ARCHITECTURES use the same names."""
     layers = len(leaves["lora_A"])
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     names = [table.get_name(name, (".weight",)) for name in hf_names.tensor_names((*path, "weight"), (layers,))]
@@ -117,6 +127,6 @@ def _names(path: tuple[str, ...], leaves: lora.Leaves) -> list[str]:
 
 
 def side_by_side(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows from Hugging Face's order (rotary pairs half a head apart) to that of GGUF's llama (pairs side by side)."""
+    """Reorders rows from Hugging Face's order (rotary pairs half a head apart) to GGUF llama's (pairs side by side)."""
     halves = rows.reshape(heads, 2, -1, rows.shape[-1])
     return halves.swapaxes(1, 2).reshape(rows.shape)

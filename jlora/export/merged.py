@@ -1,4 +1,4 @@
-"""A base and an adapter as one Hugging Face directory: the base's own names, dtype, tokenizer and template."""
+"""Merges an adapter into a base model, as a Hugging Face directory with the base's names, dtypes and tokenizer."""
 
 import math
 import shutil
@@ -20,24 +20,25 @@ from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
 from jlora.models.safetensors_files import DTYPES, INDEX, write_weights
 
-# What a model directory may hold besides its model: other forms of the weights, and the base's own description.
+# Files of a model directory that are not copied: other formats of the weights, and the description of the base model.
 LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 
 
 def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, template: str) -> None:
-    """Writes W + scale B A for every adapted weight, and every other tensor byte by byte as it is.
+    """Writes W + scale B A for every adapted weight, and copies every other tensor byte by byte.
 
     Args:
-      base: the model directory.
-      adapter: its leaves as hf_loader.abstract has them; {} for the base alone.
-      target: the new directory; whole or not at all.
-      template: the chat template to write instead of the base's own; "" for the latter.
+      base: the directory of the base model.
+      adapter: leaves as in hf_loader.abstract; {}: the base model alone.
+      spec: the adapter's settings.
+      target: the new directory, written atomically.
+      template: the chat template to write instead of the base model's; "": keep the base model's.
 
     Raises:
-      UserError: `target` exists or cannot be written; or the base does not fit its config.json.
+      UserError: `target` exists or cannot be written, or the base model does not match its config.json.
     """
     if target.exists():
-        raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
+        raise UserError(f"{target} exists, and jlora never overwrites. Choose another directory with --output.")
     config = read_config(base)
     _, _, shapes = hf_loader.abstract(config, spec, FLOAT32)
     weights, changes = hf_loader.open_base(base, shapes), dict(_changes(adapter, spec, tied=config.tie_word_embeddings))
@@ -57,13 +58,13 @@ def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, t
             if template:
                 (made / "chat_template.jinja").write_text(template, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the merged model could not be written to {target}: {error}") from None
+        raise UserError(f"The merged model could not be written to {target}: {error}") from None
 
 
 def _changes(
     adapter: Adapter, spec: LoraConfig, *, tied: bool
 ) -> Iterator[tuple[str, Callable[[jax.Array], jax.Array]]]:
-    """What becomes of each tensor that the adapter changes, by the file's name."""
+    """Yields the name of each tensor that the adapter changes, and the function that changes it."""
     for path, leaves in lora.modules(adapter):
         if "modules_to_save" in leaves:
             for table in TABLES if tied else path:
@@ -80,7 +81,7 @@ def _changes(
             own = {part: leaf[layer] for part, leaf in leaves.items()}
             if rank:
                 yield names[0][layer], partial(lora.applied, leaves=own, scale=scale, scales_input=scales_input)
-            if rank and "ia3_l" in own and not scales_input:  # IA3 scales what the projection puts out, its bias too
+            if rank and "ia3_l" in own and not scales_input:  # IA3 scales the projection's output, and so its bias
                 yield names[1][layer], partial(_scaled, own["ia3_l"])
 
 

@@ -1,8 +1,8 @@
-"""What PEFT and the servers read of an adapter, and the form that each reads rightly.
+"""The form of an adapter that each server loads correctly; refuses exports that a server cannot load.
 
-By reading their sources: vLLM and LoRAX take one rank and one scale for all modules, older SGLang knows no rsLoRA,
-LoRAX drops a module type that one layer lacks, llama.cpp ignores rsLoRA and alpha patterns; none of the four takes
-DoRA, IA3 or trained tables.
+From their sources: vLLM and LoRAX take one rank and one scale for all modules. Older SGLang does not support rsLoRA.
+LoRAX drops a module type that is missing in a layer. llama.cpp ignores rsLoRA and alpha patterns. None of the four
+supports DoRA, IA3 or trained embedding tables.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from jlora.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """One program that reads adapters."""
+    """A program that loads adapters."""
 
     title: str
-    plain: bool  # reads only plain LoRA, in the portable form
-    ranks: tuple[int, ...] = ()  # sizes that it can be started with; () is any
-    usual: int = 0  # the size that it has unless told
+    plain: bool  # loads only plain LoRA: one rank and scale for all modules
+    ranks: tuple[int, ...] = ()  # maximum ranks that it can be started with; (): any
+    usual: int = 0  # its default maximum rank; 0: no maximum
 
 
 LOADERS = {
@@ -30,24 +30,25 @@ LOADERS = {
     "lorax": Loader("LoRAX", plain=True),
     "llama.cpp": Loader("llama.cpp", plain=True),
 }
-MERGE = "merge it into the base instead, with --merged"
+MERGE = "Merge it into the base model instead, with --merged."
 
 
 def form_for(name: str, adapter: Adapter, spec: LoraConfig, max_rank: int) -> tuple[Adapter, LoraConfig]:
-    """The adapter in the form that a loader reads rightly: its own, or the portable one.
+    """Returns the adapter and its spec in a form that a server loads correctly: unchanged, or as plain LoRA.
 
     Args:
-      name: of LOADERS.
-      max_rank: the size that the server is started with; 0 is its usual one.
+      name: a key of LOADERS.
+      adapter, spec: the trained adapter.
+      max_rank: the maximum rank that the server is started with; 0: its default.
 
     Raises:
-      UserError: it refuses such an adapter, or its rank, with the way out.
+      UserError: the server does not support such an adapter, or its rank.
     """
     loader = LOADERS[name]
     if not loader.plain:
         return adapter, spec
     for what in spec.beyond_portable:
-        raise UserError(f"--for {name}: {loader.title} does not read {what}: {MERGE}")
+        raise UserError(f"--for {name}: {loader.title} does not support {what}. {MERGE}")
     if not spec.is_plain:
         adapter, spec = lora.portable(adapter, spec)
     largest = max_rank or loader.usual
@@ -55,10 +56,10 @@ def form_for(name: str, adapter: Adapter, spec: LoraConfig, max_rank: int) -> tu
         fits = [size for size in loader.ranks if size >= spec.rank]
         if not fits:
             raise UserError(
-                f"--for {name}: rank {spec.rank} is above {loader.title}'s limit of {loader.ranks[-1]}: {MERGE}"
+                f"--for {name}: rank {spec.rank} exceeds {loader.title}'s limit of {loader.ranks[-1]}. {MERGE}"
             )
         raise UserError(
-            f"--for {name}: the adapter has rank {spec.rank}, and {loader.title} is started for ranks up to {largest}. "
-            f"Start it with --max-lora-rank {fits[0]}, and say so here: --max_lora_rank {fits[0]}"
+            f"--for {name}: the adapter has rank {spec.rank}, but {loader.title} would be started with a maximum rank "
+            f"of {largest}. Add --max_lora_rank {fits[0]}, and start {loader.title} with --max-lora-rank {fits[0]}."
         )
     return adapter, spec

@@ -1,9 +1,8 @@
-"""Does real PEFT compute with the written adapter what jlora computed with the trained one?"""
+"""Verifies that real PEFT computes with an exported adapter what jlora computes with the trained one."""
 
 import dataclasses
 import importlib.metadata
 import importlib.util
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.spec import LoraConfig
+from jlora.common.errors import VerificationError
+from jlora.common.plural import plural
 from jlora.data.conversation import ReadOptions
 from jlora.data.readers.files import read_conversations
 from jlora.data.tokenizer import encode_prompt, end_tokens, load_tokenizer
@@ -29,16 +30,16 @@ from jlora.models.families import read_config
 from jlora.serve.generator import Generator
 
 PROMPTS, NEW_TOKENS = 20, 40
-TOLERANCE = 1e-3  # largest allowed difference of a float32 logit
-AGREEMENT = 0.9  # share of greedy answers that must be equal; rounding may turn a tie
+TOLERANCE = 1e-3  # largest allowed difference of float32 logits
+AGREEMENT = 0.9  # share of greedy answers that must be equal; rounding may break a tie the other way
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """How well the written adapter computes what was trained."""
+    """How closely an exported adapter computes what was trained."""
 
     checked_with: str
-    weaker: bool  # read back by jlora, as PyTorch and PEFT are not installed
+    without_peft: bool  # read back by jlora, because PyTorch or PEFT is not installed: a weaker check
     prompts: list[str]
     largest_logit_difference: float
     median_logit_difference: float
@@ -48,19 +49,19 @@ class Parity:
     sentence: str
 
 
-def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: Path) -> Parity:
-    """Compares PEFT on `written` with jlora on the trained adapter: logits of every prompt token, and greedy answers.
+def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, exported: Path) -> Parity:
+    """Compares PEFT on `exported` with jlora on the trained adapter: logits of all prompt tokens, and greedy answers.
 
-    Where PyTorch or PEFT is not installed, jlora reads `written` itself: a weaker check, which says so.
+    If PyTorch or PEFT is not installed, jlora reads `exported` itself: a weaker check, which the report mentions.
 
     Args:
-      record: the run's config.json; its held-out questions (else its training questions) are the prompts.
-      adapter, spec: as trained.
-      written: the PEFT directory.
+      record: the run's config.json; its held-out questions, or else its training questions, are the prompts.
+      adapter, spec: the trained adapter.
+      exported: the PEFT directory.
 
     Raises:
-      UserError: `written` cannot be read.
-      SystemExit: they disagree, or PEFT warns (exit code 1, with the figures).
+      UserError: `exported` cannot be read.
+      VerificationError: they disagree, or PEFT warns.
     """
     directory = Path(record["base"]["directory"])
     tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
@@ -69,54 +70,55 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: 
     asked = [row.messages[:-1] or row.messages for row in rows]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
     compute = dataclasses.replace(FLOAT32, quantize=record["config"]["quantize_base"])
-    weaker = not all(map(importlib.util.find_spec, ("torch", "peft")))
-    said: list[str] = []
-    if weaker:
-        theirs, their_answers = _read_back(written, directory, tokenizer, prompts, compute)
+    without_peft = not all(map(importlib.util.find_spec, ("torch", "peft")))
+    peft_warnings: list[str] = []
+    if without_peft:
+        theirs, their_answers = _read_back(exported, directory, tokenizer, prompts, compute)
     else:
-        theirs, their_answers, said = _peft(directory, written, prompts, end_tokens(directory, tokenizer), compute)
-    if said:
-        sys.exit(f"error: PEFT warns when it loads {written}: {'; '.join(said)}")
+        ends = end_tokens(directory, tokenizer)
+        theirs, their_answers, peft_warnings = _peft(directory, exported, prompts, ends, compute)
+    if peft_warnings:
+        raise VerificationError(f"PEFT warns when it loads {exported}: {'; '.join(peft_warnings)}")
     ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts, compute)
     differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)])
     largest, median = float(differences.max()), float(np.median(differences))
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
-    packages = ("jax", "flax", "transformers") + (() if weaker else ("torch", "peft"))
+    packages = ("jax", "flax", "transformers") + (() if without_peft else ("torch", "peft"))
     versions = {"jlora": jlora.__version__, **{name: importlib.metadata.version(name) for name in packages}}
-    own = "jlora's own reader (a weaker check: PyTorch and PEFT are not installed)"
-    checked_with = own if weaker else f"PEFT {versions['peft']}"
-    base = "" if compute.quantize == "none" else f" and the base in {compute.quantize}"
+    reader = "jlora's own reader (a weaker check: PyTorch and PEFT are not installed)"
+    checked_with = reader if without_peft else f"PEFT {versions['peft']}"
+    base = "" if compute.quantize == "none" else f" and the {compute.quantize} base model"
     figures = (
-        f"{checked_with} on {written}{base}: {len(prompts)} prompts, float32 logits differ by at "
-        f"most {largest:.1e} (median {median:.1e}), {equal} of {len(prompts)} greedy answers of {NEW_TOKENS} tokens "
+        f"{checked_with} on {exported}{base}: {plural(len(prompts), 'prompt')}, float32 logits differ by at most "
+        f"{largest:.1e} (median {median:.1e}), {equal} of {len(prompts)} greedy answers of {NEW_TOKENS} tokens are "
         "equal"
     )
     if not largest <= TOLERANCE or equal < AGREEMENT * len(prompts):
-        demanded = f"at most {TOLERANCE:g}, and {AGREEMENT:.0%} of the answers"
-        sys.exit(f"error: the written adapter is not the trained one (allowed: {demanded}). {figures}")
+        limits = f"at most {TOLERANCE:g} for logits, at least {AGREEMENT:.0%} for answers"
+        raise VerificationError(f"The exported adapter does not compute what was trained ({limits}). {figures}.")
     questions = [messages[-1].content for messages in asked]
-    sentence = f"verified: {figures}"
-    return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
+    sentence = f"Verified with {figures}"
+    return Parity(checked_with, without_peft, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
 
 def _base(directory: Path, compute: Compute) -> dict[str, Any]:
-    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, shapes = hf_loader.abstract(read_config(directory), nothing, compute)
+    neutral = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    _, _, shapes = hf_loader.abstract(read_config(directory), neutral, compute)
     return hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
 
 
 def _read_back(
-    written: Path, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
+    exported: Path, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     config = read_config(directory)
-    spec = read_spec(written, config.num_hidden_layers)
+    spec = read_spec(exported, config.num_hidden_layers)
     _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
-    adapter = read_adapter(written, spec, shapes, tied=config.tie_word_embeddings)
+    adapter = read_adapter(exported, spec, shapes, tied=config.tie_word_embeddings)
     return _jlora(adapter, spec, directory, tokenizer, prompts, compute)
 
 
 def _peft(
-    directory: Path, written: Path, prompts: list[list[int]], ends: frozenset[int], compute: Compute
+    directory: Path, exported: Path, prompts: list[list[int]], ends: frozenset[int], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]], list[str]]:
     import torch
     from peft import PeftModel
@@ -125,12 +127,12 @@ def _peft(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        if compute.quantize != "none":  # the same weights, of which the codes stand for others than the files hold
+        if compute.quantize != "none":  # take the dequantised weights, not those in the files
             with torch.no_grad():
                 for name, values in hf_loader.dense(_base(directory, compute)):
                     base.get_parameter(name).copy_(torch.tensor(values))
-        model = PeftModel.from_pretrained(base, written).eval()
-    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        model = PeftModel.from_pretrained(base, exported).eval()
+    peft_warnings = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     logits, answers = [], []
     with torch.no_grad():
         for prompt in tqdm(prompts, desc="PEFT", unit="prompt", disable=None):
@@ -140,13 +142,13 @@ def _peft(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS
             )[0, len(prompt) :].tolist()
             answers.append([token for token in new if token not in ends])
-    return logits, answers, said
+    return logits, answers, peft_warnings
 
 
 def _jlora(
     adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
-    with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
+    with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract(read_config(directory), spec, compute)
         base = _base(directory, compute)
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
@@ -157,13 +159,13 @@ def _jlora(
             hidden, _ = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
             return model.logits(hidden[0])
 
-        longest = max(map(len, prompts))  # one program: what comes after a token does not change its logits
+        longest = max(map(len, prompts))  # one program for all: later tokens do not change a token's logits
         logits = [
             np.asarray(forward(adapter, base, jnp.array([prompt + [0] * (longest - len(prompt))])))[: len(prompt)]
             for prompt in prompts
         ]
         answers = [
-            list(generator.tokens(adapter, prompt, NEW_TOKENS))
+            list(generator.generate_tokens(adapter, prompt, NEW_TOKENS))
             for prompt in tqdm(prompts, desc="jlora", unit="prompt", disable=None)
         ]
         return logits, answers

@@ -1,1 +1,1 @@
-"""Answers from a base with adapters."""
+"""Answering with a base model and adapters: loading, generation, output rules, chat in the terminal."""

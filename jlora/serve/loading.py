@@ -1,4 +1,4 @@
-"""A base with adapters, read and ready to answer."""
+"""Loads a base model with adapters."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jlora.adapters import lora, mixing
-from jlora.adapters.mixing import Voices
+from jlora.adapters.mixing import AdapterSet
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.provenance import WEIGHTS
@@ -26,24 +26,25 @@ from jlora.serve.generator import Generator
 
 
 class Model(NamedTuple):
-    """A base with adapters, ready to answer."""
+    """A base model with adapters, ready to answer."""
 
     generator: Generator
-    voices: Voices
+    adapters: AdapterSet
 
     def answer(self, question: str, adapter: str = "", system: str = "", **options: Any) -> str:
-        """The answer to one question.
+        """Returns the answer to one question.
 
         Args:
-          adapter: a name, or a weighted sum as "law=0.7 brief=0.3"; "" is the base alone.
-          system: the system message before it; "" is none.
-          options: `max_new_tokens` (256), `temperature` (0 is greedy), `top_p` and `seed`, as for `Generator.rows`.
+          question: the user's turn; it goes through the chat template.
+          adapter: a name, or a weighted sum such as "law=0.7 brief=0.3"; "": the base model alone.
+          system: the system turn before the question; "": none.
+          options: `max_new_tokens` (256), `temperature` (0: greedy), `top_p` (1) and `seed` (0).
 
         Raises:
-          UserError: there is no adapter of that name.
+          UserError: no adapter has that name, or it cannot be part of a sum.
         """
-        first = next(iter(self.voices.adapters.values()), {})
-        weights = self.voices.mixed(adapter.split()) if adapter else self.generator.neutral(first)
+        first = next(iter(self.adapters.by_name.values()), {})
+        weights = self.adapters.select(adapter.split()) if adapter else self.generator.neutral(first)
         messages = (*([Message("system", system)] if system else []), Message("user", question))
         return self.generator.answers([weights], [messages], **{"max_new_tokens": 256, **options})[0]
 
@@ -51,22 +52,25 @@ class Model(NamedTuple):
 def load_model(
     base: str = "", adapters: Mapping[str, Path | str] | None = None, revision: str = "", quantize: str = "none"
 ) -> Model:
-    """A base, and the adapters of PEFT directories by name.
+    """Loads a base model and adapters.
 
-    They are brought to one form, so that to switch is to pass another argument; one that has no such form (DoRA, IA3,
-    trained tables) must be alone.
+    Several adapters are converted to a common form, so that switching them compiles nothing. Adapters that have no such
+    form (DoRA, IA3, trained embedding tables) must be loaded alone.
 
     Args:
-      base: a `base_model`; "" is what the first adapter names.
-      quantize: "nf4" or "int8" hold the base in 4 or 8 bits.
+      base: a model directory, hub id, or `pypi:NAME==VERSION`; "": the base model that the first adapter names.
+      adapters: name -> PEFT directory.
+      revision: branch, tag or commit of a hub id; "": the hub's default branch.
+      quantize: "nf4" or "int8" keeps the base model in 4 or 8 bits; "none": in the device's default dtype.
 
     Raises:
-      UserError: one is of another base, or cannot stand beside others; or they speak different chat templates.
+      UserError: an adapter belongs to another base model or must be loaded alone, or the adapters were trained with
+        different chat templates.
     """
     directories = {name: Path(place) for name, place in (adapters or {}).items()}
     if not base:
         if not directories:
-            raise UserError("load_model: expected a base, adapters, or both; got neither")
+            raise UserError("load_model got neither a base model nor adapters. Pass base=..., adapters=..., or both.")
         base, named_revision = base_of(next(iter(directories.values())))
         revision = revision or named_revision
     directory = resolve_base(base, revision)
@@ -79,24 +83,24 @@ def load_model(
     forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else nothing
     if forms and not spec.beyond_portable:
-        weights, spec = mixing.alike(forms)
+        weights, spec = mixing.to_common_form(forms)
     graphdef, _, _ = hf_loader.abstract(config, spec, compute)
     tokenizer = load_tokenizer(directory, template)
     generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
-    return Model(generator, Voices(dict(zip(found, weights, strict=True)), spec))
+    return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
 
 
 def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Form]:
-    """The adapters of PEFT directories, by name, for the base of a model directory; PiSSA's frozen pairs are left zero.
+    """Reads PEFT directories, by name, for the base model in a directory; PiSSA's frozen pairs are left zero.
 
     Raises:
-      UserError: one is of another base, or one of several cannot stand beside others.
+      UserError: an adapter belongs to another base model, or one of several must be loaded alone.
     """
     config, found = read_config(base), {}
     for name, place in directories.items():
         spec = read_spec(place, config.num_hidden_layers)
         if len(directories) > 1:
-            mixing.check(name, spec)
+            mixing.check_mixable(name, spec)
         check_base(place / WEIGHTS, base)
         _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
         found[name] = read_adapter(place, spec, shapes, tied=config.tie_word_embeddings), spec
@@ -104,10 +108,10 @@ def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Fo
 
 
 def common_template(directories: Mapping[str, Path]) -> str:
-    """The file with the chat template that the adapters were trained on; "" for the base's own.
+    """Returns the file of the chat template with which the adapters were trained; "": the base model's own.
 
     Raises:
-      UserError: they were trained on different ones.
+      UserError: they were trained with different chat templates.
     """
     files = {name: str(place / TEMPLATE) for name, place in directories.items() if (place / TEMPLATE).is_file()}
     texts = {name: find_template(files[name]) if name in files else "" for name in directories}
@@ -115,7 +119,7 @@ def common_template(directories: Mapping[str, Path]) -> str:
     for other in others:
         if texts[other] != texts[first]:
             raise UserError(
-                f"adapters {first} and {other} were trained on different chat templates ({TEMPLATE} in their "
-                "directories): give them one by one, or train them on one template"
+                f"Adapters {first} and {other} were trained with different chat templates ({TEMPLATE} in their "
+                "directories). Load them one at a time, or train them with the same chat_template."
             )
     return next(iter(files.values()), "")

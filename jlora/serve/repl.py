@@ -1,58 +1,61 @@
-"""A conversation in the terminal, in which adapters are switched, mixed, and compared with the base."""
+"""Chat in the terminal: switch and mix adapters, and compare them with the base model."""
 
 import importlib
 import shutil
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from jlora.adapters.mixing import Voices
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jlora.adapters.mixing import AdapterSet
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.serve.generator import Generator
 from jlora.serve.output_rules import Rules, filtered
 
 HELP = """\
-/adapter NAME            answer with this adapter from now on; /adapter alone lists them
-/adapter A=0.7 B=-0.3    with a weighted sum of adapters; a negative weight takes one away
-/off                     answer as the base alone
-/compare [QUESTION]      what the adapter and the base say, side by side; of the last question, or of another
-/new                     forget the conversation
-/help                    this
-Ctrl-C stops an answer, Ctrl-D (end of input) leaves. All else is said to the model."""
-OFF = "base"  # what the column of the base is called
-GAP = " | "
+/adapter NAME            answer with this adapter; /adapter alone lists the adapters
+/adapter A=0.7 B=-0.3    answer with a weighted sum of adapters; a negative weight subtracts one
+/off                     answer with the base model alone
+/compare [QUESTION]      show the answers of the adapter and the base model to QUESTION, or to the last question
+/new                     start a new conversation
+/help                    show this help
+Ctrl-C stops an answer; Ctrl-D (end of input) quits. Everything else is sent to the model."""
+BASE = "base"  # the column title of the base model
 
 
 class Chat:
     """One conversation.
 
     Args:
-      system: what stands before everything that is said.
-      options: for `Generator.pieces`.
-      use: the words for `Voices.mixed` to begin with; "" is the base alone.
+      system: the turns before the conversation.
+      options: for `Generator.generate_text`.
+      use: the adapter to start with, as for `AdapterSet.select`; "": the base model alone.
     """
 
     def __init__(
         self,
         generator: Generator,
-        voices: Voices,
+        adapters: AdapterSet,
         rules: Rules,
         system: tuple[Message, ...],
         options: Mapping[str, Any],
         use: str,
     ) -> None:
-        self._generator, self._voices, self._rules, self._options = generator, voices, rules, options
-        self._system = self._said = system
-        self._base = generator.neutral(next(iter(voices.adapters.values()), {}))
-        self._name, self._adapter = (use, voices.mixed(use.split())) if use else (OFF, self._base)
+        self._generator, self._adapters, self._rules, self._options = generator, adapters, rules, options
+        self._system = self._turns = system
+        self._base = generator.neutral(next(iter(adapters.by_name.values()), {}))
+        self._name, self._adapter = (use, adapters.select(use.split())) if use else (BASE, self._base)
 
     def run(self) -> None:
-        """Answers what is typed, until the end of input."""
+        """Answers each line of input until the end of input."""
         with suppress(ImportError):
-            importlib.import_module("readline")  # from then on, `input` lets a line be edited
-        print(f"speaking: {self._name}; /help says what can be done")
+            importlib.import_module("readline")  # gives `input` line editing and history
+        print(f"{self._active()}. Type /help for commands.")
         while True:
             try:
                 line = input("\n> ").strip()
@@ -65,84 +68,77 @@ class Chat:
             except UserError as error:
                 print(f"error: {error}", end="")
             except KeyboardInterrupt:
-                print("\nstopped: the conversation is as it was before", end="")
+                print("\nStopped. This turn is not part of the conversation.", end="")
             print()
 
     def reply(self, line: str) -> Iterator[str]:
-        """What is shown after one line, in pieces as they come.
+        """Yields what to show after a line of input, in pieces.
 
         Raises:
-          UserError: the line names what there is not; the conversation stays as it was.
+          UserError: the line names an unknown command or adapter; the conversation is unchanged.
         """
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/adapter" and rest:
-            self._adapter, self._name = self._voices.mixed(rest.split()), rest
-            yield f"speaking: {self._name}"
+            self._adapter, self._name = self._adapters.select(rest.split()), rest
+            yield self._active()
         elif line == "/adapter":
-            yield f"there are: {', '.join(self._voices.adapters) or 'none'}; speaking: {self._name}"
+            yield f"Available adapters: {', '.join(self._adapters.by_name) or 'none'}. {self._active()}"
         elif line == "/off":
-            self._adapter, self._name = self._base, OFF
-            yield f"speaking: {self._name}"
+            self._adapter, self._name = self._base, BASE
+            yield self._active()
         elif command == "/compare":
             yield self._compare(rest)
         elif line == "/new":
-            self._said = self._system
-            yield "the conversation is forgotten"
+            self._turns = self._system
+            yield "Started a new conversation"
         elif line == "/help":
             yield HELP
         elif line.startswith("/"):
-            raise UserError(f"there is no command {command}; /help lists them")
+            raise UserError(f"Unknown command {command}. Type /help for commands.")
         elif line:
             yield from self._answer(line)
 
+    def _active(self) -> str:
+        return (
+            "No active adapter: the base model answers"
+            if self._adapter is self._base
+            else f"Active adapter: {self._name}"
+        )
+
     def _answer(self, question: str) -> Iterator[str]:
-        messages, shown = (*self._said, Message("user", question)), ""
-        for piece in filtered(self._generator.pieces(self._adapter, messages, **self._options), self._rules):
+        messages, shown = (*self._turns, Message("user", question)), ""
+        for piece in filtered(self._generator.generate_text(self._adapter, messages, **self._options), self._rules):
             shown += piece
             yield piece
-        self._said = (*messages, Message("assistant", shown.strip()))
+        self._turns = (*messages, Message("assistant", shown.strip()))
 
     def _compare(self, question: str) -> str:
-        """Both answers, made in one batch; the conversation stays as it was."""
-        asked = [i for i, message in enumerate(self._said) if message.role == "user"]
+        """Generates both answers in one batch; the conversation is unchanged."""
+        asked = [i for i, message in enumerate(self._turns) if message.role == "user"]
         if question:
-            messages = (*self._said, Message("user", question))
+            messages = (*self._turns, Message("user", question))
         elif asked:
-            messages = self._said[: asked[-1] + 1]
+            messages = self._turns[: asked[-1] + 1]
         else:
-            raise UserError("nothing was asked yet: /compare QUESTION")
+            raise UserError("There is no question to compare yet. Type /compare QUESTION.")
         if self._adapter is self._base:
-            raise UserError("the base alone is speaking: choose with /adapter NAME what to compare it with")
-        # to be rows of one batch, both must have one form: a sum has more ranks than what does nothing
+            raise UserError("The base model is active. Choose an adapter to compare it with: /adapter NAME.")
+        # A batch needs one form: a sum has a higher rank than self._base.
         pair = (self._adapter, self._generator.neutral(self._adapter))
         answers = self._generator.answers(pair, (messages, messages), **self._options)
-        said = ["".join(filtered([answer], self._rules)) for answer in answers]
+        texts = ["".join(filtered([answer], self._rules)) for answer in answers]
         width = shutil.get_terminal_size().columns
-        return "\n".join(side_by_side((self._name, said[0]), (OFF, said[1]), width))
+        return "\n".join(side_by_side((self._name, texts[0]), (BASE, texts[1]), width))
 
 
-def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> Iterator[str]:
-    """Two titled texts as columns of a terminal `width` cells wide; Chinese and kin take two cells a character."""
-    column = max((width - len(GAP)) // 2, 8)
-    columns = [[*_wrap(title, column), "-" * column, *_wrap(text, column)] for title, text in (left, right)]
-    for row in range(max(map(len, columns))):
-        cells = [lines[row] if row < len(lines) else "" for lines in columns]
-        yield (cells[0] + " " * (column - _cells(cells[0])) + GAP + cells[1]).rstrip()
-
-
-def _wrap(text: str, width: int) -> Iterator[str]:
-    """Lines of at most `width` cells, cut after a space where there is one."""
-    for line in text.expandtabs(4).split("\n"):
-        while _cells(line) > width:
-            end = max(i for i in range(len(line) + 1) if _cells(line[:i]) <= width)
-            space = line.rfind(" ", 0, end + 1)
-            cut = space + 1 if space > 0 else end
-            yield line[:cut].rstrip()
-            line = line[cut:]
-        yield line
-
-
-def _cells(text: str) -> int:
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> list[str]:
+    """Lays out two titled texts as two columns, `width` terminal cells wide in all; returns the lines."""
+    table = Table(box=box.ASCII, show_edge=False, pad_edge=False, expand=True, header_style="")
+    for title, _ in (left, right):
+        table.add_column(Text(title), ratio=1, overflow="fold")
+    table.add_row(*(Text(text) for _, text in (left, right)))
+    console = Console(width=width, color_system=None)
+    with console.capture() as shown:
+        console.print(table)
+    return [line.rstrip() for line in shown.get().splitlines()]

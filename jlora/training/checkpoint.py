@@ -1,8 +1,8 @@
-"""Orbax checkpoints of what training changes: adapter, optimizer state, step; and what the loop remembers.
+"""Orbax checkpoints of a run: adapter, optimizer state, step, and the progress of the evaluations.
 
-Each is written beside training, whole or not at all, with the hashes of its files, which are looked at before it is
-read. The latest two and the best are kept. The base is never saved. Arrays are of the host here, whole, so that any
-mesh of any number of processes can go on with them.
+Checkpoints are written atomically, in the background, with a checksum of each file that is verified before reading. The
+latest two and the best are kept. The base model is never saved. The arrays here are complete arrays in host memory, so
+that a run can continue on any mesh and any number of processes.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.steps.step import TrainState
 
-SUMS = "sha256.json"  # in a checkpoint: file -> hash of its content
+CHECKSUMS = "sha256.json"  # in each checkpoint: file -> sha256 of its content
 
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop remembers besides arrays. Losses are of the held-out examples, nats a target."""
+    """The results of a run's evaluations. Losses are mean held-out losses, in nats per target."""
 
     base_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
     worse_since: int | None = None  # the first evaluation after the best one
     worse: int = 0  # evaluations since the best one
-    eval_loss: float | None = None  # of the checkpoint that this is saved in; None where it was not evaluated
+    eval_loss: float | None = None  # at the step of the checkpoint; None if that step was not evaluated
 
     def record(self, step: int, loss: float) -> None:
-        """Takes in one evaluation; an equal loss counts as better, as the later checkpoint is the one kept."""
+        """Records an evaluation; an equal loss counts as better, since the later checkpoint is kept."""
         if self.best_loss is None or loss <= self.best_loss:
             self.best_loss, self.best_step, self.worse_since, self.worse = loss, step, None, 0
         else:
@@ -55,7 +55,7 @@ class Checkpoints:
 
     def __init__(self, run: Path) -> None:
         self.directory = run.resolve() / "checkpoints"
-        me = jax.process_index()  # Orbax else waits for the other processes of the run, which have no part in this
+        me = jax.process_index()  # otherwise Orbax waits for the other processes, which do not take part
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"of process {me}"
         )
@@ -65,71 +65,74 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """Complete checkpoints, oldest first; a damaged one is among them."""
+        """Returns the steps of all complete checkpoints, oldest first, damaged ones included."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint."""
+        """Returns the step of the newest complete checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step that evaluated best, whether or not it is still there; without evaluations the newest sound one."""
-        steps, _ = self.sound_steps()
+        """Returns the step with the lowest held-out loss, whether or not its checkpoint is left; else the newest."""
+        steps, _ = self.intact_steps()
         newest = steps[-1] if steps else self.latest()
         return None if newest is None else self.progress(newest).best_step or newest
 
-    def damage(self, step: int) -> str:
-        """How a checkpoint differs from what was written; "" where it does not."""
+    def find_damage(self, step: int) -> str:
+        """Describes how a checkpoint differs from what was written; returns "" if it is intact."""
         try:
-            sums = json.loads((self.directory / str(step) / SUMS).read_text(encoding="utf-8"))
+            sums = json.loads((self.directory / str(step) / CHECKSUMS).read_text(encoding="utf-8"))
             for name, expected in sums.items():
                 with (self.directory / str(step) / name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        return f"{name} is not what was written"
+                        return f"{name} differs from what was written"
         except FileNotFoundError as error:
             return f"{Path(error.filename).relative_to(self.directory / str(step))} is missing"
         except (OSError, ValueError, AttributeError) as error:
-            return f"{SUMS} or a file that it lists cannot be read: {error}"
+            return f"{CHECKSUMS} or a file listed in it cannot be read: {error}"
         return ""
 
-    def sound_steps(self) -> tuple[list[int], list[str]]:
-        """The checkpoints up to the newest that is not damaged, and how those after it are."""
+    def intact_steps(self) -> tuple[list[int], list[str]]:
+        """Returns the steps up to the newest intact checkpoint, and a description of each damaged one after it."""
         steps, damaged = self.steps(), []
-        while steps and (damage := self.damage(steps[-1])):
+        while steps and (damage := self.find_damage(steps[-1])):
             damaged.append(f"the checkpoint of step {steps.pop()} is damaged ({damage})")
         return steps, damaged
 
-    def clear(self, *, keep: bool) -> list[str]:
-        """Removes what a killed process left half written, and sets damaged checkpoints aside; only under `claim`.
+    def clean_up(self, *, keep_intact: bool) -> list[str]:
+        """Removes unfinished checkpoints and renames damaged ones; the caller holds the lock of the run's directory.
 
         Args:
-          keep: the run goes on from what is there; else all of it is of a start that was never recorded, and set aside.
+          keep_intact: the run continues from these checkpoints. If False, they are left over from a start that was
+            killed before it was recorded, and all of them are renamed.
 
         Returns:
-          What was set aside, in words.
+          A line for each renamed checkpoint.
         """
         for path in self.directory.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
-        said = []
+        lines = []
         for step in self.steps():
-            why = self.damage(step) if keep else "of a start that was not recorded"
-            if why:
-                place = self.directory / str(step)
-                aside = next(p for n in range(1000) if not (p := Path(f"{place}.damaged-{n}")).exists())
-                place.rename(aside)
-                said.append(f"the checkpoint of step {step} ({why}) is now {aside}")
-        return said
+            problem = self.find_damage(step) if keep_intact else "left over from a start that was killed"
+            if problem:
+                directory = self.directory / str(step)
+                renamed = next(p for n in range(1000) if not (p := Path(f"{directory}.damaged-{n}")).exists())
+                directory.rename(renamed)
+                lines.append(f"Moved the checkpoint of step {step} ({problem}) to {renamed}")
+        return lines
 
     def save(self, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
-        """Begins to write the state's step, unless it is there already; waits for the one before, but not for this.
+        """Starts to write a checkpoint in the background, unless the step is already saved.
+
+        It first waits for the previous checkpoint to be written.
 
         Args:
-          state: of arrays that nobody changes from now on.
+          state: arrays that the caller no longer changes.
 
         Raises:
-          UserError: this or the one before could not be written; says why, and which checkpoint is safe.
+          UserError: the previous checkpoint could not be written; the message names the newest one that is safe.
         """
         self.wait()
         step = int(state.step)
@@ -137,137 +140,151 @@ class Checkpoints:
             return
         items = {
             "lora": ocp.args.StandardSave(state.lora),
-            "optimizer": ocp.args.StandardSave(_besides_adapter(state)),
+            "optimizer": ocp.args.StandardSave(_state_without_adapter(state)),
             "progress": ocp.args.JsonSave(dataclasses.asdict(dataclasses.replace(progress, eval_loss=eval_loss))),
         }
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._writing = self._writer.submit(self._write, step, size, items, progress.best_step)
 
     def wait(self) -> None:
-        """Until what was saved is written.
+        """Waits until the last checkpoint is written.
 
         Raises:
-          UserError: as for `save`.
+          UserError: it could not be written; the message names the newest checkpoint that is safe.
         """
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
                 writing.result()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"a checkpoint could not be saved in {self.directory}: {self._cannot_write(error)}"
-            ) from error
+            raise UserError(f"A checkpoint could not be saved in {self.directory}: {self._explain(error)}") from error
 
     def _write(self, step: int, size: int, items: dict[str, Any], best: int | None) -> None:
-        """Writes one checkpoint and then removes those that are no longer wanted."""
-        self.directory.mkdir(exist_ok=True)  # not its parents: where the run's directory has gone, that is an error
+        """Writes a checkpoint, then removes all but the latest two and the best."""
+        self.directory.mkdir(exist_ok=True)  # not its parents: a missing run directory is an error
         with new_directory(self.directory / str(step)) as made:
-            self._reserve(size)
+            self._check_space(size)
             self._orbax.save(made, args=ocp.args.Composite(**items), force=True)
             files = sorted(path for path in made.rglob("*") if path.is_file())
-            sums = {str(file.relative_to(made)): _settled(file) for file in files}
-            (made / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")  # without an end that may be lost
-            _settled(made / SUMS)
+            checksums = {str(file.relative_to(made)): _sync_and_hash(file) for file in files}
+            # No final newline: a file that loses its last byte must not parse.
+            (made / CHECKSUMS).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+            _sync_and_hash(made / CHECKSUMS)
         steps = self.steps()
         for old in steps:
             if old not in (*steps[-2:], best):
-                with contextlib.suppress(OSError):  # what cannot be removed now is so at the next start
-                    gone = (self.directory / str(old)).rename(self.directory / f"{UNFINISHED}{old}")  # at once
-                    shutil.rmtree(gone)
+                with contextlib.suppress(OSError):  # the next start removes what is left
+                    removed = (self.directory / str(old)).rename(self.directory / f"{UNFINISHED}{old}")  # atomic
+                    shutil.rmtree(removed)
 
-    def _reserve(self, size: int) -> None:
-        """Raises OSError where `size` bytes and Orbax's files do not fit: once, where Orbax would in many threads."""
+    def _check_space(self, size: int) -> None:
+        """Raises an OSError if `size` bytes and Orbax's own files do not fit: Orbax would raise it in many threads."""
         with tempfile.TemporaryFile(dir=self.directory) as probe:
             if hasattr(os, "posix_fallocate"):  # macOS lacks it
                 os.posix_fallocate(probe.fileno(), 0, size + size // 4 + (1 << 18))
 
     @contextlib.contextmanager
-    def writable(self) -> Iterator[None]:
-        """What of the run cannot be written within is said, with the checkpoint that is safe."""
+    def explain_write_errors(self) -> Iterator[None]:
+        """Turns an OSError into a UserError that names the newest checkpoint that is safe."""
         try:
             yield
-        except BrokenPipeError:  # of what is printed
+        except BrokenPipeError:  # from printing
             raise
         except OSError as error:
-            raise UserError(f"the run could not be written: {self._cannot_write(error)}") from error
+            raise UserError(f"The run could not be written: {self._explain(error)}") from error
 
-    def _cannot_write(self, error: Exception) -> str:
-        """Why a write failed, which checkpoint is safe, and how to go on."""
+    def _explain(self, error: Exception) -> str:
+        """Says why a write failed, which checkpoint is safe, and how to continue."""
         reason = str(error).strip().split("\n")[0]
         latest = self.latest()
-        safe = "Nothing was saved before" if latest is None else f"The checkpoint of step {latest} is safe"
+        safe = "No checkpoint was saved before" if latest is None else f"The checkpoint of step {latest} is safe"
         return (
-            f"{reason[:300]}. {safe}. Free space or mend the directory, then run again with "
-            "--config.resume_from_checkpoint=auto"
+            f"{reason[:300]}. {safe}. Free disk space or fix the directory, then run again with "
+            "--config.resume_from_checkpoint=auto."
         )
 
     def restore(self, step: int, shapes: TrainState) -> TrainState:
-        """The state of a step; `shapes` gives shapes and dtypes."""
+        """Reads the state of a step; `shapes` gives the shapes and dtypes."""
         found = self._read(
             step,
-            lora=ocp.args.StandardRestore(_host(shapes.lora)),
-            optimizer=ocp.args.StandardRestore(_host(_besides_adapter(shapes))),
+            lora=ocp.args.StandardRestore(_empty_arrays(shapes.lora)),
+            optimizer=ocp.args.StandardRestore(_empty_arrays(_state_without_adapter(shapes))),
         )
         return TrainState(found["lora"], **found["optimizer"])
 
     def restore_adapter(self, step: int, shapes: Adapter) -> Adapter:
-        """Only the adapter of a step; `shapes` gives shapes and dtypes."""
-        return self._read(step, lora=ocp.args.StandardRestore(_host(shapes)))["lora"]
+        """Reads only the adapter of a step; `shapes` gives the shapes and dtypes."""
+        return self._read(step, lora=ocp.args.StandardRestore(_empty_arrays(shapes)))["lora"]
 
     def progress(self, step: int) -> Progress:
-        """Only what the loop remembered at a step; without a best step whose checkpoint is lost or damaged."""
+        """Reads only the progress at a step; its best step is dropped if that checkpoint is missing or damaged."""
         progress = Progress(**self._read(step, progress=ocp.args.JsonRestore())["progress"])
         best = progress.best_step
-        if best is None or best == step or (best in self.steps() and not self.damage(best)):
+        if best is None or best == step or (best in self.steps() and not self.find_damage(best)):
             return progress
         return dataclasses.replace(progress, best_loss=None, best_step=None, worse_since=None, worse=0)
 
     def _read(self, step: int, **items: Any) -> Any:
-        if damage := self.damage(step):
+        if damage := self.find_damage(step):
             others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
             raise UserError(
-                f"the checkpoint of step {step} in {self.directory} is damaged ({damage}). Other steps there: {others}"
+                f"The checkpoint of step {step} in {self.directory} is damaged ({damage}). Other available steps: "
+                f"{others}."
             )
         return self._orbax.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Ends the threads, after what is being written."""
+        """Waits for the last checkpoint and ends the threads."""
         self.wait()
         self._writer.shutdown()
         self._orbax.close()
 
 
-def _settled(file: Path) -> str:
-    """A file's hash, once its content is on the disk."""
+def _sync_and_hash(file: Path) -> str:
+    """Flushes a file to disk and returns its sha256."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _host(shapes: Any) -> Any:
-    """Arrays of the host for Orbax to read into."""
+def _empty_arrays(shapes: Any) -> Any:
+    """Returns host arrays for Orbax to read into."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
 
 
-def _besides_adapter(state: TrainState) -> dict[str, Any]:
-    """The fields that are saved with the optimizer; a loss scale only where there is one."""
+def _state_without_adapter(state: TrainState) -> dict[str, Any]:
+    """Returns the fields that are saved with the optimizer; the loss scale only if there is one."""
     return {name: value for name, value in state._asdict().items() if name != "lora" and value is not None}
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
-    """config.json of a run: what was run, resolved, with versions and data hashes."""
+    """Writes config.json of a run: its resolved settings, package versions, and hashes of data and base model."""
     replace_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_record(run: Path, key: str) -> dict[str, Any]:
-    """config.json of a run that `key` names."""
+    """Reads config.json of a run.
+
+    Args:
+      run: the run's output_dir.
+      key: the setting or option that named it, for the error message.
+
+    Raises:
+      UserError: `run` is not the output_dir of a run.
+    """
     try:
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}
     if not isinstance(record, dict) or not {"config", "data", "base", "versions", "runtime"} <= record.keys():
-        raise UserError(f"{key}={run}: not the output_dir of a run (its config.json is not a run's)")
-    record["config"] = {**dataclasses.asdict(Config()), **record["config"]}  # a setting newer than the run was off
+        raise UserError(
+            f"{key}={run} is not the output_dir of a run: it has no config.json that jlora wrote. Expected a directory "
+            "that `jlora train` created."
+        )
+    record["config"] = {
+        **dataclasses.asdict(Config()),
+        **record["config"],
+    }  # settings newer than the run have their defaults
     record["base"] = {"commit": "", **record["base"]}
     record["runtime"] = {"attention": "xla", "remat": "none", **record["runtime"]}
     return record

@@ -5,30 +5,32 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.data.batches import Batches
 from jlora.distributed import processes
-from jlora.distributed.processes import Stop
+from jlora.distributed.processes import StopSignal
 from jlora.steps import optim
 from jlora.steps.loss_scale import hint
 from jlora.steps.programs import Programs
 from jlora.steps.step import Metrics, TrainState
+from jlora.training import base_loss_cache
 from jlora.training.checkpoint import Checkpoints, Progress
-from jlora.training.known import Known
 from jlora.training.metrics import Logger
 
-RECENT = 50  # losses that a step's is held against
-GO_ON = "; max_loss_spike=0 goes on all the same"
-AHEAD = 2  # steps that are given to the devices before an earlier one is done
+SPIKE_WINDOW = 50  # recent losses that each step's loss is compared with
+IGNORE_SPIKES = " Set max_loss_spike=0 to continue despite such jumps."
+STEPS_IN_FLIGHT = 2  # steps that are queued on the devices before an earlier one must be done
 
 
 @dataclasses.dataclass
-class Loop:
-    """One run's loop, from a state to its last step, an early stop, or a signal."""
+class TrainingLoop:
+    """The loop of one run, from a state to the last step, an early stop, or a signal."""
 
     config: Config
     programs: Programs
@@ -38,21 +40,21 @@ class Loop:
     checkpoints: Checkpoints
     logger: Logger
     progress: Progress
-    stop: Stop
-    base_loss: Callable[[], Known]  # of the base alone on the held-out examples
-    warm: bool  # the state given is another run's adapter
+    stop: StopSignal
+    base_loss_file: Callable[[], Path]  # where the base model's held-out loss is cached
+    warm_start: bool  # the initial state is the adapter of another run
     pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
-    recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=RECENT))  # losses
+    recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))  # losses
 
     def run(self, state: TrainState) -> TrainState:
-        """Trains; every state that counts is saved on the way."""
-        with self.checkpoints.writable():
+        """Trains from `state`, saves checkpoints on the way, and returns the last state."""
+        with self.checkpoints.explain_write_errors():
             try:
                 with self.stop:
                     return self._run(state)
             except BaseException:
                 with contextlib.suppress(UserError):
-                    self.checkpoints.wait()  # what is being written when all else fails is to be whole
+                    self.checkpoints.wait()  # complete the checkpoint that is being written, whatever failed
                 raise
 
     def _run(self, state: TrainState) -> TrainState:
@@ -62,46 +64,46 @@ class Loop:
         self.programs.after_compiling = self.logger.restart_clock
         self.logger.restart_clock()
         for done in range(int(state.step) + 1, self.steps + 1):
-            if self.stop.asked(done) or self._given_up():
+            if self.stop.requested(done) or self._out_of_patience():
                 break
             batch = self.batches[done - 1]
-            state, metrics = self.programs.train_step(state, batch, self.logger.say)
+            state, metrics = self.programs.train_step(state, batch, self.logger.print_line)
             self.pending.append(metrics)
             self.logger.step(self.batches.token_count(done - 1))
-            if len(self.pending) > AHEAD:  # else the steps under way would be many, and a signal be answered late
-                jax.block_until_ready(self.pending[-1 - AHEAD])
+            if len(self.pending) > STEPS_IN_FLIGHT:  # a longer queue would delay the answer to a signal
+                jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
             last = done == self.steps
             evaluates = self.held_out is not None and (done % every == 0 or last)
             saves = done % config.save_steps == 0 or last
             if evaluates or saves or done % config.logging_steps == 0:
                 self._log_losses(done)
             loss = self._evaluate(state, done) if evaluates else None
-            if saves or self._given_up() or (evaluates and self.progress.best_step == done):
+            if saves or self._out_of_patience() or (evaluates and self.progress.best_step == done):
                 save(self.checkpoints, state, self.progress, loss)
             if evaluates or saves:
                 self.logger.restart_clock()
-        if self.stop.signal:
+        if self.stop.received:
             if self.pending:
                 self._log_losses(int(state.step))
             save(self.checkpoints, state, self.progress, None)
-        if self._given_up():
-            self.logger.say(f"stopped early: {self.progress.worse} evaluations without a better one")
+        if self._out_of_patience():
+            self.logger.print_line(f"Stopped early: {plural(self.progress.worse, 'evaluation')} without improvement")
         return state
 
-    def _given_up(self) -> bool:
+    def _out_of_patience(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self.progress.worse
 
     def _log_losses(self, done: int) -> None:
-        """Brings the losses since the last time to the host, once; stops where one is not a number."""
+        """Fetches and logs the losses since the last logged step; raises a UserError if one diverged or jumped."""
         fetched = jax.device_get(self.pending)
         first = done - len(fetched)
         self.pending.clear()
         for step, metrics in enumerate(fetched, start=first):
             if metrics.broken():
-                self._refuse(step, metrics, f"training broke down at step {step + 1}, on ", "")
-            if self._spikes(float(metrics.loss)):
+                self._stop_diverged(step, metrics, f"Training diverged at step {step + 1}")
+            if self._is_spike(float(metrics.loss)):
                 before = f"{max(self.recent):.2f} at most in the {len(self.recent)} steps before"
-                self._refuse(step, metrics, f"the loss, {before}, jumped at step {step + 1}, on ", GO_ON)
+                self._stop_diverged(step, metrics, f"The loss jumped at step {step + 1} ({before})", IGNORE_SPIKES)
             self.recent.append(float(metrics.loss))
         targets = sum(metrics.targets for metrics in fetched)
         scaling, taken = fetched[-1].scaling, [metrics for metrics in fetched if math.isfinite(metrics.grad_norm)]
@@ -119,69 +121,79 @@ class Loop:
             values["device_memory_peak"] = stats["peak_bytes_in_use"]
         self.logger.log(done, **values)
 
-    def _spikes(self, loss: float) -> bool:
-        """Is a loss far above those before it, and above the factor itself? Near zero, losses jump by chance."""
+    def _is_spike(self, loss: float) -> bool:
+        """Returns whether a loss is `max_loss_spike` times those before it, and times 1: tiny losses jump by chance."""
         factor = self.config.max_loss_spike
-        return factor > 0 and len(self.recent) >= RECENT // 5 and loss > factor * max(*self.recent, 1.0)
+        return factor > 0 and len(self.recent) >= SPIKE_WINDOW // 5 and loss > factor * max(*self.recent, 1.0)
 
-    def _refuse(self, step: int, metrics: Metrics, words: str, way_out: str) -> None:
+    def _stop_diverged(self, step: int, metrics: Metrics, problem: str, advice: str = "") -> None:
         rows = ", ".join(self.batches.examples[i].where for i in self.batches.example_indices(step))
-        with processes.together():
+        with processes.fail_together():
             self.checkpoints.wait()
-        latest = processes.of_first(self.checkpoints.latest)
-        kept = "no checkpoint was saved before" if latest is None else f"the latest checkpoint is of step {latest}"
-        with processes.together():  # all have these numbers
+        latest = processes.broadcast_from_first(self.checkpoints.latest)
+        saved = "no checkpoint was saved before" if latest is None else f"the latest checkpoint is from step {latest}"
+        with processes.fail_together():  # every process has the same numbers
             raise UserError(
-                f"{words}{rows}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}, adapter norm "
-                f"{metrics.adapter_norm:g}. Nothing of it was saved; {kept}. Look at these rows, or lower "
-                f"learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}{way_out}"
+                f"{problem}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}, adapter norm "
+                f"{metrics.adapter_norm:g}. The batch contains {rows}. This step was not saved; {saved}. Check these "
+                f"rows, or lower learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}.{advice}"
             )
 
     def _evaluate_start(self, state: TrainState) -> None:
         assert self.held_out is not None
-        kept = self.base_loss()
-        loss = known = processes.of_first(kept.get)
+        file = self.base_loss_file()
+        loss = cached = processes.broadcast_from_first(lambda: base_loss_cache.read_loss(file))
         if loss is None:
-            loss = self.programs.held_out_loss(self.programs.neutral(state.lora), self.held_out, self.logger.say)
-            with processes.together():
+            neutral = self.programs.neutral(state.lora)
+            loss = self.programs.held_out_loss(neutral, self.held_out, self.logger.print_line)
+            with processes.fail_together():
                 if not math.isfinite(loss):
-                    raise UserError(f"the base's own held-out loss is {loss}{hint(state.scaling)}")
+                    raise UserError(
+                        f"The base model's held-out loss is {_not_finite(loss)} before training starts. Check the "
+                        f"files of the base model and the held-out rows{hint(state.scaling)}."
+                    )
             if processes.is_first():
-                kept.put(loss)
+                base_loss_cache.write_loss(file, loss)
         self.progress.base_loss = loss
-        again = ", as an earlier run had it" if known is not None else ""
-        self.logger.say(f"held-out loss of the base, before training: {loss:.4f}{again}")
-        if self.warm:
-            loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
-            self.logger.say(f"held-out loss of the adapter that it starts from: {loss:.4f}")
+        source = "" if cached is None else " (cached from an earlier run)"
+        self.logger.print_line(f"Held-out loss of the base model before training: {loss:.4f}{source}")
+        if self.warm_start:
+            loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.print_line)
+            self.logger.print_line(f"Held-out loss of the starting adapter: {loss:.4f}")
         self.logger.log(0, eval_loss=loss)
 
     def _evaluate(self, state: TrainState, done: int) -> float:
         assert self.held_out is not None
-        loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.say)
-        with processes.together():
+        loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.print_line)
+        with processes.fail_together():
             if not math.isfinite(loss):
                 rate = f"{self.config.learning_rate:g}{hint(state.scaling)}"
-                raise UserError(f"the held-out loss of step {done} is {loss}: lower learning_rate={rate}")
+                raise UserError(
+                    f"The held-out loss after step {done} is {_not_finite(loss)}. Lower learning_rate={rate}."
+                )
         self.progress.record(done, loss)
         self.logger.log(done, eval_loss=loss)
         best = " (best so far)" if self.progress.best_step == done else ""
-        self.logger.say(f"step {done}: held-out loss {loss:.4f}{best}")
+        self.logger.print_line(f"Step {done}: held-out loss {loss:.4f}{best}")
         if self.progress.worse_since == done:
-            self.logger.say(overfitting(self.progress))
+            self.logger.print_line(overfitting_warning(self.progress))
         return loss
 
 
 def save(checkpoints: Checkpoints, state: TrainState, progress: Progress, eval_loss: float | None) -> None:
-    """Begins to write a checkpoint: the first process does, of what all of them hold."""
-    held = processes.whole(state)
-    with processes.together():
+    """Gathers the state of all processes and starts to write it as a checkpoint, in the first process."""
+    gathered = processes.gather_to_host(state)
+    with processes.fail_together():
         if processes.is_first():
-            checkpoints.save(held, progress, eval_loss)
+            checkpoints.save(gathered, progress, eval_loss)
 
 
-def overfitting(progress: Progress) -> str:
-    """The plain sentence for a held-out loss that has turned up; empty where it has not."""
+def overfitting_warning(progress: Progress) -> str:
+    """Returns a warning if the last evaluation was worse than the best one; otherwise ""."""
     if progress.worse_since is None:
         return ""
-    return f"overfitting since step {progress.worse_since}; the best checkpoint is {progress.best_step}"
+    return f"Held-out loss has risen since step {progress.best_step} (likely overfitting)"
+
+
+def _not_finite(loss: float) -> str:
+    return "NaN" if math.isnan(loss) else "infinite"

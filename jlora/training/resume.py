@@ -1,4 +1,4 @@
-"""Where a run begins: new; exactly where it stopped, in place; or warm, from another run's adapter, in a new place."""
+"""Decides where a run starts: new, where it stopped, or warm (a new run from the adapter of another run)."""
 
 import contextlib
 import dataclasses
@@ -6,68 +6,72 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jlora.common.atomic_io import names_in
+from jlora.common.atomic_io import finished_names
 from jlora.common.errors import UserError
 from jlora.config.schema import NOT_TRAINING, Config
 from jlora.training.checkpoint import Checkpoints, read_record
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, two runs in one place are not noticed
+except ImportError:  # Windows has no flock, so two runs in one directory go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
 KEY = "resume_from_checkpoint"
-# What an adapter cannot change about itself.
+# Settings that a warm start cannot change.
 ADAPTER_KEYS = (
     "lora_rank lora_alpha target_modules peft_type feedforward_modules use_rslora use_dora init_lora_weights "
     "rank_pattern alpha_pattern layers_to_transform modules_to_save"
 ).split()
-# What a run has written before its first checkpoint.
-BEGUN = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
+# Files that a run writes before its first checkpoint.
+EARLY_FILES = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """The run and step to take over (none: a new run), whether to go on exactly, that in words, and with what remat."""
+class StartPoint:
+    """Where a run starts."""
 
-    source: str  # "": none
-    step: int
-    exact: bool
-    message: str
-    remat: str = ""  # "": as the config has it
+    source: str  # the run whose checkpoint it starts from; "": a new run
+    step: int  # of that checkpoint
+    exact: bool  # continue with the optimizer state and schedule; False: take only the adapter
+    message: str  # for the user
+    remat: str = ""  # the remat that the run used before; "": as configured
 
 
 def check_output(config: Config) -> None:
-    """What can be said of `output_dir` before any work is done.
+    """Checks `output_dir` before any work is done.
 
     Raises:
-      UserError: it is in use, or is no directory.
+      UserError: it is not a directory, or contains files and the config does not resume.
     """
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={output}: a file stands there; name a directory")
-    if _in_use(output) and not config.resume_from_checkpoint:
-        raise UserError(
-            f"output_dir={output} is not empty, and jlora never overwrites. To continue that run add "
-            f"--config.{KEY}=auto; to start a new one set another output_dir"
-        )
+        raise UserError(f"output_dir={output} is a file. Set output_dir to a directory.")
+    if _contains_files(output) and not config.resume_from_checkpoint:
+        if (output / "config.json").exists():
+            raise UserError(
+                f"output_dir={output} already contains a run, and jlora never overwrites one. To continue it, add "
+                f"--config.{KEY}=auto. To start a new run, set another output_dir."
+            )
+        raise UserError(f"output_dir={output} already contains files, and jlora never overwrites. Set another one.")
 
 
 @contextlib.contextmanager
-def claim(output: Path) -> Iterator[None]:
-    """Makes the run's directory and keeps every other process out of it; where nothing came into it, it goes again."""
+def lock_run_directory(output: Path) -> Iterator[None]:
+    """Creates and locks the run's directory; removes it at the end if it is still empty."""
     file = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = file.open("w")
     except OSError as error:
-        raise UserError(f"output_dir={output} cannot be written: {error.strerror}") from None
+        raise UserError(f"output_dir={output} cannot be written: {error.strerror}. Set another output_dir.") from None
     with lock:
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"output_dir={output}: another process is training there; set another output_dir") from None
+            raise UserError(
+                f"Another process is training in output_dir={output}. Stop it, or set another output_dir."
+            ) from None
         try:
             yield
         finally:
@@ -77,92 +81,97 @@ def claim(output: Path) -> Iterator[None]:
                     output.rmdir()
 
 
-def take(config: Config, record: dict[str, Any], held: contextlib.ExitStack) -> Start:
-    """How the run begins, as `decide` has it, and its place, claimed until `held` ends; what does not fit stays."""
-    decide(config, record)
-    held.enter_context(claim(Path(config.output_dir)))
-    return decide(config, record)  # anew: another process may have gone on until then
+def lock_and_decide(config: Config, record: dict[str, Any], stack: contextlib.ExitStack) -> StartPoint:
+    """Decides where the run starts, and locks its directory until `stack` closes; errors leave no directory behind."""
+    decide_start(config, record)
+    stack.enter_context(lock_run_directory(Path(config.output_dir)))
+    return decide_start(config, record)  # again: another process may have trained there until it was locked
 
 
-def decide(config: Config, record: dict[str, Any]) -> Start:
-    """How the run that `record` describes begins.
+def decide_start(config: Config, record: dict[str, Any]) -> StartPoint:
+    """Decides where the run described by `record` starts.
 
     Args:
       config: the run; its `resume_from_checkpoint` is "", "auto", a run's directory, or one of its checkpoints.
-      record: config, data hashes and base, as they will be written to the run's config.json.
+      record: the contents of the run's config.json: settings, data hashes, base model, versions.
 
     Raises:
-      UserError: there is nothing to take over, or it does not fit, or `output_dir` holds something else.
+      UserError: there is nothing to continue, it does not match the config, or `output_dir` contains other files.
     """
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     if not wanted:
-        return Start("", 0, False, "a new run")
+        return StartPoint("", 0, False, "Starting a new run")
     if wanted == "auto" or Path(wanted).expanduser().resolve() == output.resolve():
-        return _continue(output, record)
-    if _in_use(output):
+        return _continue_in_place(output, record)
+    if _contains_files(output):
         raise UserError(
-            f"output_dir={output} is not empty: a warm start is a new run and needs a new place. Set another "
-            f"output_dir; or, to continue the run that is there, --config.{KEY}=auto"
+            f"output_dir={output} is not empty, but a warm start is a new run and needs its own directory. Set another "
+            f"output_dir. To continue the run in {output} instead, set --config.{KEY}=auto."
         )
-    source, step = _find(Path(wanted).expanduser())
+    source, step = _find_checkpoint(Path(wanted).expanduser())
     changes = _changes(read_record(source, KEY), record)
-    unfit = [changes[key] for key in (*ADAPTER_KEYS, "base") if key in changes]
-    if unfit:
-        raise UserError(f"{KEY}={wanted}: its adapter does not fit this config: {'; '.join(unfit)}")
-    why = f", since {'; '.join(changes.values())}" if changes else ""
-    return Start(
-        str(source), step, False, f"warm start: the adapter of {source}, step {step}, on a fresh schedule{why}"
-    )
+    conflicts = [changes[key] for key in (*ADAPTER_KEYS, "base") if key in changes]
+    if conflicts:
+        raise UserError(
+            f"The adapter of {KEY}={wanted} does not fit this config: {'; '.join(conflicts)}. Undo these changes."
+        )
+    listed = f" ({'; '.join(changes.values())})" if changes else ""
+    start = f"Warm start from the adapter of {source}, step {step}, with a fresh learning rate schedule{listed}"
+    return StartPoint(str(source), step, False, start)
 
 
-def _continue(output: Path, record: dict[str, Any]) -> Start:
-    """Exactly on from the latest checkpoint in place; or a new run where none was completed yet."""
-    if not _in_use(output):
+def _continue_in_place(output: Path, record: dict[str, Any]) -> StartPoint:
+    """Continues from the latest intact checkpoint in `output`; starts a new run if no checkpoint was written yet."""
+    if not _contains_files(output):
         if (output / "checkpoints").exists() and not record["config"]["init_adapter"]:
             raise UserError(
-                f"{output} was stopped before it had begun: start it with the {KEY} that it was first started with"
+                f"The warm start in {output} was killed before it was recorded. Start it again with the {KEY} that it "
+                "was first started with."
             )
-        return Start("", 0, False, f"a new run: there is nothing to continue in {output}")
+        return StartPoint("", 0, False, f"Starting a new run: {output} contains nothing to continue")
     old = read_record(output, f"{KEY}=auto, output_dir")
     if changes := _changes(old, record):
         raise UserError(
-            f"{output} cannot go on exactly: {'; '.join(changes.values())}. To start a new run from its adapter "
-            f"(a warm start), set another output_dir and --config.{KEY}={output}"
+            f"The run in {output} cannot continue exactly: {'; '.join(changes.values())}. Undo these changes. Or start "
+            f"a new run from its adapter (a warm start): set another output_dir and --config.{KEY}={output}."
         )
     with contextlib.closing(Checkpoints(output)) as checkpoints:
-        steps, damaged = checkpoints.sound_steps()
+        steps, damaged = checkpoints.intact_steps()
     if not steps:
         if damaged:
-            raise UserError(f"{output} has no checkpoint to continue from: {'; '.join(damaged)}. Set another one")
-        if other := names_in(output) - BEGUN:
             raise UserError(
-                f"{output} has no checkpoint to continue from, but {', '.join(sorted(other))}: set another one"
+                f"{output} has no checkpoint to continue from: {'; '.join(damaged)}. Set another output_dir."
             )
-        return Start("", 0, False, f"a new run: {output} was stopped before its first checkpoint")
-    there, here = ({**r["versions"], **r["runtime"]} for r in (old, record))
-    moved = [f"{key} was {there[key]} and is {here[key]}" for key in here if there.get(key, here[key]) != here[key]]
-    exactly = f"but not bit for bit, since {'; '.join(moved)}" if moved else "exactly"
-    passed = "".join(f"{words}: passed over\n" for words in damaged)
-    message = f"{passed}continuing {output} from step {steps[-1]}, {exactly}"
-    return Start(str(output), steps[-1], True, message, "" if moved else old["runtime"]["remat"])
+        if other := finished_names(output) - EARLY_FILES:
+            raise UserError(
+                f"{output} has no checkpoint to continue from, but contains {', '.join(sorted(other))}. Set another "
+                "output_dir."
+            )
+        return StartPoint("", 0, False, f"Starting a new run: {output} was stopped before its first checkpoint")
+    before, now = ({**r["versions"], **r["runtime"]} for r in (old, record))
+    moved = [f"{key} changed from {before[key]} to {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+    exactly = f"but not bit for bit, because {'; '.join(moved)}" if moved else "exactly"
+    skipped = "".join(f"Warning: {description}. Skipping it\n" for description in damaged)
+    message = f"{skipped}Continuing {output} from step {steps[-1]}, {exactly}"
+    return StartPoint(str(output), steps[-1], True, message, "" if moved else old["runtime"]["remat"])
 
 
-def _in_use(output: Path) -> bool:
-    """Is anything there but what is left of a start that was killed before config.json was written?"""
-    return output.is_dir() and not names_in(output) <= {".lock", "checkpoints"}
+def _contains_files(output: Path) -> bool:
+    """Returns whether `output` contains more than a start leaves that was killed before it wrote config.json."""
+    return output.is_dir() and not finished_names(output) <= {".lock", "checkpoints"}
 
 
-def _find(path: Path) -> tuple[Path, int]:
-    """A run's directory (its best step, else its latest), or `RUN/checkpoints/STEP`, as run and step."""
+def _find_checkpoint(path: Path) -> tuple[Path, int]:
+    """Returns run and step for a run's directory (its best step, else its latest) or for `RUN/checkpoints/STEP`."""
     run, step = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "")
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(
-                f"{KEY}={path}: no checkpoints there; expected a run's output_dir, or one of its checkpoints"
+                f"{KEY}={path} contains no checkpoints. Expected the output_dir of a run, or RUN/checkpoints/STEP."
             )
         if step and (not step.isdigit() or int(step) not in steps):
-            raise UserError(f"{KEY}={path}: no such checkpoint; there are {', '.join(map(str, steps))}")
+            raise UserError(f"{KEY}={path} does not exist. Available steps: {', '.join(map(str, steps))}.")
         if step:
             return run, int(step)
         best = checkpoints.best()
@@ -170,25 +179,26 @@ def _find(path: Path) -> tuple[Path, int]:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """What differs between two runs' records in ways that touch training, by key, in words."""
+    """Describes the differences between two runs' records that affect training, by key."""
     changes = {}
     before, now = old["config"], new["config"]
-    data_keys = {"train_data_dir", "eval_data_dir", "base_model", "revision"}  # compared by content below
+    data_keys = {"train_data_dir", "eval_data_dir", "base_model", "revision"}  # compared by content, below
     for key in sorted(now.keys() - NOT_TRAINING - data_keys):
         a, b = (tuple(v) if isinstance(v, list) else v for v in (before[key], now[key]))
         if a != b:
-            changes[key] = f"{key} was {a!r} and is {b!r}"
+            changes[key] = f"{key} changed from {a!r} to {b!r}"
     parts = {"train": "the training data", "held_out": "the held-out data"}
     parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():
-        if part in old["data"] and old["data"][part] != new["data"][part]:  # a run of old has no hash of the latter
+        if part in old["data"] and old["data"][part] != new["data"][part]:  # runs from older versions lack some hashes
             changes[part] = f"{words} changed"
     dtypes = [record["runtime"]["compute_dtype"] for record in (old, new)]
-    if dtypes[0] != dtypes[1] and "float16" in dtypes:  # which has a loss scale in its state
-        changes["float16"] = f"it computed in {dtypes[0]} and now would in {dtypes[1]}"
+    if dtypes[0] != dtypes[1] and "float16" in dtypes:  # float16 adds a loss scale to the state
+        changes["float16"] = f"the compute dtype changed from {dtypes[0]} to {dtypes[1]}"
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
-        pin = f" (its commit was {old['base']['commit']}: set revision to it)" if old["base"]["commit"] else ""
+        commit = old["base"]["commit"]
+        pin = f" (to get it back, set revision={commit})" if commit else ""
         changes["base"] = (
-            f"the base was {old['config']['base_model']}{pin} and is {now['base_model']}, with other weights"
+            f"the weights of the base model changed: it was {before['base_model']}{pin} and is now {now['base_model']}"
         )
     return changes

@@ -1,4 +1,4 @@
-"""What is known of a run before a weight is read: its rows, its batches, its model, and what computes it."""
+"""Prepares a run before any weight is read: rows, batches, model config, devices and dtypes."""
 
 import dataclasses
 import hashlib
@@ -35,47 +35,49 @@ from jlora.planning.data_pipeline import plan_run, read_examples, read_rows
 from jlora.training import resume
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
-# What each process of a run may have in its own way; of data and base the contents are compared.
-OWN = "process_id base_model train_data_dir eval_data_dir questions output_dir chat_template python".split()
+# Entries that may differ between the processes of a run; data and base model are compared by their contents.
+MAY_DIFFER = "process_id base_model train_data_dir eval_data_dir questions output_dir chat_template python".split()
 
 
-class Ready(NamedTuple):
-    """All that is known."""
+class RunSetup(NamedTuple):
+    """All that is known about a run before any weight is read."""
 
     config: Config
-    directory: Path  # of the base
+    directory: Path  # of the base model
     tokenizer: Any
     model: LlamaConfig
     compute: Compute
     mesh: jax.sharding.Mesh
-    attention: str  # in words
+    attention: str  # the chosen kernel, and why not another one
     examples: SizedExamples
     steps: int
     batches: Batches
     held_out: Batches | None
-    asked: list[Conversation]  # the held-out rows themselves
-    record: dict[str, Any]  # config.json of the run
+    held_out_rows: list[Conversation]
+    record: dict[str, Any]  # contents of the run's config.json
 
 
-def make_ready(config: Config) -> Ready:
-    """Reads all but the weights, and refuses what cannot be trained on; for every process of a run.
+def prepare_run(config: Config) -> RunSetup:
+    """Reads everything but the weights, and checks that it can be trained on. Every process of a run calls this.
 
     Raises:
-      UserError: what must change.
+      UserError: the data, the base model or the config must change, or the processes disagree.
     """
     if processes.is_first():
         resume.check_output(config)
     rows, held_out_rows = read_rows(config)
     mesh = make_mesh(find_devices(config), config.mesh)
     check_batch(mesh, config.batch_size)
-    directory = processes.in_turn(lambda: resolve_base(config.base_model, config.revision))
+    directory = processes.first_then_others(lambda: resolve_base(config.base_model, config.revision))
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
-    examples = processes.in_turn(lambda: read_examples(config, tokenizer, ends, rows, "training"))
+    examples = processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, "training"))
     held_out: Any = []
     if held_out_rows:
-        held_out = processes.in_turn(lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out"))
-    config = take_form(config, directory, model)
+        held_out = processes.first_then_others(
+            lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out")
+        )
+    config = resolve_adapter_settings(config, directory, model)
     steps, batches, eval_batches = plan_run(config, model, examples, held_out, row_ways(mesh))
     both = [some for some in (batches, eval_batches) if some]
     longest = max(shape.length for some in both for shape in some.shapes)
@@ -85,16 +87,16 @@ def make_ready(config: Config) -> Ready:
         eval_batches = dataclasses.replace(eval_batches, local_rows=own_rows(mesh, eval_batches.rows))
     device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
-    attention, why = processes.of_first(
+    attention, why = processes.broadcast_from_first(
         lambda: kernel_choice.choose(wish, device, model, compute.compute_dtype, longest)
     )
     compute = dataclasses.replace(compute, attention=attention, mesh=mesh, packing=packing)
     words = f"{attention}{why and f' (not {why})'}"
-    record = describe(config, directory, tokenizer, mesh, compute)
+    record = make_record(config, directory, tokenizer, mesh, compute)
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}
     shared |= {"end tokens": sorted(ends), "lengths": hashlib.sha256(batches.sizes.tobytes()).hexdigest()}
-    processes.agree({key: value for key, value in shared.items() if key not in OWN})
-    return Ready(
+    processes.check_agreement({key: value for key, value in shared.items() if key not in MAY_DIFFER})
+    return RunSetup(
         config,
         directory,
         tokenizer,
@@ -112,30 +114,30 @@ def make_ready(config: Config) -> Ready:
 
 
 def choose_platform(config: Config) -> None:
-    """Tells JAX, before it is first used, what `device` asks for, and a CPU to run programs where they are called."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # for heap.keep_freed; nothing else is to be done beside
+    """Configures JAX for `device`; call it before JAX is first used."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # malloc.keep_freed needs steps on the main thread
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
 
 
 def find_devices(config: Config) -> list[jax.Device]:
-    """The devices that `device` asks for, of all processes.
+    """Returns the devices of all processes.
 
     Raises:
-      UserError: there are none.
+      UserError: JAX finds no device of the kind that `device` names.
     """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # jax asserts where the wanted platform has no plugin
-        reason = str(error).strip().split("\n")[0] or "no plugin for it"
+    except (RuntimeError, AssertionError) as error:  # JAX asserts if the platform has no plugin
+        reason = str(error).strip().split("\n")[0] or "no plugin is installed"
         raise UserError(
-            f"device={config.device}: JAX finds none here ({reason}). Install jlora[cuda12], jlora[cuda13] or "
-            "jlora[tpu] for this machine, or set device=auto"
+            f"JAX found no device for device={config.device} ({reason}). Install jlora[cuda12], jlora[cuda13] or "
+            "jlora[tpu] for this machine, or set device=auto."
         ) from None
 
 
 def choose_compute(config: Config, device: Any) -> Compute:
-    """The dtypes of this run: `auto` resolved for a device. What is recomputed follows from the memory, later."""
+    """Returns the dtypes of a run, with `auto` resolved for a device. `remat` is chosen later, from the free memory."""
     auto = default_dtype(device)
     names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
     param = names[config.param_dtype]
@@ -143,33 +145,35 @@ def choose_compute(config: Config, device: Any) -> Compute:
     if config.fp16 and config.compute_dtype == "auto":
         compute = jnp.float16 if auto == jnp.float16 else jnp.bfloat16
         if compute == jnp.bfloat16:
-            print("fp16: computing in bfloat16, which needs no loss scaling")
+            print("fp16=true: computing in bfloat16, which needs no loss scaling")
     if compute == jnp.float16:
-        why = f", since a {device.device_kind} has no bfloat16" if config.compute_dtype == "auto" else ""
-        print(f"computing in float16{why}: the loss is scaled, and a step whose gradients overflow is skipped")
+        why = f", because {device.device_kind} does not support bfloat16" if config.compute_dtype == "auto" else ""
+        print(f"Computing in float16{why}: the loss is scaled, and steps whose gradients overflow are skipped")
     return Compute(param, compute, quantize=config.quantize_base)
 
 
-def take_form(config: Config, directory: Path, model: LlamaConfig) -> Config:
-    """The config with the adapter's form that `init_adapter` has, where it is set.
+def resolve_adapter_settings(config: Config, directory: Path, model: LlamaConfig) -> Config:
+    """Returns the config, with the adapter settings of `init_adapter` if that is set.
 
     Raises:
-      UserError: a key asks for what this base does not have.
+      UserError: the adapter settings, or `init_adapter`, do not fit the base model.
     """
     layers = model.num_hidden_layers
     if config.init_adapter:
         check_base(Path(config.init_adapter) / WEIGHTS, directory)
         settings = settings_of(read_spec(Path(config.init_adapter), layers))
-        form = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
-        print(f"starting from the adapter {config.init_adapter}, in its own form: {form}")
+        shown = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
+        print(f"Starting from the adapter {config.init_adapter}, with its own settings: {shown}")
         return dataclasses.replace(config, **settings)
     if problems := spec_of(dataclasses.asdict(config)).problems(hf_names.projections(), layers):
-        raise UserError("\n  ".join([f"{config.base_model} does not fit the config:", *problems]))
+        raise UserError("\n  ".join([f"The adapter settings do not fit {config.base_model}:", *problems]))
     return config
 
 
-def describe(config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute) -> dict[str, Any]:
-    """What config.json of the run says: the config, where data and base lie, their hashes, and what computes."""
+def make_record(
+    config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute
+) -> dict[str, Any]:
+    """Returns the contents of config.json: the config, hashes of data and base model, versions and devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
     questions = config.eval_data_dir or config.train_data_dir
     reading = ReadOptions.from_config(dataclasses.asdict(config))

@@ -1,4 +1,4 @@
-"""One run from files to its last step: the wiring. The loop itself is in loop.py."""
+"""Wires one run together, from files to its last step. The loop itself is in loop.py."""
 
 import contextlib
 import dataclasses
@@ -15,6 +15,7 @@ from jlora.adapters import lora
 from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.spec import LoraConfig, spec_of
 from jlora.common import malloc
+from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.distributed import processes
 from jlora.distributed.sharding import describe, place, places_of, row_ways
@@ -24,140 +25,147 @@ from jlora.planning.search import ensure_fits, first_fit
 from jlora.planning.targets import find_target
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
 from jlora.steps.step import TrainState
-from jlora.training import resume
+from jlora.training import base_loss_cache, resume
 from jlora.training.checkpoint import Checkpoints, Progress, write_record
-from jlora.training.known import Known
-from jlora.training.loop import Loop, save
+from jlora.training.loop import TrainingLoop, save
 from jlora.training.metrics import Logger, loading_bar
-from jlora.training.setup import Ready, make_ready
+from jlora.training.setup import RunSetup, prepare_run
 
 
 @dataclasses.dataclass
-class Trained:
-    """A run whose loop has ended, with all that is still in memory."""
+class TrainedRun:
+    """A run whose loop has ended, with everything that is still in memory."""
 
-    ready: Ready
+    setup: RunSetup
     checkpoints: Checkpoints
     progress: Progress
     state: TrainState
     programs: Programs
-    stopped: signal.Signals | None  # the signal that ended it before its last step
+    stopped: signal.Signals | None  # the signal that stopped it before its last step
 
 
 @contextlib.contextmanager
-def train(config: Config) -> Iterator[Trained]:
-    """Trains, from files to the last step; the run's directory is this process's own until the `with` ends."""
-    with processes.together():
-        ready = make_ready(config)
-    run, config, record = Path(config.output_dir), ready.config, ready.record
-    with contextlib.ExitStack() as held:  # the run's place, by the first process
-        start = resume.Start(**processes.of_first(lambda: dataclasses.asdict(resume.take(config, record, held))))
+def train(config: Config) -> Iterator[TrainedRun]:
+    """Trains from files to the last step; the run's directory stays locked until the `with` block ends."""
+    with processes.fail_together():
+        setup = prepare_run(config)
+    run, config, record = Path(config.output_dir), setup.config, setup.record
+    with contextlib.ExitStack() as stack:  # holds the lock of the run's directory, in the first process
+        start = resume.StartPoint(
+            **processes.broadcast_from_first(lambda: dataclasses.asdict(resume.lock_and_decide(config, record, stack)))
+        )
         print(start.message)
-        if start.remat and config.remat == "auto":  # else it would not be bit for bit the same
-            ready = ready._replace(config=dataclasses.replace(config, remat=start.remat))
-        programs, adapter = load(ready)
-        state = fresh_state(adapter, programs.optimizer, ready.mesh, ready.compute.compute_dtype)
-        state, progress = begin(start, state)
-        stop, checkpoints = processes.Stop(), Checkpoints(run)
-        warm = not start.exact and bool(start.source or config.init_adapter)
-        with processes.together(), checkpoints.writable():
+        if start.remat and config.remat == "auto":  # another choice would not be bit for bit the same
+            setup = setup._replace(config=dataclasses.replace(config, remat=start.remat))
+        print(*outline(setup), sep="\n", flush=True)
+        programs, adapter = load(setup)
+        state = fresh_state(adapter, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
+        state, progress = restore(start, state)
+        stop, checkpoints = processes.StopSignal(), Checkpoints(run)
+        warm_start = not start.exact and bool(start.source or config.init_adapter)
+        with processes.fail_together(), checkpoints.explain_write_errors():
             if processes.is_first():
-                for line in checkpoints.clear(keep=start.exact):
+                for line in checkpoints.clean_up(keep_intact=start.exact):
                     print(line)
-        if warm:
+        if warm_start:
             save(checkpoints, state, progress, None)
-        with processes.together(), checkpoints.writable():
-            checkpoints.wait()  # before the run has a record, so that no restart begins from nothing
+        with processes.fail_together(), checkpoints.explain_write_errors():
+            checkpoints.wait()  # before config.json exists: a restart must find the warm start's adapter
             if processes.is_first():
                 write_record(run, record)
-            logger = Logger(run, int(state.step), ready.steps, silent=not processes.is_first())
-        print(*outline(ready), sep="\n", flush=True)
+            logger = Logger(run, int(state.step), setup.steps, silent=not processes.is_first())
         with logger:
-            todo = (ready.batches, ready.held_out, ready.steps)
-            known = functools.partial(base_loss, ready)
-            state = Loop(config, programs, *todo, checkpoints, logger, progress, stop, known, warm).run(state)
-        with processes.together():
+            work = (setup.batches, setup.held_out, setup.steps)
+            file = functools.partial(base_loss_file, setup)
+            loop = TrainingLoop(config, programs, *work, checkpoints, logger, progress, stop, file, warm_start)
+            state = loop.run(state)
+        with processes.fail_together():
             checkpoints.wait()
-        yield Trained(ready, checkpoints, progress, state, programs, stop.signal)
+        yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
 
 
-def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
-    """The programs, with the base in its place and the training step compiled, and the adapter of step 0.
+def load(setup: RunSetup) -> tuple[Programs, lora.Adapter]:
+    """Returns the programs, with the base model loaded and the training step compiled, and the adapter of step 0.
 
     Raises:
-      UserError: it does not fit the memory; says what would.
+      UserError: the run does not fit into memory; the message suggests settings that do.
     """
-    config, mesh, batches = ready.config, ready.mesh, ready.batches
-    spec = spec_of(ready.record["config"])
-    _, shapes, base_shapes = hf_loader.abstract(ready.model, spec, ready.compute)
+    config, mesh, batches = setup.config, setup.mesh, setup.batches
+    spec = spec_of(setup.record["config"])
+    _, shapes, base_shapes = hf_loader.abstract(setup.model, spec, setup.compute)
     here, layout = (
         find_target("here", mesh.devices.flatten().tolist()),
-        layout_from_examples(ready.model, ready.examples),
+        layout_from_examples(setup.model, setup.examples),
     )
-    here = here._replace(limit=processes.least(here.limit))
-    job = Job(config, ready.model, ready.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
-    with ThreadPoolExecutor(1) as beside:  # the step compiles while the base is read
-        fitted = beside.submit(first_fit, job, here, ready.steps, print)
+    here = here._replace(limit=processes.minimum(here.limit))
+    job = Job(config, setup.model, setup.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
+    with ThreadPoolExecutor(1) as background:  # the step compiles while the base model is read
+        fitted = background.submit(first_fit, job, here, setup.steps, print)
         size = bytes_per_device(placed_shapes(base_shapes, mesh, "base"))
         if here.limit is not None and size > here.limit:
-            with processes.together():
+            with processes.fail_together():
                 ensure_fits(fitted.result()[0], here, layout, print)
-        with processes.together(), loading_bar(size, silent=not processes.is_first()) as bar:
-            base = hf_loader.load_base(ready.directory, base_shapes, mesh, bar.update)
-        seen, programs = fitted.result()
-    with processes.together():
-        ensure_fits(seen, here, layout, print)
-    programs.base, ready.record["runtime"]["remat"] = base, seen.job.compute.remat
+        with processes.fail_together(), loading_bar(size, silent=not processes.is_first()) as bar:
+            base = hf_loader.load_base(setup.directory, base_shapes, mesh, bar.update)
+        forecast, programs = fitted.result()
+    with processes.fail_together():
+        ensure_fits(forecast, here, layout, print)
+    programs.base, setup.record["runtime"]["remat"] = base, forecast.job.compute.remat
     if jax.default_backend() == "cpu":
         malloc.keep_freed()
-    return programs, first_adapter(config, spec, shapes, base, tied=ready.model.tie_word_embeddings)
+    return programs, first_adapter(config, spec, shapes, base, tied=setup.model.tie_word_embeddings)
 
 
 def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: Any, *, tied: bool) -> lora.Adapter:
-    """The adapter of step 0: `init_adapter`, or one that does nothing yet."""
+    """Returns the adapter of step 0: `init_adapter`, or a fresh one that does not change the base model yet."""
     if not config.init_adapter:
         return jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(config.seed)))(base)
-    given = processes.arrays_of_first(lambda: read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), shapes)
+    given = processes.broadcast_arrays_from_first(
+        lambda: read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), shapes
+    )
     return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
 
 
-def base_loss(ready: Ready) -> Known:
-    """The base's own held-out loss, which many runs have in common."""
-    record, files = ready.record, sorted(ready.directory.glob("*.safetensors"))
-    follows = {
+def base_loss_file(setup: RunSetup) -> Path:
+    """Returns the cache file of the base model's held-out loss, named by all that the loss depends on."""
+    record, files = setup.record, sorted(setup.directory.glob("*.safetensors"))
+    values = {
         "base": [record["base"]["fingerprint"], [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]],
-        "adapter": str(spec_of(record["config"])),
-        "computed": [ready.compute.quantize, record["versions"], record["runtime"]],
+        "adapter": str(spec_of(record["config"])),  # its shapes are part of the compiled program
+        "compute": [setup.compute.quantize, record["versions"], record["runtime"]],
     }
-    if ready.held_out is None:
-        return Known(follows, ())
-    whole = dataclasses.replace(ready.held_out, local_rows=None)
-    return Known(follows, (array for step in range(whole.steps_per_epoch) for array in whole[step]))
+    assert setup.held_out is not None
+    batches = dataclasses.replace(setup.held_out, local_rows=None)  # all rows, not only this process's own
+    return base_loss_cache.cache_file(
+        values, (array for step in range(batches.steps_per_epoch) for array in batches[step])
+    )
 
 
-def begin(start: resume.Start, fresh: TrainState) -> tuple[TrainState, Progress]:
-    """The state and progress that a run begins with: fresh, restored whole, or with only the adapter restored."""
+def restore(start: resume.StartPoint, fresh: TrainState) -> tuple[TrainState, Progress]:
+    """Returns the state and progress at the start: fresh, restored completely, or with only the adapter restored."""
     if not start.source:
         return fresh, Progress()
     places = places_of(fresh)
     with contextlib.closing(Checkpoints(Path(start.source))) as source:
         if not start.exact:
-            adapter = processes.arrays_of_first(lambda: source.restore_adapter(start.step, fresh.lora), fresh.lora)
+            adapter = processes.broadcast_arrays_from_first(
+                lambda: source.restore_adapter(start.step, fresh.lora), fresh.lora
+            )
             return fresh._replace(lora=place(adapter, places.lora)), Progress()
-        state = processes.arrays_of_first(lambda: source.restore(start.step, fresh), fresh)
-        progress = processes.of_first(lambda: dataclasses.asdict(source.progress(start.step)))
+        state = processes.broadcast_arrays_from_first(lambda: source.restore(start.step, fresh), fresh)
+        progress = processes.broadcast_from_first(lambda: dataclasses.asdict(source.progress(start.step)))
     return place(state, places), Progress(**progress)
 
 
-def outline(ready: Ready) -> list[str]:
-    """What is about to happen, in words."""
-    mesh, sizes = ready.mesh, len(ready.batches.shapes)
-    shapes = f"batches come in {sizes} sizes, each compiled when it first comes" if sizes > 1 else "one size of batch"
+def outline(setup: RunSetup) -> list[str]:
+    """Describes what is about to run, and where."""
+    mesh, sizes = setup.mesh, len(setup.batches.shapes)
+    shapes = f"{sizes} batch shapes, each compiled on first use" if sizes > 1 else "1 batch shape"
     axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
-    many = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    kind = mesh.devices.flat[0].device_kind
-    shared = ready.batches.prefix_note()
+    many = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind.replace("cpu", "CPU")
+    shared = setup.batches.prefix_note()
     return [
-        f"{ready.steps} steps on {mesh.size} x {kind}{many}{axes}; {shapes}",
-        f"attention: {ready.attention}{shared and f'; {shared}'}",
+        f"Training for {plural(setup.steps, 'step')} on {plural(mesh.size, f'{kind} device')}{many}{axes}; {shapes}",
+        f"Attention: {setup.attention}{shared and f'; {shared}'}",
     ]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One run on several nodes of a SLURM cluster, one process a GPU: sbatch scripts/launch/slurm.sh CONFIG OUTPUT_DIR [...]
+# Runs one training run on several SLURM nodes, one process per GPU: sbatch scripts/launch/slurm.sh CONFIG OUTPUT_DIR [...]
 #
-# The processes find each other. SLURM's notice before the end of the time makes them save the same step; the job then
-# queues itself again and goes on there. output_dir is the first process's alone; all read the data and the base.
+# The processes find each other. Before the time limit SLURM sends SIGTERM, all processes save the same step, and the job
+# requeues itself and continues. Only the first process uses output_dir; all of them read the data and the base model.
 #SBATCH --job-name=jlora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -17,12 +17,12 @@ config=$1 output=$2
 shift 2
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python -m jlora.train --config "$config" --config.output_dir="$output" --config.resume_from_checkpoint=auto "$@" &
 running=$!
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM # to srun's processes: srun itself would kill them
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM # to the processes of srun: srun itself would kill them
 code=0
 wait $running || code=$?
-while kill -0 $running 2>/dev/null; do # the notice ends the first wait
+while kill -0 $running 2>/dev/null; do # SIGTERM ends the first wait
   code=0
   wait $running || code=$?
 done
-# 2: something is to be changed. Else, until the adapter is there, it goes on: on SIGTERM the processes end with 0.
+# Exit code 2: the user must change something. Otherwise requeue until there is an adapter: after SIGTERM the code is 0.
 if [[ $code -ne 2 && ! -d $output/adapter ]]; then scontrol requeue "$SLURM_JOB_ID"; fi

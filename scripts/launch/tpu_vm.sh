@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One run on every worker of a Cloud TPU slice: scripts/launch/tpu_vm.sh NAME ZONE CONFIG [--config.KEY=VALUE ...]
+# Runs one training run on all workers of a TPU slice: scripts/launch/tpu_vm.sh NAME ZONE CONFIG [--config.KEY=VALUE ...]
 #
-# Copies this directory to all workers, installs it there (with uv, as images have old Pythons), and starts the same
-# command on each; they find each other. Only the first worker writes output_dir. Started again, it goes on where it
-# stopped, on a slice of another size too: keep output_dir on a disk or bucket that the first worker mounts.
+# Copies this directory to all workers, installs it there (with uv, because the images have an old Python), and starts
+# the same command on each; they find each other. Only the first worker writes output_dir. If started again, it continues
+# where it stopped, even on a slice of another size: keep output_dir on a disk or bucket that the first worker mounts.
 set -euo pipefail
 name=$1 zone=$2 config=$3
 shift 3
