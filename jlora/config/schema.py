@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from jlora.adapters.spec import ALL_LINEAR, TABLES, TARGETS, read_pattern
+from jlora.adapters import methods
+from jlora.adapters.spec import ALL_LINEAR, TABLES, TARGETS
 from jlora.bases.resolve import is_hub_id
 from jlora.data.conversation import PARTS, ROLES, is_whole
 from jlora.data.readers.encoding import is_encoding
@@ -55,9 +56,10 @@ class Config:
     use_rslora: bool = False  # lora_alpha / sqrt(lora_rank): high ranks keep learning
     use_dora: bool = False  # magnitude and direction apart: a little better at low rank, half as fast
     init_lora_weights: str = "true"  # A drawn and B zero; "pissa": the base's principal components, learns faster
-    rank_pattern: tuple[str, ...] = ()  # other ranks: "PATTERN=RANK", the first that matches; YAML: a mapping
-    alpha_pattern: tuple[str, ...] = ()  # the same for lora_alpha
-    layers_to_transform: tuple[str, ...] = ()  # layers that get an adapter, from 0; () is all
+    # Other ranks, the first whose pattern matches; a config may also say {PATTERN: RANK}, or "PATTERN=RANK".
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()  # the same for lora_alpha
+    layers_to_transform: tuple[int, ...] = ()  # layers that get an adapter, from 0; () is all
     modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained whole, for new words; large
     init_adapter: str = ""  # a PEFT directory to start from; its own form then replaces the keys above
 
@@ -127,8 +129,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attn_implementation": ("auto", "xla", "splash", "pallas"),
     "remat": ("auto", "none", "dots", "full"),
     "quantize_base": ("none", "nf4", "int8"),
-    "peft_type": ("LORA", "IA3"),
-    "init_lora_weights": ("true", "pissa"),
+    "peft_type": methods.choices("peft_type"),
+    "init_lora_weights": ("true", *methods.choices("init_lora_weights")),
+}
+# The entries of keys that hold more than text, as they are written.
+ENTRIES = {
+    "rank_pattern": "PATTERN=RANK",
+    "alpha_pattern": "PATTERN=ALPHA",
+    "layers_to_transform": "numbers of layers, from 0",
 }
 POSITIVE = (
     "max_seq_length lora_rank lora_alpha batch_size gradient_accumulation_steps epochs learning_rate adam_epsilon "
@@ -139,10 +147,8 @@ NOT_NEGATIVE = (
     "num_processes max_loss_spike"
 ).split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
-LORA_ONLY = (
-    "lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern layers_to_transform modules_to_save "
-    "loraplus_lr_ratio"
-).split()
+# Keys without effect that are no mistake: they may stay as they are where `peft_type` changes.
+HARMLESS = ("lora_rank", "lora_alpha", "feedforward_modules")
 
 
 def default_config() -> ConfigDict:
@@ -222,30 +228,34 @@ def _adapter_problems(config: Config) -> list[str]:
         for name in getattr(config, key)
         if name.split(".")[-1] not in names and not (key == "target_modules" and config.target_modules == ALL_LINEAR)
     ]
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
-        for entry in getattr(config, key):
-            try:
-                pattern, value = read_pattern(entry, kind)
-                re.compile(pattern)
-                if not 0 < value < math.inf:
-                    raise ValueError
-            except (ValueError, re.error):
-                problems.append(f"{key} has {entry!r}: expected PATTERN={'RANK' if kind is int else 'ALPHA'}")
     problems += [
-        f"layers_to_transform has {layer!r}: expected numbers of layers, from 0"
-        for layer in config.layers_to_transform
-        if not layer.isdecimal()
+        f"{key} has {f'{pattern}={value:g}'!r}: expected {ENTRIES[key]}"
+        for key, entries in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        for pattern, value in entries
+        if not (_is_pattern(pattern) and 0 < value < math.inf)
     ]
-    defaults = Config()
-    if config.peft_type == "IA3":
+    problems += [
+        f"layers_to_transform has {layer}: expected {ENTRIES['layers_to_transform']}"
+        for layer in config.layers_to_transform
+        if layer < 0
+    ]
+    if config.peft_type in CHOICES["peft_type"]:
         problems += [
-            f"{key}={getattr(config, key)!r} says nothing of IA3: leave it out"
-            for key in LORA_ONLY
-            if getattr(config, key) != getattr(defaults, key)
+            f"{key}={getattr(config, key)!r} says nothing of {config.peft_type}: leave it out"
+            for key in methods.core_of(config.peft_type).unused
+            if key not in HARMLESS and getattr(config, key) != getattr(Config(), key)
         ]
     if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):
         problems.append("init_adapter and resume_from_checkpoint both say what to start from: keep one of them")
     return problems
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def propose(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.adapters import provenance
+from jlora.adapters.methods import core_of
 from jlora.bases.identity import base_hash, template_hash, tokenizer_hash
 from jlora.config.schema import NOT_TRAINING, Config
 
@@ -27,7 +28,7 @@ def card(config: dict[str, Any], notes: dict[str, str], *, own_template: bool) -
       notes: what its file says of where it comes from (`card.notes`).
       own_template: it brings a chat template, as the base's own is another.
     """
-    kind = "An IA3" if config["peft_type"] == "IA3" else f"A LoRA (rank {config['r']}, alpha {config['lora_alpha']:g})"
+    kind = core_of(config["peft_type"]).described(config)
     settings = json.loads(notes[provenance.CONFIG])
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     changed = {key: value for key, value in settings.items() if value != defaults[key]}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jlora.adapters.spec import spec_of
 from jlora.common import paths
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
@@ -134,7 +135,7 @@ def plan(
         "devices": devices,
         "linear_cost": model.matrices / (2 * heads),
     }
-    draws = config.lora_dropout > 0 or config.neftune_noise_alpha > 0
+    draws = spec_of(asdict(config)).draws
     batches = plan_batches(
         examples, micro_batches=accumulated, steps=steps, seed=config.seed, share=share and not draws, **alike
     )

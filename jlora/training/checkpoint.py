@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jlora.adapters.lora import Adapter
 from jlora.common.atomic_io import UNFINISHED, new_directory, replace_text
 from jlora.common.errors import UserError
+from jlora.config.files import typed
 from jlora.config.schema import Config
 from jlora.steps.step import TrainState
 
@@ -267,7 +268,10 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
         record = {}
     if not isinstance(record, dict) or not {"config", "data", "base", "versions", "runtime"} <= record.keys():
         raise UserError(f"{key}={run}: not the output_dir of a run (its config.json is not a run's)")
-    record["config"] = {**dataclasses.asdict(Config()), **record["config"]}  # a setting newer than the run was off
+    settings = {**dataclasses.asdict(Config()), **record["config"]}  # a setting newer than the run was off
+    record["config"], problems = typed(settings)
+    if problems:
+        raise UserError(f"{key}={run}: its config.json is damaged: {'; '.join(problems)}")
     record["base"] = {"commit": "", **record["base"]}
     record["runtime"] = {"attention": "xla", "remat": "none", **record["runtime"]}
     return record
