@@ -62,13 +62,14 @@ def _leaves(directory: Path) -> list[tuple[tuple[str, ...], "np.ndarray"]]:
 def _shapes(directory: Path, quantize: str = "none") -> dict:
     import jax.numpy as jnp
 
-    from jlora.adapters.spec import LoraConfig
+    from jlora.adapters.spec import NOTHING
     from jlora.models import hf_loader
     from jlora.models.compute import Compute
     from jlora.models.families import read_config
 
-    spec = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    return hf_loader.abstract(read_config(directory), spec, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize))[2]
+    return hf_loader.abstract(read_config(directory), NOTHING, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize))[
+        2
+    ]
 
 
 def load(directory: Path, how: str) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Configs: both kinds of file, overrides, and all mistakes in one message."""
 
 import dataclasses
+import json
 
 import pytest
 
 from jlora.adapters.spec import TARGETS, spec_of
 from jlora.common.errors import UserError
-from jlora.config.files import load_config
+from jlora.config.files import load_config, typed
+from jlora.config.schema import Config
 
 PYTHON = """
 from jlora.config.schema import default_config
@@ -88,24 +90,46 @@ def test_yaml_values_are_converted(yaml_config):
     assert load_config(yaml_config("resume_from_checkpoint: false\nmetadata_path:\n"), []).resume_from_checkpoint == ""
 
 
-def test_patterns_and_layers_from_every_kind_of_config(yaml_config, python_config):
-    want = ("layers.1.mlp.up_proj=4", "q_proj=2"), ("0", "2")
+def test_patterns_and_layers_are_read_from_every_form(yaml_config, python_config):
+    want = (("layers.1.mlp.up_proj", 4), ("q_proj", 2)), (0, 2)
     text = "rank_pattern: {layers.1.mlp.up_proj: 4, q_proj: 2}\nlayers_to_transform: [0, 2]\n"
     line = "c.rank_pattern = ('layers.1.mlp.up_proj=4', 'q_proj=2'); c.layers_to_transform = (0, 2)"
+    layers, more = "layers_to_transform: [0, 2]\n", "c.layers_to_transform = ['0', '2']"
     overrides = ["--config.rank_pattern={layers.1.mlp.up_proj: 4, q_proj: 2}", "--config.layers_to_transform=0,2"]
     for config in (
         load_config(yaml_config(text), []),
+        load_config(yaml_config("rank_pattern: [layers.1.mlp.up_proj=4, q_proj=2]\nlayers_to_transform: 0, 2\n"), []),
+        load_config(yaml_config("rank_pattern: layers.1.mlp.up_proj=4, q_proj=2\nlayers_to_transform: '0 2'\n"), []),
+        load_config(yaml_config("rank_pattern: [[layers.1.mlp.up_proj, 4], [q_proj, 2]]\n" + layers), []),
         load_config(python_config(line), []),
+        load_config(python_config("c.rank_pattern = ['layers.1.mlp.up_proj=4', ('q_proj', 2)]\n    " + more), []),
         load_config(python_config(), overrides),
+        load_config(python_config(), ["--config.rank_pattern=layers.1.mlp.up_proj=4,q_proj=2", overrides[1]]),
     ):
         assert (config.rank_pattern, config.layers_to_transform) == want
     config = load_config(
         yaml_config("target_modules: all-linear\ninit_lora_weights: true\nlayers_to_transform: 1\n"), []
     )
     assert config.target_modules == ("all-linear",) and config.init_lora_weights == "true"
-    assert config.layers_to_transform == ("1",)
+    assert config.layers_to_transform == (1,)
+    alphas = load_config(yaml_config("alpha_pattern: {v_proj: 3, a=b: 2.5}\n"), []).alpha_pattern
+    assert alphas == (("v_proj", 3.0), ("a=b", 2.5)) and all(type(alpha) is float for _, alpha in alphas)
     adapter = spec_of(dataclasses.asdict(config))
     assert adapter.target_modules == TARGETS and adapter.layers_to_transform == (1,)
+
+
+def test_settings_of_a_run_of_any_version_are_read_as_they_were(yaml_config):
+    text = "rank_pattern: {q_proj: 2}\nalpha_pattern: {v_proj: 2.5}\nlayers_to_transform: [0, 2]\n"
+    config = dataclasses.asdict(load_config(yaml_config(text), []))
+    now = json.loads(json.dumps(config))
+    before = now | {
+        "rank_pattern": ["q_proj=2"],
+        "alpha_pattern": ["v_proj=2.5"],
+        "layers_to_transform": ["0", "2"],
+    }
+    assert typed(now) == typed(before) == (config, [])
+    empty = json.dumps(dataclasses.asdict(Config()))
+    assert '"rank_pattern": [], "alpha_pattern": [], "layers_to_transform": [],' in empty
 
 
 @pytest.mark.parametrize(
@@ -122,6 +146,8 @@ def test_patterns_and_layers_from_every_kind_of_config(yaml_config, python_confi
         ),
         ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj'. Did you mean q_proj"),
         ("c.rank_pattern = ('q_proj=0',)", r"rank_pattern has 'q_proj=0': Expected PATTERN=RANK"),
+        ("c.rank_pattern = ('q_proj=1.5', 'q_proj')", r"(?s)2 change.*'q_proj=1.5': Expected.*'q_proj': Expected"),
+        ("c.layers_to_transform = (-1,)", r"layers_to_transform has -1: Expected layer numbers"),
         ("c.alpha_pattern = ('(=2',)", r"alpha_pattern has '\(=2': Expected PATTERN=ALPHA"),
         ("c.layers_to_transform = ('first',)", r"layers_to_transform has 'first': Expected layer numbers"),
         ("c.modules_to_save = ('lm_hed',)", r"modules_to_save has 'lm_hed'. Did you mean lm_head"),

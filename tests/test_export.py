@@ -13,7 +13,7 @@ import pytest
 from conftest import run_module, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora.adapters import hf_names, lora, peft_config, peft_io, provenance
+from jlora.adapters import hf_names, peft_config, peft_io, portable, provenance
 from jlora.cli.export import main
 from jlora.common.errors import UserError, VerificationError
 from jlora.export import exporter, verify
@@ -107,8 +107,10 @@ def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkey
     parity = json.loads((tmp_path / "alone" / peft_io.PARITY).read_text())
     assert parity["without_peft"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
     assert peft_config.read_config_file(tmp_path / "alone")["use_rslora"]
-    scaling = lora.portable
-    monkeypatch.setattr(lora, "portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0)))
+    scaling = portable.to_portable
+    monkeypatch.setattr(
+        portable, "to_portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0))
+    )
     with pytest.raises(VerificationError, match="does not compute what was trained"):
         main(["--run", str(other), "--for", "sglang"])
     assert not (other / "adapter-sglang").exists()

@@ -14,6 +14,7 @@ import torch
 from conftest import Trains, run_module, short_run
 from safetensors.numpy import load_file, save_file
 
+from jlora.adapters.methods import AXES
 from jlora.adapters.spec import LoraConfig
 from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
@@ -58,7 +59,7 @@ class Run(Trains):
             lambda path, x: (0.08 * jax.random.normal(next(keys), x.shape) + ("norm" in str(path))).astype(dtype), base
         )
         adapter = jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape), shapes)
-        optimizer, random = optim.make_optimizer(config, 20), np.random.RandomState(0)
+        optimizer, random = optim.make_optimizer(config, SPEC, 20), np.random.RandomState(0)
         examples = [Example(random.randint(300, size=n), np.arange(n) > 8, "") for n in range(33, 65)]
         sizes = {"batch_size": 8, "micro_batches": micro_batches, "devices": devices, "steps": 20}
         self.batches = plan_batches(examples, **sizes, seed=0, linear_cost=1e4, max_shapes=1)
@@ -68,7 +69,7 @@ class Run(Trains):
 
     def start(self):
         """At step 0 again, with what was compiled."""
-        self.state = jax.device_put(self.fresh, sharding.shardings(self.fresh, self.mesh, "state"))
+        self.state = jax.device_put(self.fresh, sharding.shardings(self.fresh, self.mesh, "state", AXES))
         return self
 
 

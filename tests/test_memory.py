@@ -30,7 +30,7 @@ def temporaries(smollm):
 
     def of(length, remat):
         graphdef, adapter, base = hf_loader.abstract(model, spec, dataclasses.replace(FLOAT32, remat=remat, mesh=mesh))
-        optimizer = optim.make_optimizer(config, 100)
+        optimizer = optim.make_optimizer(config, spec, 100)
         programs = Programs(graphdef, placed_shapes(base, mesh, "base"), optimizer, mesh, dropout=False, seed=0)
         batch = batch_shapes(1, 1, Shape(length, length), mesh)
         state = state_shapes(adapter, optimizer, mesh, FLOAT32.compute_dtype)

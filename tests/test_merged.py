@@ -65,7 +65,7 @@ FORMS = {
         SPEC, use_rslora=True, rank_pattern=(("self_attn.q_proj", 2),), layers_to_transform=(1, 2)
     ),
     "dora": dataclasses.replace(SPEC, use_dora=True),
-    "pissa": dataclasses.replace(SPEC, pissa=True),
+    "pissa": dataclasses.replace(SPEC, init_lora_weights="pissa"),
     "tables": dataclasses.replace(SPEC, modules_to_save=("embed_tokens", "lm_head")),
     "ia3": LoraConfig(
         1, 1.0, 0.0, ("k_proj", "v_proj", "down_proj"), peft_type="IA3", feedforward_modules=("down_proj",)

@@ -65,7 +65,7 @@ class Run(Trains):
         compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, packing=Packing(*self.batches.packing))
         graphdef, shapes, base_shapes = hf_loader.abstract(model, spec, compute)
         self.base = hf_loader.load_base(directory, base_shapes, self.mesh)
-        optimizer = optim.make_optimizer(config, 10)
+        optimizer = optim.make_optimizer(config, spec, 10)
         adapter = train.first_adapter(config, spec, shapes, self.base, tied=False)
         self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(graphdef, self.base, optimizer, self.mesh, dropout=spec.draws, seed=1)

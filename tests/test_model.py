@@ -12,6 +12,7 @@ from conftest import make_model
 from flax import nnx
 
 from jlora.adapters import lora
+from jlora.adapters.methods.lora import added
 from jlora.adapters.spec import LoraConfig
 from jlora.distributed import sharding
 from jlora.models import attention, hf_loader
@@ -83,7 +84,7 @@ def test_zero_b_gives_the_base_logits_and_adapter_equals_merge(tiny):
     for module, projections in adapter["layers"].items():
         for name, ab in projections.items():
             weight = merged["layers"][module][name]["weight"]
-            merge = jax.vmap(lambda w, a, b: lora.merge(w, a, b, scale=SPEC.alpha / SPEC.rank))
+            merge = jax.vmap(lambda w, a, b: added(w, a, b, scale=SPEC.alpha / SPEC.rank))
             merged["layers"][module][name]["weight"] = merge(weight, ab["lora_A"], ab["lora_B"])
     got, want = logits(graphdef, adapter, base, tokens), logits(no_adapter, {}, merged, tokens)
     assert np.abs(got - want).max() < 1e-4

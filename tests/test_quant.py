@@ -123,7 +123,7 @@ def test_int8_equals_bitsandbytes(weights, theirs, dtype):
 
 
 SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
-KINDS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"pissa": True}}
+KINDS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 TOKENS = np.random.default_rng(1).integers(0, 1000, (2, 12), dtype=np.int32)
 
 

@@ -44,7 +44,7 @@ SPECS = {
         alpha_pattern=(("down_proj", 5.0),),
         layers_to_transform=(0, 1),
     ),
-    "short": LoraConfig(2, 4.0, 0.0, ("gate_proj",), pissa=True),
+    "short": LoraConfig(2, 4.0, 0.0, ("gate_proj",), init_lora_weights="pissa"),
 }
 DORA = LoraConfig(2, 4.0, 0.0, ("q_proj",), use_dora=True)
 ROWS = ["law", "style", "base", "short", "law"]
@@ -67,7 +67,7 @@ def places(tmp_path_factory, small):
         frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
         adapter = lora.start(spec, shapes, frozen, jax.random.key(number))
         for path, leaves in lora.modules(adapter):
-            ranks = np.array(spec.site(".".join(path[1:]), 3).ranks)
+            ranks = np.array(spec.ranks(lora.projection(path), 3))
             noise = np.random.RandomState(number).randn(*leaves["lora_B"].shape).astype(np.float32)
             within = np.arange(noise.shape[2])[None, None] < ranks[:, None, None]
             leaves["lora_B"] = leaves["lora_B"] + np.where(within, 0.3 * noise, 0.0)

@@ -49,7 +49,7 @@ class Setup(Trains):
         self.compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
         _, self.shapes, base_shapes = hf_loader.abstract(self.model_config, self.spec, self.compute)
         self.base = hf_loader.load_base(self.directory, base_shapes, self.mesh)
-        self.optimizer = optim.make_optimizer(self.config, self.steps)
+        self.optimizer = optim.make_optimizer(self.config, self.spec, self.steps)
         adapter = train.first_adapter(
             self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
         )

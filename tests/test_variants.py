@@ -19,7 +19,9 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jlora.adapters import hf_names, lora
+from jlora.adapters import hf_names, lora, neftune, portable
+from jlora.adapters.methods import method_of
+from jlora.adapters.methods.lora import dropout
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.peft_io import read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
@@ -131,7 +133,7 @@ class Ours:
         self.base = hf_loader.load_base(directory, base, sharding.make_mesh(jax.devices()[:1]))
         fixed = {"weight_decay": 0.1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
         self.settings = Config(**{"learning_rate": 1e-2, **fixed, **settings})
-        self.optimizer = optim.make_optimizer(self.settings, STEPS)
+        self.optimizer = optim.make_optimizer(self.settings, spec, STEPS)
         self.step = jax.jit(make_train_step(self.graphdef, CROSS_ENTROPY, self.optimizer, dropout=False, devices=1))
 
         @jax.jit
@@ -245,7 +247,7 @@ def test_a_variant_is_pefts_own_in_training_files_and_logits(models, tmp_path, n
         with torch.no_grad():
             next_loss = float(torch_loss(model, TOKENS[STEPS]))
         assert float(ours.train(ours.state(taken), TOKENS[STEPS])[1].loss) == pytest.approx(next_loss, rel=1e-4)
-    if not spec.pissa:  # which is written as a difference
+    if spec.init_lora_weights != "pissa":  # which is written as a difference
         ours.write(taken, tmp_path / "again")
         one, other = (load_file(tmp_path / place / WEIGHTS) for place in ("theirs", "again"))
         assert one.keys() == other.keys()
@@ -257,7 +259,7 @@ EVERYWHERE = {  # is the model tied, LoraConfig's fields; LoRA+, dropout and noi
     "rslora-layers": (True, {"use_rslora": True, "layers_to_transform": (0, 2)}),
     "patterns": (True, {"rank_pattern": (("q_proj", 2),), "alpha_pattern": (("layers.1.mlp.down_proj", 5.0),)}),
     "dora": (False, {"use_dora": True}),
-    "pissa": (True, {"pissa": True}),
+    "pissa": (True, {"init_lora_weights": "pissa"}),
     "tables": (False, {"modules_to_save": ("embed_tokens", "lm_head")}),
     "tied-tables": (True, {"modules_to_save": ("embed_tokens", "lm_head")}),
     "ia3": (False, {"peft_type": "IA3", "feedforward_modules": ("up_proj", "down_proj")}),
@@ -290,7 +292,11 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
     "changes",
     [
         {"use_dora": True, "layers_to_transform": (1,)},
-        {"pissa": True, "rank_pattern": (("layers.0.mlp.up_proj", 2),), "modules_to_save": ("embed_tokens",)},
+        {
+            "init_lora_weights": "pissa",
+            "rank_pattern": (("layers.0.mlp.up_proj", 2),),
+            "modules_to_save": ("embed_tokens",),
+        },
         {"peft_type": "IA3"},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -311,9 +317,9 @@ def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models
     for path, leaves in lora.modules(state.lora):
         if "lora_A" not in leaves:
             continue
-        for layer, rank in enumerate(spec.site(".".join(path[1:]), 3).ranks):
+        for layer, rank in enumerate(spec.ranks(lora.projection(path), 3)):
             assert not np.any(leaves["lora_A"][layer, rank:]) and not np.any(leaves["lora_B"][layer, :, rank:])
-        if spec.pissa:
+        if spec.init_lora_weights == "pissa":
             (frozen,) = [old for other, old in lora.modules(adapter) if other == path]
             assert np.array_equal(frozen["pissa_A"], leaves["pissa_A"])
     moments = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
@@ -343,9 +349,10 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
         leaves["lora_B"] = jnp.where(
             within, 0.05 * jax.random.normal(jax.random.key(len(path)), leaves["lora_B"].shape), 0
         )
-    plain, form = lora.portable(adapter, spec)
+    plain, form = portable.to_portable(adapter, spec)
     assert form == LoraConfig(6, 6.0, 0.0, form.target_modules)
-    assert set(form.target_modules) == {"q_proj", "v_proj", "down_proj"} and form.is_plain and not spec.is_plain
+    assert set(form.target_modules) == {"q_proj", "v_proj", "down_proj"}
+    assert portable.is_plain(form) and not portable.is_plain(spec)
     other = Ours(models[True], form)
     want = ours.logits(adapter, TOKENS[0])
     assert np.abs(other.logits(plain, TOKENS[0]) - want).max() < 1e-6 * np.abs(want).max()
@@ -355,15 +362,22 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
     # float32's own noise is above 1e-6 here (the same ranks in another order move a logit by 1.4e-6): in float64, then
     ours.write(adapter, tmp_path / "original")
     original = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "original")
-    exact, portable = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
-    assert exact.dtype == np.float64 and np.abs(portable - exact).max() < 1e-6
+    exact, other_form = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
+    assert exact.dtype == np.float64 and np.abs(other_form - exact).max() < 1e-6
     nothing = ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
 
 
 def test_a_gguf_adapter_changes_every_weight_as_trained(models, tmp_path, smollm):
     spec = LoraConfig(
-        4, 8.0, 0.0, TARGETS, use_rslora=True, rank_pattern=(("q_proj", 2),), layers_to_transform=(0, 2), pissa=True
+        4,
+        8.0,
+        0.0,
+        TARGETS,
+        use_rslora=True,
+        rank_pattern=(("q_proj", 2),),
+        layers_to_transform=(0, 2),
+        init_lora_weights="pissa",
     )
     ours = Ours(models[True], spec)
     adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
@@ -455,7 +469,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
 
 
 def test_pissa_of_more_ranks_than_components_is_refused(models):
-    spec = LoraConfig(65, 8.0, 0.0, ("k_proj",), pissa=True)
+    spec = LoraConfig(65, 8.0, 0.0, ("k_proj",), init_lora_weights="pissa")
     ours = Ours(models[True], spec)
     with pytest.raises(UserError, match="k_proj has 64 components, so no rank of 65"):
         lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
@@ -480,7 +494,7 @@ def test_doras_dropout_is_pefts():
     for name, tensor in sources.items():
         getattr(ours, name)[...] = jnp.asarray(tensor.detach().numpy())
     x = rng.standard_normal((2, 5, 16)).astype(np.float32)
-    kept = np.asarray(lora.dropout(jnp.ones_like(x), 0.5, key))
+    kept = np.asarray(dropout(jnp.ones_like(x), 0.5, key))
 
     class Fixed(torch.nn.Module):
         def forward(self, inputs):
@@ -495,7 +509,7 @@ def test_doras_dropout_is_pefts():
 
 def test_noise_is_within_its_bound_by_example_and_only_in_training(models):
     segments = jnp.array([[1] * 4 + [2] * 16 + [0] * 4])
-    noise = np.asarray(lora.noise(jnp.zeros((1, 24, 64)), segments, 5.0, jax.random.key(0)))
+    noise = np.asarray(neftune.noise(jnp.zeros((1, 24, 64)), segments, 5.0, jax.random.key(0)))
     for part, length in ((noise[0, :4], 4), (noise[0, 4:20], 16)):
         bound = 5.0 / np.sqrt(length * 64)
         assert 0.95 * bound < np.abs(part).max() <= bound
@@ -516,9 +530,9 @@ def test_sites_follow_pefts_rule_of_patterns():
     spec = LoraConfig(
         8, 16.0, 0.0, TARGETS, rank_pattern=(("proj", 1), ("layers.1.self_attn.q_proj", 2), ("q_proj", 3))
     )
-    assert spec.site("self_attn.q_proj", 3).ranks == (3, 2, 3)
-    assert spec.site("self_attn.q_proj", 3).scales == (16 / 3, 8.0, 16 / 3)
-    assert spec.site("mlp.up_proj", 3).ranks == (8, 8, 8)
+    assert spec.ranks("self_attn.q_proj", 3) == (3, 2, 3)
+    assert method_of(spec, "self_attn.q_proj").site(3).scales == (16 / 3, 8.0, 16 / 3)
+    assert spec.ranks("mlp.up_proj", 3) == (8, 8, 8)
     wrong = dataclasses.replace(spec, layers_to_transform=(3,))
     assert wrong.problems(hf_names.projections(), 3) == ["layers_to_transform has 3: the layers are 0 to 2"]
     assert spec.problems(hf_names.projections(), 3) == [

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jlora.adapters import lora
-from jlora.adapters.lora import Adapter, Leaves
+from jlora.adapters import lora, portable
+from jlora.adapters.lora import Adapter
+from jlora.adapters.methods.method import Leaves
 from jlora.adapters.spec import LoraConfig
 from jlora.common.errors import UserError
 
@@ -16,7 +17,7 @@ Form = tuple[Adapter, LoraConfig]
 
 def check_mixable(name: str, spec: LoraConfig) -> None:
     """Raises UserError where an adapter cannot stand beside others, with the way out."""
-    for what in spec.beyond_portable:
+    for what in portable.beyond_portable(spec):
         raise UserError(
             f"adapter {name} has {what}, which is no low-rank sum, so that it cannot be mixed or switched with others. "
             "Use it alone, or merge it into the base (python -m jlora.export --merged) and use that as --base"
@@ -80,13 +81,16 @@ def read_weight(word: str) -> tuple[str, float]:
 
 def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], Leaves]], tuple[str, ...]]:
     """The portable form of each, by module, with zeros for the modules that only others have; and all targets."""
-    found = [dict(lora.modules(lora.portable(adapter, spec)[0])) for adapter, spec in adapters]
+    found = [dict(lora.modules(portable.to_portable(adapter, spec)[0])) for adapter, spec in adapters]
     every = {path: leaves for modules in found for path, leaves in modules.items()}
     for modules in found:
         rank = next(iter(modules.values()))["lora_A"].shape[1]
         for path, like in every.items():
             (layers, _, inputs), (_, outputs, _) = like["lora_A"].shape, like["lora_B"].shape
-            nothing = {"lora_A": jnp.zeros((layers, rank, inputs)), "lora_B": jnp.zeros((layers, outputs, rank))}
+            nothing: Leaves = {
+                "lora_A": jnp.zeros((layers, rank, inputs)),
+                "lora_B": jnp.zeros((layers, outputs, rank)),
+            }
             modules.setdefault(path, nothing)
     return found, tuple(path[-1] for path in every)
 

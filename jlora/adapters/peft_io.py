@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jlora.adapters import hf_names, lora
-from jlora.adapters.lora import Adapter, Leaves
+from jlora.adapters.lora import Adapter
+from jlora.adapters.methods import TABLE, method_of
+from jlora.adapters.methods.method import Leaves, Method
 from jlora.adapters.peft_config import CONFIG, read_config_file
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import LoraConfig
@@ -21,28 +23,30 @@ from jlora.common.errors import UserError
 
 PREFIX = "base_model.model."
 PARITY, TEMPLATE = "parity.json", "chat_template.jinja"
-# A leaf's name here -> the end of its tensor's name there; PiSSA's frozen pair goes into A and B.
-PARTS = {
-    "lora_A": ".lora_A.weight",
-    "lora_B": ".lora_B.weight",
-    "lora_magnitude_vector": ".lora_magnitude_vector",
-    "ia3_l": ".ia3_l",
-    "modules_to_save": ".weight",
-}
 
 
-def _places(adapter: Adapter, spec: LoraConfig) -> Iterator[tuple[str, Leaves, int | None, int]]:
-    """Every module that the files know: its name there, its leaves, its layer in them, and its rank."""
+class Place(NamedTuple):
+    """A module that the files know."""
+
+    name: str  # there
+    leaves: Leaves
+    layer: int | None  # of a projection, in the leaves' stacks; None for a token table
+    rank: int
+    method: Method | None
+
+
+def _places(adapter: Adapter, spec: LoraConfig) -> Iterator[Place]:
+    """Every module that the files know."""
     for path, leaves in lora.modules(adapter):
         size = next(iter(leaves.values())).shape[0]
         names = [name.removesuffix(".weight") for name in hf_names.tensor_names((*path, "weight"), (size,))]
-        if path[0] != "layers":
-            yield PREFIX + names[0], leaves, None, 0
+        if not (projection := lora.projection(path)):
+            yield Place(PREFIX + names[0], leaves, None, 0, None)
             continue
-        ranks = spec.site(".".join(path[1:]), size).ranks
-        for layer, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+        method = method_of(spec, projection)
+        for layer, (name, rank) in enumerate(zip(names, method.site(size).ranks, strict=True)):
             if rank:
-                yield PREFIX + name, leaves, layer, rank
+                yield Place(PREFIX + name, leaves, layer, rank, method)
 
 
 def tensors(adapter: Adapter, spec: LoraConfig, *, tied: bool) -> dict[str, np.ndarray]:
@@ -52,25 +56,16 @@ def tensors(adapter: Adapter, spec: LoraConfig, *, tied: bool) -> dict[str, np.n
       tied: the base's head is its embedding table; a trained one then stands under both names, as PEFT writes it.
     """
     found: dict[str, Any] = {}
-    for name, leaves, layer, rank in _places(jax.device_get(adapter), spec):
-        if layer is None:
-            found[name + PARTS["modules_to_save"]] = leaves["modules_to_save"]
+    for name, leaves, layer, rank, method in _places(jax.device_get(adapter), spec):
+        if method is None:
+            found[name + TABLE.tensor] = leaves[TABLE.name]
             continue
         one = {part: leaf[layer] for part, leaf in leaves.items()}
-        if "ia3_l" in one:
-            found[name + PARTS["ia3_l"]] = _as_ia3(one["ia3_l"], name, spec)
-            continue
-        one["lora_A"], one["lora_B"] = lora.difference(one, rank)
-        found |= {name + end: one[part] for part, end in PARTS.items() if part in one}
+        found |= {name + end: values for end, values in method.to_peft(one, rank).items()}
     if tied and spec.modules_to_save:
         embedding, head = (PREFIX + hf_names.NAMES[table, "weight"] for table in ("embed_tokens", "lm_head"))
         found[head] = found[embedding].copy()
     return {name: np.ascontiguousarray(values, np.float32) for name, values in found.items()}
-
-
-def _as_ia3(values: np.ndarray, name: str, spec: LoraConfig) -> np.ndarray:
-    """PEFT's shape of IA3's factors: a row [1, in] where they scale the input, else a column [out, 1]."""
-    return values[None] if name.rpartition(".")[2] in spec.feedforward_modules else values[:, None]
 
 
 def write_adapter(
@@ -126,7 +121,7 @@ def read_adapter(directory: Path, spec: LoraConfig, shapes: Adapter, *, tied: bo
     """The tensors of a PEFT directory in the adapter's tree; PiSSA's frozen pair is left zero (see `lora.complete`).
 
     Args:
-      spec: what its adapter_config.json says (`adapter_config.read_spec`).
+      spec: what its adapter_config.json says (`peft_config.read_spec`).
       shapes: the adapter's tree of shapes on the base at hand.
       tied: the base's head is its embedding table.
 
@@ -135,12 +130,15 @@ def read_adapter(directory: Path, spec: LoraConfig, shapes: Adapter, *, tied: bo
     """
     found = _read_tensors(directory)
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    for name, leaves, layer, rank in _places(adapter, spec):
-        for part in leaves.keys() & PARTS.keys():
-            whole = leaves[part] if layer is None else leaves[part][layer]
-            place = whole[:rank] if part == "lora_A" else whole[:, :rank] if part == "lora_B" else whole
-            expected = _as_ia3(place, name, spec).shape if part == "ia3_l" else place.shape
-            place[...] = _take(found, name + PARTS[part], expected, directory).reshape(place.shape)
+    for name, leaves, layer, rank, method in _places(adapter, spec):
+        if method is None:
+            whole = leaves[TABLE.name]
+            whole[...] = _take(found, name + TABLE.tensor, whole.shape, directory)
+            continue
+        for leaf in (leaf for leaf in method.leaves() if leaf.tensor):
+            place = leaf.cut(leaves[leaf.name][layer], rank)
+            values = _take(found, name + leaf.tensor, method.in_file(place).shape, directory)
+            place[...] = values.reshape(place.shape)
     if tied and spec.modules_to_save:
         head, embedding = found.pop(PREFIX + hf_names.NAMES["lm_head", "weight"], None), adapter["embed_tokens"]
         only = head is None and read_config_file(directory).get("ensure_weight_tying") is not True

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from jlora.adapters.portable import is_plain
 from jlora.adapters.spec import spec_of
 from jlora.api import Config, Result, finetune, load_config
 from jlora.config.files import config_parser
@@ -39,7 +40,7 @@ def _next_steps(run: Path, adapter: Path, step: int, system_prompt: str) -> str:
     spec, vllm = spec_of(read_record(run, "--run")["config"]), LOADERS["vllm"]
     ranks = [rank for rank in vllm.ranks if rank >= max(spec.rank, vllm.usual)]
     form = ["--merged"]
-    if spec.is_plain and ranks:
+    if is_plain(spec) and ranks:
         form = ["--for", "vllm", *(["--max_lora_rank", str(ranks[0])] if ranks[0] > vllm.usual else [])]
     system = ["--system", system_prompt] if system_prompt else []
     output = ["--output", str(adapter)] if which else []

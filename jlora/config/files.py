@@ -8,6 +8,7 @@ import dataclasses
 import re
 import runpy
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.config.schema import Config, default_config, suggest_nearest, validate
+from jlora.config.schema import ENTRIES, Config, default_config, suggest_nearest, validate
 
 
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -42,16 +43,58 @@ def load_config(path: str, overrides: list[str]) -> Config:
         raise UserError(f"--config {path}: No such file.")
     config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
     _apply_overrides(config, overrides)
-    values = config.to_dict()
-    values = {k: tuple(map(str, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
+    values, problems = typed(config.to_dict())
     kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
-    problems = [f"{k}={v!r}: Expected {kinds[k].__name__}." for k, v in values.items() if type(v) is not kinds[k]]
+    problems += [f"{k}={v!r}: Expected {kinds[k].__name__}." for k, v in values.items() if type(v) is not kinds[k]]
     if not problems:
         result = Config(**values)
         problems = validate(result)
     if problems:
         raise UserError("\n  ".join([f"{path}: {plural(len(problems), 'setting', ('is', 'are'))} wrong:", *problems]))
     return result
+
+
+def typed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the settings with their lists as the tuples of Config, and one message for each entry that cannot be read.
+
+    Accepts every form that a config file or the record of an older run may contain.
+    """
+    found, problems = {}, []
+    for key, value in settings.items():
+        read, entries = READERS.get(key, str), []
+        for entry in value if isinstance(value, list | tuple) else ():
+            text = "=".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry)
+            try:
+                entries.append(read(text))
+            except ValueError:
+                problems.append(f"{key} has {text!r}: Expected {ENTRIES[key]}.")
+        found[key] = tuple(entries) if isinstance(value, list | tuple) else value
+    return found, problems
+
+
+def _read_rank(text: str) -> tuple[str, int]:
+    pattern, rank = _split(text)
+    return pattern, int(rank)
+
+
+def _read_alpha(text: str) -> tuple[str, float]:
+    pattern, alpha = _split(text)
+    return pattern, float(alpha)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """ "PATTERN=NUMBER" in two; the pattern may have a "=" in it."""
+    pattern, _, number = text.rpartition("=")
+    if not pattern:
+        raise ValueError(text)
+    return pattern, number
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "rank_pattern": _read_rank,
+    "alpha_pattern": _read_alpha,
+    "layers_to_transform": int,
+}
 
 
 def _field_names() -> list[str]:
@@ -83,12 +126,12 @@ def _convert(kind: type, value: Any) -> Any:
     if kind is ConfigDict and isinstance(value, dict):
         return {str(name): inner if inner is None else str(inner) for name, inner in value.items()}
     if kind is tuple and isinstance(value, dict):
-        return tuple(f"{pattern}={number}" for pattern, number in value.items())
+        return tuple(value.items())
     if kind is tuple and isinstance(value, int):
-        return (str(value),)
+        return (value,)
     if kind is tuple:
         parts = re.findall(r"[^\s,()\[\]'\"]+", value) if isinstance(value, str) else value or ()
-        return tuple(str(part) for part in parts)
+        return tuple(parts)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError
     return value

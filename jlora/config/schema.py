@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from jlora.adapters.spec import ALL_LINEAR, TABLES, TARGETS, read_pattern
+from jlora.adapters import methods
+from jlora.adapters.spec import ALL_LINEAR, TABLES, TARGETS
 from jlora.bases.resolve import is_hub_id
 from jlora.data.conversation import PARTS, ROLES, names_complete_row
 from jlora.data.readers.encoding import is_encoding
@@ -56,9 +57,11 @@ class Config:
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_rank), so that high ranks keep learning
     use_dora: bool = False  # train magnitude and direction separately: slightly better at low rank, half as fast
     init_lora_weights: str = "true"  # random A, zero B; "pissa": principal components of the base model, learns faster
-    rank_pattern: tuple[str, ...] = ()  # other ranks: "PATTERN=RANK", the first that matches; YAML: a mapping
-    alpha_pattern: tuple[str, ...] = ()  # the same for lora_alpha
-    layers_to_transform: tuple[str, ...] = ()  # layers that get an adapter, from 0; () is all
+    # Other ranks for some modules: the first pattern that matches decides. A config may also contain a mapping
+    # {PATTERN: RANK}, or strings "PATTERN=RANK".
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()  # the same for lora_alpha
+    layers_to_transform: tuple[int, ...] = ()  # layers that get an adapter, from 0; () is all
     modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained in full, for new words; large
     init_adapter: str = ""  # PEFT directory to start from; its settings replace all of the adapter settings above
 
@@ -131,8 +134,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attn_implementation": ("auto", "xla", "splash", "pallas"),
     "remat": ("auto", "none", "dots", "full"),
     "quantize_base": ("none", "nf4", "int8"),
-    "peft_type": ("LORA", "IA3"),
-    "init_lora_weights": ("true", "pissa"),
+    "peft_type": methods.choices("peft_type"),
+    "init_lora_weights": ("true", *methods.choices("init_lora_weights")),
+}
+# How an entry of these keys is written in a config.
+ENTRIES = {
+    "rank_pattern": "PATTERN=RANK",
+    "alpha_pattern": "PATTERN=ALPHA",
+    "layers_to_transform": "layer numbers, from 0",
 }
 POSITIVE = (
     "max_seq_length lora_rank lora_alpha batch_size gradient_accumulation_steps epochs learning_rate adam_epsilon "
@@ -143,10 +152,8 @@ NOT_NEGATIVE = (
     "num_processes max_loss_spike"
 ).split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
-LORA_ONLY = (
-    "lora_dropout use_rslora use_dora init_lora_weights rank_pattern alpha_pattern layers_to_transform modules_to_save "
-    "loraplus_lr_ratio"
-).split()
+# Keys that may stay set although the chosen `peft_type` ignores them, so that changing it needs no other edit.
+HARMLESS = ("lora_rank", "lora_alpha", "feedforward_modules")
 
 
 def default_config() -> ConfigDict:
@@ -228,30 +235,34 @@ def _adapter_problems(config: Config) -> list[str]:
         for name in getattr(config, key)
         if name.split(".")[-1] not in names and not (key == "target_modules" and config.target_modules == ALL_LINEAR)
     ]
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
-        for entry in getattr(config, key):
-            try:
-                pattern, value = read_pattern(entry, kind)
-                re.compile(pattern)
-                if not 0 < value < math.inf:
-                    raise ValueError
-            except (ValueError, re.error):
-                problems.append(f"{key} has {entry!r}: Expected PATTERN={'RANK' if kind is int else 'ALPHA'}.")
     problems += [
-        f"layers_to_transform has {layer!r}: Expected layer numbers, from 0."
-        for layer in config.layers_to_transform
-        if not layer.isdecimal()
+        f"{key} has {f'{pattern}={value:g}'!r}: Expected {ENTRIES[key]}."
+        for key, entries in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        for pattern, value in entries
+        if not (_is_pattern(pattern) and 0 < value < math.inf)
     ]
-    defaults = Config()
-    if config.peft_type == "IA3":
+    problems += [
+        f"layers_to_transform has {layer}: Expected {ENTRIES['layers_to_transform']}."
+        for layer in config.layers_to_transform
+        if layer < 0
+    ]
+    if config.peft_type in CHOICES["peft_type"]:
         problems += [
-            f"{key}={getattr(config, key)!r} has no effect with peft_type=IA3. Remove it."
-            for key in LORA_ONLY
-            if getattr(config, key) != getattr(defaults, key)
+            f"{key}={getattr(config, key)!r} has no effect with peft_type={config.peft_type}. Remove it."
+            for key in methods.core_of(config.peft_type).unused
+            if key not in HARMLESS and getattr(config, key) != getattr(Config(), key)
         ]
     if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):
         problems.append("init_adapter and resume_from_checkpoint both set a starting point. Remove one of them.")
     return problems
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def suggest_nearest(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -37,9 +37,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (rf"base/{SPLIT_IN}/bias", P(None, None)),
     (r"base/(embed_tokens|lm_head)/weight", P("tensor", "fsdp")),  # [V, D]
     (r"base/.*norm/weight", P()),
-    (rf"state/{SPLIT_OUT}/(lora|pissa)_B", P(None, "tensor", None)),  # [L, out, r]
-    (rf"state/{SPLIT_OUT}/lora_magnitude_vector", P(None, "tensor")),  # [L, out]
-    (rf"state/{SPLIT_IN}/(lora|pissa)_A", P(None, None, "tensor")),  # [L, r, in]
     (r"state/.*/modules_to_save", P("tensor", "fsdp")),  # [V, D]
     (r"state/.*", P()),
     (r"batch/.*", P(None, ROWS, None)),  # [A, R, T] or [A, R, S]
@@ -110,20 +107,31 @@ def describe(mesh: Mesh) -> str:
     return " x ".join(sizes or ["data=1"])
 
 
-def spec_of(name: str) -> P:
-    """Looks up the partition spec of an array by its path.
+def spec_of(name: str, axes: Mapping[str, str] | None = None) -> P:
+    """Looks up the partition spec of an array by its path; an adapter's arrays are split as their weight is.
+
+    Args:
+      axes: of the adapter's arrays in one layer, by name: "o" is the outputs of the projection, "i" its inputs.
+
 
     Raises:
       ValueError: no rule matches the path.
     """
+    own = (axes or {}).get(name.rpartition("/")[2], "")
+    for projections, split in ((SPLIT_OUT, "o"), (SPLIT_IN, "i")):
+        if split in own and re.fullmatch(rf"state/{projections}/\w+", name):
+            return P(None, *("tensor" if axis == split else None for axis in own))
     for pattern, spec in RULES:
         if re.fullmatch(pattern, name):
             return spec
     raise ValueError(f"No sharding rule matches {name}.")
 
 
-def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
+def shardings(tree: Any, mesh: Mesh, root: str, axes: Mapping[str, str] | None = None) -> Any:
     """Returns a NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "state", "batch").
+
+    Args:
+      axes: of the adapter's arrays, as for `spec_of`; for "state".
 
     Raises:
       ValueError: no rule matches a path, or an axis does not divide over the devices.
@@ -131,7 +139,7 @@ def shardings(tree: Any, mesh: Mesh, root: str) -> Any:
 
     def leaf(path: tuple[Any, ...], array: Any) -> NamedSharding:
         name = "/".join([root, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
-        sharding = NamedSharding(mesh, spec_of(name))
+        sharding = NamedSharding(mesh, spec_of(name, axes))
         try:
             sharding.shard_shape(np.shape(array))
         except ValueError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.adapters import provenance
+from jlora.adapters.methods import core_of
 from jlora.bases.identity import base_hash, template_hash, tokenizer_hash
 from jlora.config.schema import NOT_TRAINING, Config
 
@@ -27,7 +28,7 @@ def card(config: dict[str, Any], metadata: dict[str, str], *, own_template: bool
       metadata: the metadata of its file, from `provenance_metadata`.
       own_template: it was trained with another chat template than the base model's, and includes it.
     """
-    kind = "An IA3" if config["peft_type"] == "IA3" else f"A LoRA (rank {config['r']}, alpha {config['lora_alpha']:g})"
+    kind = core_of(config["peft_type"]).described(config)
     settings = json.loads(metadata[provenance.CONFIG])
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     changed = {key: value for key, value in settings.items() if value != defaults[key]}

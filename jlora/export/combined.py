@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 
 from jlora.adapters import lora, mixing
+from jlora.adapters.methods import follows_from_base
 from jlora.adapters.peft_config import base_of, peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.provenance import BASE
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import NOTHING, LoraConfig
 from jlora.bases.identity import base_hash
 from jlora.bases.resolve import is_hub_id, resolve_base
 from jlora.common.errors import UserError
@@ -46,9 +47,8 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
     for name, (_, spec) in zip(directories, forms, strict=True):
         mixing.check_mixable(name, spec)
     config = read_config(directory)
-    if any(spec.pissa for _, spec in forms):  # PiSSA's initial pair is computed from the weights of the base model
-        neutral = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-        _, _, shapes = hf_loader.abstract(config, neutral, FLOAT32)
+    if any(follows_from_base(spec) for _, spec in forms):  # PiSSA's initial pair is computed from the base model
+        _, _, shapes = hf_loader.abstract(config, NOTHING, FLOAT32)
         frozen = hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
         forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
     adapter, spec = mixing.combine(forms, list(weights.values()))

@@ -13,7 +13,7 @@ from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import LoraConfig, spec_of
+from jlora.adapters.spec import NOTHING, LoraConfig, spec_of
 from jlora.bases import identity
 from jlora.bases.identity import check_base
 from jlora.bases.resolve import resolve_base
@@ -155,7 +155,7 @@ def merge_run(run: Path, step: int, target: Path) -> None:
 
 def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
     """Writes a base model, with the adapter of a PEFT directory merged into it if one is given, as one model."""
-    revision, template, spec = "", "", LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+    revision, template, spec = "", "", NOTHING
     if adapter and not base:
         base, revision = base_of(adapter)
     directory = resolve_base(base, revision)

@@ -13,6 +13,8 @@ import numpy as np
 
 from jlora.adapters import hf_names, lora
 from jlora.adapters.lora import Adapter
+from jlora.adapters.methods import method_of
+from jlora.adapters.methods.method import Leaves
 from jlora.adapters.spec import LoraConfig
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError, VerificationError
@@ -96,12 +98,13 @@ def check_gguf(file: Path, trained: tuple[Adapter, LoraConfig], heads: dict[str,
     adapter, spec = jax.device_get(trained[0]), trained[1]
     largest, count = 0.0, 0
     for path, leaves in lora.modules(adapter):
-        site = spec.site(".".join(path[1:]), len(leaves["lora_A"]))
+        method = method_of(spec, lora.projection(path))
+        site = method.site(len(leaves["lora_A"]))
         by_layer = zip(_names(path, leaves), site.ranks, site.scales, strict=True)
         for layer, (name, rank, scale) in enumerate(by_layer):
             a, b = found.pop(f"{name}.lora_a", np.zeros((1, 1))), found.pop(f"{name}.lora_b", np.zeros((1, 1)))
             got = alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64)
-            own_a, own_b = lora.difference({part: leaf[layer] for part, leaf in leaves.items()}, rank)
+            own_a, own_b = method.pair({part: leaf[layer] for part, leaf in leaves.items()}, rank)
             want = scale * np.asarray(own_b, np.float64) @ np.asarray(own_a, np.float64)
             if path[-1] in heads:
                 want = side_by_side(want, heads[path[-1]])
@@ -117,8 +120,8 @@ def check_gguf(file: Path, trained: tuple[Adapter, LoraConfig], heads: dict[str,
     return {"modules": count, "largest_relative_difference": largest, "checked_with": "jlora on the file read back"}
 
 
-def _names(path: tuple[str, ...], leaves: lora.Leaves) -> list[str]:
-    """Returns llama.cpp's name of a projection's weight in each layer; all ARCHITECTURES use the same names."""
+def _names(path: tuple[str, ...], leaves: Leaves) -> list[str]:
+    """Returns llama.cpp's name of a projection's weight in each layer; all architectures use the same names."""
     layers = len(leaves["lora_A"])
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     names = [table.get_name(name, (".weight",)) for name in hf_names.tensor_names((*path, "weight"), (layers,))]

@@ -12,6 +12,8 @@ import numpy as np
 
 from jlora.adapters import hf_names, lora
 from jlora.adapters.lora import Adapter
+from jlora.adapters.methods import TABLE, method_of
+from jlora.adapters.methods.method import Values
 from jlora.adapters.spec import TABLES, LoraConfig
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
@@ -66,28 +68,19 @@ def _changes(
 ) -> Iterator[tuple[str, Callable[[jax.Array], jax.Array]]]:
     """Yields the name of each tensor that the adapter changes, and the function that changes it."""
     for path, leaves in lora.modules(adapter):
-        if "modules_to_save" in leaves:
+        if not (name := lora.projection(path)):
             for table in TABLES if tied else path:
-                yield hf_names.NAMES[table, "weight"], partial(_replaced, leaves["modules_to_save"])
+                yield hf_names.NAMES[table, "weight"], partial(_replaced, leaves[TABLE.name])
             continue
-        layers = len(next(iter(leaves.values())))
-        site, scales_input = spec.site(".".join(path[1:]), layers), path[-1] in spec.feedforward_modules
-        names = [
-            hf_names.tensor_names((*path, part), (layers,))
-            for part in ("weight", "bias")
-            if (*path, part) in hf_names.NAMES
-        ]
+        layers, method = len(next(iter(leaves.values()))), method_of(spec, name)
+        site = method.site(layers)
+        weights, biases = (hf_names.tensor_names((*path, part), (layers,)) for part in ("weight", "bias"))
         for layer, (rank, scale) in enumerate(zip(site.ranks, site.scales, strict=True)):
-            own = {part: leaf[layer] for part, leaf in leaves.items()}
             if rank:
-                yield names[0][layer], partial(lora.applied, leaves=own, scale=scale, scales_input=scales_input)
-            if rank and "ia3_l" in own and not scales_input:  # IA3 scales the projection's output, and so its bias
-                yield names[1][layer], partial(_scaled, own["ia3_l"])
+                own = {part: leaf[layer] for part, leaf in leaves.items()}
+                yield weights[layer], partial(method.merge, leaves=own, scale=scale)
+                yield biases[layer], partial(method.merge_bias, leaves=own)
 
 
-def _replaced(table: jax.Array, values: jax.Array) -> jax.Array:
-    return table.astype(values.dtype)
-
-
-def _scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
-    return (values.astype(jnp.float32) * factor).astype(values.dtype)
+def _replaced(table: Values, values: jax.Array) -> jax.Array:
+    return jnp.asarray(table, values.dtype)

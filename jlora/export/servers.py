@@ -7,7 +7,7 @@ supports DoRA, IA3 or trained embedding tables.
 
 import dataclasses
 
-from jlora.adapters import lora
+from jlora.adapters import portable
 from jlora.adapters.lora import Adapter
 from jlora.adapters.spec import LoraConfig
 from jlora.common.errors import UserError
@@ -47,10 +47,10 @@ def form_for(name: str, adapter: Adapter, spec: LoraConfig, max_rank: int) -> tu
     loader = LOADERS[name]
     if not loader.plain:
         return adapter, spec
-    for what in spec.beyond_portable:
+    for what in portable.beyond_portable(spec):
         raise UserError(f"--for {name}: {loader.title} does not support {what}. {MERGE}")
-    if not spec.is_plain:
-        adapter, spec = lora.portable(adapter, spec)
+    if not portable.is_plain(spec):
+        adapter, spec = portable.to_portable(adapter, spec)
     largest = max_rank or loader.usual
     if loader.ranks and (largest not in loader.ranks or spec.rank > largest):
         fits = [size for size in loader.ranks if size >= spec.rank]

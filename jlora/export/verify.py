@@ -17,7 +17,7 @@ import jlora
 from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import NOTHING, LoraConfig
 from jlora.common.errors import VerificationError
 from jlora.common.plural import plural
 from jlora.data.conversation import ReadOptions
@@ -102,8 +102,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, exported:
 
 
 def _base(directory: Path, compute: Compute) -> dict[str, Any]:
-    neutral = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, shapes = hf_loader.abstract(read_config(directory), neutral, compute)
+    _, _, shapes = hf_loader.abstract(read_config(directory), NOTHING, compute)
     return hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
 
 

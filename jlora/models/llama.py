@@ -9,6 +9,7 @@ Layers are stacked: every leaf under `layers` has a leading axis L, and `jax.lax
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters import lora
+from jlora.adapters.methods import method_of
+from jlora.adapters.methods.method import FROZEN, Frozen
+from jlora.adapters.neftune import noise
 from jlora.adapters.spec import LoraConfig
 from jlora.distributed.sharding import split_rows, whole_rows
 from jlora.models.attention import attention
@@ -72,7 +75,7 @@ class LayerCache(NamedTuple):
 
 
 class Projection(nnx.Module):
-    """y = W x (+ bias), plus the adapter's scale * B A x where `spec` has a site; PiSSA, DoRA and IA3 are cases of it.
+    """y = W x (+ bias), with the adapter's method where `spec` has a site.
 
     Args:
       name: as "self_attn.q_proj".
@@ -86,57 +89,24 @@ class Projection(nnx.Module):
         self.biased = bias
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), compute.param_dtype))
-        self.spec, self.site = spec, spec.site(name, layers)
-        rank = max(self.site.ranks)
-        self.ia3, self.adapted = (rank > 0 and spec.peft_type == kind for kind in ("IA3", "LORA"))
-        self.scales_input = name.rpartition(".")[2] in spec.feedforward_modules
-        if self.ia3:
-            self.ia3_l = nnx.LoRAParam(jnp.zeros((inputs if self.scales_input else outputs,), jnp.float32))
+        self.method = method_of(spec, name)
+        self.site = self.method.site(layers)
+        self.adapted = any(self.site.ranks)
         if self.adapted:
-            self.lora_A = nnx.LoRAParam(jnp.zeros((rank, inputs), jnp.float32))
-            self.lora_B = nnx.LoRAParam(jnp.zeros((outputs, rank), jnp.float32))
-        if self.adapted and spec.pissa:
-            self.pissa_A = nnx.LoRAParam(jnp.zeros((rank, inputs), jnp.float32))
-            self.pissa_B = nnx.LoRAParam(jnp.zeros((outputs, rank), jnp.float32))
-        if self.adapted and spec.use_dora:
-            self.lora_magnitude_vector = nnx.LoRAParam(jnp.zeros((outputs,), jnp.float32))
+            for leaf, shape in self.method.shapes(max(self.site.ranks), inputs, outputs).items():
+                setattr(self, leaf, nnx.LoRAParam(jnp.zeros(shape, jnp.float32)))
 
     def __call__(
         self, x: Float[Array, "B T i"], layer: Int[Array, ""], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T o"]:
+        weight = self.weight.get_value()
         bias = self.bias[...].astype(x.dtype)[None, None] if self.biased else 0.0
-        scale = lora.at(self.site.scales, layer)
-        if self.ia3:
-            factor = jnp.where(scale == 0, 1.0, self.ia3_l[...]).astype(x.dtype)[None, None]
-            return self._base(x * factor, scale) + bias if self.scales_input else (self._base(x, scale) + bias) * factor
-        y = self._base(x, scale)
+        frozen = Frozen(weight, bias, partial(linear, weight=weight))
         if not self.adapted:
-            return y + bias
-        dropped = lora.dropout(x, self.spec.dropout, key)
-        change = lora.delta(dropped, self.lora_A[...], self.lora_B[...], scale)
-        if self.spec.use_dora:
-            factor = lora.dora_factor(self.weight.get_value(), self._leaves(), scale)[None, None]
-            direction = y if dropped is x else self._base(dropped, scale)
-            change = ((factor - 1.0) * direction + factor * change).astype(x.dtype)
-        return y + change + bias
-
-    def _base(self, x: Float[Array, "B T i"], scale: float | Float[Array, ""]) -> Float[Array, "B T o"]:
-        """W x; for PiSSA without the frozen pair's share, which is what trains."""
-        y = linear(x, self.weight.get_value())
-        if not (self.adapted and self.spec.pissa):
-            return y
-        leaves = self._leaves()
-        return y - lora.delta(x, leaves["pissa_A"], leaves["pissa_B"], scale)
-
-    def _leaves(self) -> lora.Leaves:
-        """The adapter's arrays by name; PiSSA's frozen pair takes no gradient."""
-        leaves = {"lora_A": self.lora_A[...], "lora_B": self.lora_B[...]}
-        if self.spec.pissa:
-            leaves["pissa_A"] = jax.lax.stop_gradient(self.pissa_A[...])
-            leaves["pissa_B"] = jax.lax.stop_gradient(self.pissa_B[...])
-        if self.spec.use_dora:
-            leaves["lora_magnitude_vector"] = self.lora_magnitude_vector[...]
-        return leaves
+            return frozen.product(x) + frozen.bias
+        values = {leaf: getattr(self, leaf.name)[...] for leaf in self.method.leaves()}
+        leaves = {leaf.name: jax.lax.stop_gradient(v) if leaf.rate == FROZEN else v for leaf, v in values.items()}
+        return self.method.apply(x, frozen, leaves, self.site.scale(layer), key)
 
 
 class RMSNorm(nnx.Module):
@@ -302,7 +272,7 @@ class Llama(nnx.Module):
         x = self.embed_tokens.table()[tokens].astype(self.compute.compute_dtype)
         if key is not None and self.noise:
             key, noise_key = jax.random.split(key)
-            x = lora.noise(x, segments, self.noise, noise_key)
+            x = noise(x, segments, self.noise, noise_key)
         if cache is None:
             x = split_rows(x, self.compute.mesh)
         graphdef, layers = nnx.split(self.layers)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jlora.adapters.spec import spec_of
 from jlora.common import paths
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
@@ -139,7 +140,7 @@ def plan_run(
         "devices": devices,
         "linear_cost": model.matrices / (2 * heads),
     }
-    is_random = config.lora_dropout > 0 or config.neftune_noise_alpha > 0
+    is_random = spec_of(asdict(config)).draws
     batches = plan_batches(
         examples, micro_batches=accumulated, steps=steps, seed=config.seed, share=share and not is_random, **common
     )

@@ -134,7 +134,7 @@ def make_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
     """Returns the job's programs, not yet compiled, and its state as shapes; `steps` is the length of the whole run."""
     spec = spec_of(dataclasses.asdict(job.config))
     graphdef, adapter, base = hf_loader.abstract(job.model, spec, job.compute)
-    optimizer, base = optim.make_optimizer(job.config, steps), placed_shapes(base, job.mesh, "base")
+    optimizer, base = optim.make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
     programs = Programs(graphdef, base, optimizer, job.mesh, dropout=spec.draws, seed=job.config.seed + 1)
     return programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype)
 

@@ -10,8 +10,9 @@ from jlora.adapters import lora, mixing
 from jlora.adapters.mixing import AdapterSet
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
+from jlora.adapters.portable import beyond_portable
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import NOTHING
 from jlora.bases.identity import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
@@ -77,12 +78,11 @@ def load_model(
     config, dtype = read_config(directory), default_dtype(jax.devices()[0])
     compute = Compute(dtype, dtype, quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
-    nothing = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-    _, _, base_shapes = hf_loader.abstract(config, nothing, compute)
+    _, _, base_shapes = hf_loader.abstract(config, NOTHING, compute)
     frozen = hf_loader.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
-    weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else nothing
-    if forms and not spec.beyond_portable:
+    weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NOTHING
+    if forms and not beyond_portable(spec):
         weights, spec = mixing.to_common_form(forms)
     graphdef, _, _ = hf_loader.abstract(config, spec, compute)
     tokenizer = load_tokenizer(directory, template)

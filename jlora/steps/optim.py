@@ -9,6 +9,9 @@ import jax
 import optax
 
 from jlora.adapters.lora import Adapter
+from jlora.adapters.methods import rates_of
+from jlora.adapters.methods.method import FAST, FROZEN, TRAINS
+from jlora.adapters.spec import LoraConfig
 from jlora.config.schema import Config
 
 State = optax.OptState
@@ -32,13 +35,12 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
-# Leaves with LoRA+'s higher rate, as in PEFT (Hayou et al. 2024, arXiv:2402.12354); leaves that never change.
-FAST, FROZEN = ("lora_B", "lora_magnitude_vector"), ("pissa_A", "pissa_B")
+def make_optimizer(config: Config, spec: LoraConfig, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by global norm; the base is frozen.
 
-
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by global norm; the base is frozen."""
-    rate = schedule(config, steps)
+    LoRA+ gives some arrays a higher learning rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354).
+    """
+    rate, by_name = schedule(config, steps), rates_of(spec)
 
     def adamw(ratio: float) -> optax.GradientTransformation:
         return optax.adamw(
@@ -50,17 +52,16 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
         )
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        if path[-1].key in FROZEN:
-            return "frozen"
-        return "fast" if path[-1].key in FAST and config.loraplus_lr_ratio != 1 else "train"
+        label = by_name[path[-1].key]
+        return TRAINS if label == FAST and config.loraplus_lr_ratio == 1 else label
 
     def labels(tree: dict[str, Any]) -> dict[str, Any]:
-        return {"lora": jax.tree_util.tree_map_with_path(label, tree["lora"]), "base": "frozen"}
+        return {"lora": jax.tree_util.tree_map_with_path(label, tree["lora"]), "base": FROZEN}
 
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    rates = {"train": adamw(1.0), "frozen": optax.set_to_zero()}
+    rates = {TRAINS: adamw(1.0), FROZEN: optax.set_to_zero()}
     if config.loraplus_lr_ratio != 1:
-        rates["fast"] = adamw(config.loraplus_lr_ratio)
+        rates[FAST] = adamw(config.loraplus_lr_ratio)
     return optax.chain(clip, optax.multi_transform(rates, labels))
 
 

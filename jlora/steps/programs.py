@@ -15,6 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from jlora.adapters import lora
 from jlora.adapters.lora import Adapter
+from jlora.adapters.methods import AXES
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.distributed.sharding import place, places_of, row_ways, shardings
 from jlora.models.llama import Llama
@@ -42,7 +43,7 @@ def placed_shapes(tree: Any, mesh: Mesh, root: str) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        shardings(tree, mesh, root),
+        shardings(tree, mesh, root, AXES),
     )
 
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jlora.adapters.lora import Adapter
 from jlora.common.atomic_io import UNFINISHED, new_directory, replace_text
 from jlora.common.errors import UserError
+from jlora.config.files import typed
 from jlora.config.schema import Config
 from jlora.steps.step import TrainState
 
@@ -281,10 +282,10 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
             f"{key}={run} is not the output_dir of a run: it has no config.json that jlora wrote. Expected a directory "
             "that `jlora train` created."
         )
-    record["config"] = {
-        **dataclasses.asdict(Config()),
-        **record["config"],
-    }  # settings newer than the run have their defaults
+    settings = {**dataclasses.asdict(Config()), **record["config"]}  # settings newer than the run have their defaults
+    record["config"], problems = typed(settings)
+    if problems:
+        raise UserError(f"{key}={run}: its config.json is damaged: {' '.join(problems)}")
     record["base"] = {"commit": "", **record["base"]}
     record["runtime"] = {"attention": "xla", "remat": "none", **record["runtime"]}
     return record

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jlora.adapters.spec import NOTHING, settings_of
 from jlora.common.atomic_io import finished_names
 from jlora.common.errors import UserError
 from jlora.config.schema import NOT_TRAINING, Config
@@ -17,11 +18,7 @@ except ImportError:  # Windows has no flock, so two runs in one directory go unn
     fcntl = None  # type: ignore[assignment]
 
 KEY = "resume_from_checkpoint"
-# Settings that a warm start cannot change.
-ADAPTER_KEYS = (
-    "lora_rank lora_alpha target_modules peft_type feedforward_modules use_rslora use_dora init_lora_weights "
-    "rank_pattern alpha_pattern layers_to_transform modules_to_save"
-).split()
+ADAPTER_KEYS = [key for key in settings_of(NOTHING) if key != "lora_dropout"]  # a warm start cannot change these
 # Files that a run writes before its first checkpoint.
 EARLY_FILES = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
 
@@ -184,9 +181,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     before, now = old["config"], new["config"]
     data_keys = {"train_data_dir", "eval_data_dir", "base_model", "revision"}  # compared by content, below
     for key in sorted(now.keys() - NOT_TRAINING - data_keys):
-        a, b = (tuple(v) if isinstance(v, list) else v for v in (before[key], now[key]))
-        if a != b:
-            changes[key] = f"{key} changed from {a!r} to {b!r}"
+        if before[key] != now[key]:
+            changes[key] = f"{key} changed from {before[key]!r} to {now[key]!r}"
     parts = {"train": "the training data", "held_out": "the held-out data"}
     parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():

@@ -1,0 +1,54 @@
+"""DoRA: the magnitude of each output's weights is trained apart from their direction (Liu et al. 2024,
+arXiv:2402.09353)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jlora.adapters.methods.lora import Lora, added, delta, dropout
+from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Scale, Values, Weight
+from jlora.adapters.spec import LoraConfig
+
+
+def norms(values: Values, weight: Weight) -> Float[Array, "L o"]:
+    """The weight's own norm by output."""
+    return jax.lax.map(lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=-1), weight)
+
+
+class Dora(Lora):
+    """LoRA of the direction, and a magnitude: magnitude * (W + scale * B A) / ||W + scale * B A||."""
+
+    chosen_by, title, portable = ("use_dora", True), "DoRA (use_dora)", False
+
+    @classmethod
+    def leaves(cls) -> tuple[Leaf, ...]:
+        name = "lora_magnitude_vector"
+        return (*super().leaves(), Leaf(name, "o", f".{name}", rate=FAST, neutral=norms))
+
+    def apply(
+        self, x: Float[Array, "B T i"], frozen: Frozen, leaves: Leaves, scale: Scale, key: PRNGKeyArray | None
+    ) -> Float[Array, "B T o"]:
+        y = self.product(x, frozen, leaves, scale)
+        dropped = dropout(x, self.spec.dropout, key)
+        change = delta(dropped, leaves["lora_A"], leaves["lora_B"], scale)
+        factor = self.factor(frozen.weight, leaves, scale)[None, None]
+        direction = y if dropped is x else self.product(dropped, frozen, leaves, scale)
+        return y + ((factor - 1.0) * direction + factor * change).astype(x.dtype) + frozen.bias
+
+    def factor(self, weight: Weight, leaves: Leaves, scale: Scale) -> Float[Array, " o"]:
+        """magnitude / ||W + scale * B A|| by output, float32; the norm is no path for gradients (section 4.3).
+
+        One where the layer has no adapter, which is where the scale is 0.
+        """
+        norm = jnp.linalg.norm(added(weight.astype(jnp.float32), *self.pair(leaves), scale=scale), axis=1)
+        return jnp.where(scale == 0, 1.0, leaves["lora_magnitude_vector"] / jax.lax.stop_gradient(norm))
+
+    def merge(self, weight: Float[Array, "o i"], leaves: Leaves, scale: Scale) -> Float[Array, "o i"]:
+        factor = self.factor(weight, leaves, scale)[:, None]
+        return (super().merge(weight.astype(jnp.float32), leaves, scale) * factor).astype(weight.dtype)
+
+    @classmethod
+    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+        return {**super().peft_fields(spec, tied=tied), "use_dora": True}
