@@ -146,7 +146,10 @@ def test_settings_of_a_run_of_any_version_are_read_as_they_were(yaml_config):
         ),
         ("c.target_modules = ('q_prj',)", r"target_modules has 'q_prj'. Did you mean q_proj"),
         ("c.rank_pattern = ('q_proj=0',)", r"rank_pattern has 'q_proj=0': Expected PATTERN=RANK"),
-        ("c.rank_pattern = ('q_proj=1.5', 'q_proj')", r"(?s)2 change.*'q_proj=1.5': Expected.*'q_proj': Expected"),
+        (
+            "c.rank_pattern = ('q_proj=1.5', 'q_proj')",
+            r"(?s)2 settings are wrong.*'q_proj=1.5': Expected.*'q_proj': Expected",
+        ),
         ("c.layers_to_transform = (-1,)", r"layers_to_transform has -1: Expected layer numbers"),
         ("c.alpha_pattern = ('(=2',)", r"alpha_pattern has '\(=2': Expected PATTERN=ALPHA"),
         ("c.layers_to_transform = ('first',)", r"layers_to_transform has 'first': Expected layer numbers"),

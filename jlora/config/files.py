@@ -55,7 +55,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def typed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the settings with their lists as the tuples of Config, and one message for each entry that cannot be read.
+    """Returns the settings with their lists as the tuples of Config, and a message for each entry that cannot be read.
 
     Accepts every form that a config file or the record of an older run may contain.
     """
