@@ -187,7 +187,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         a, b = (tuple(v) if isinstance(v, list) else v for v in (before[key], now[key]))
         if a != b:
             changes[key] = f"{key} changed from {a!r} to {b!r}"
-    parts = {"train": "the training data", "held_out": "the held-out data"}
+    parts = {"train": "the training data", "held_out": "the held-out set"}
     parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():
         if part in old["data"] and old["data"][part] != new["data"][part]:  # runs from older versions lack some hashes
