@@ -192,7 +192,7 @@ def test_wrong_paths_and_steps_are_reported(run, tmp_path, smollm):
 
 
 def test_adapters_of_another_base_or_with_broken_values_are_refused(run, tmp_path, smollm):
-    with pytest.raises(UserError, match="was trained on another base model than"):
+    with pytest.raises(UserError, match="was trained on other weights than"):
         loading.load_model(str(smollm), {"adapter": run / "adapter"})
 
     def broken(name, change, **notes):

@@ -153,7 +153,7 @@ def _jlora(
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 
         @jax.jit
-        def forward(adapter: Any, base: Any, ids: jax.Array) -> jax.Array:
+        def forward(adapter: Adapter, base: Any, ids: jax.Array) -> jax.Array:
             model = nnx.merge(graphdef, adapter, base)
             hidden, _ = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
             return model.logits(hidden[0])

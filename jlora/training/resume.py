@@ -183,7 +183,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     for key in sorted(now.keys() - NOT_TRAINING - data_keys):
         if before[key] != now[key]:
             changes[key] = f"{key} changed from {before[key]!r} to {now[key]!r}"
-    parts = {"train": "the training data", "held_out": "the held-out data"}
+    parts = {"train": "the training data", "held_out": "the held-out set"}
     parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():
         if part in old["data"] and old["data"][part] != new["data"][part]:  # runs from older versions lack some hashes
