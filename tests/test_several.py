@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import command, make_model, process_options, run_module
+from conftest import command, make_model, process_options, run_program
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,6 +92,7 @@ def alone(small, place, prompt):
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])
 
 
+@pytest.mark.slow
 def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, together):
     generator, adapters = together
     chosen = {**adapters.by_name, "base": generator.neutral(adapters.by_name["law"])}
@@ -111,6 +112,7 @@ def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, togeth
     assert [step[0] for step in drawn] == one != other == [step[1] for step in drawn]
 
 
+@pytest.mark.slow
 def test_a_finished_row_does_not_affect_the_others(small, together, monkeypatch):
     generator, adapters = together
     law, style = adapters.by_name["law"], adapters.by_name["style"]
@@ -123,6 +125,7 @@ def test_a_finished_row_does_not_affect_the_others(small, together, monkeypatch)
     assert [step[0] for step in steps] == first[:before] + [None] * (8 - before)
 
 
+@pytest.mark.slow
 def test_switching_compiles_nothing(small, places, together, caplog):
     generator, adapters = together
     nothing = generator.neutral(adapters.by_name["law"])
@@ -135,8 +138,9 @@ def test_switching_compiles_nothing(small, places, together, caplog):
         assert [r.message for r in caplog.records if "ompil" in r.message]
 
 
+@pytest.mark.slow
 def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp_path):
-    done = run_module(
+    done = run_program(
         *("jlora.combine", "--adapters", f"{places['law']}=0.7", f"{places['style']}=-0.3", places["short"]),
         *("--output", tmp_path / "sum"),
     )
@@ -169,7 +173,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp
     bare = generator.next_token_logits([generator.neutral(mixed)], [PROMPTS[1]])
     assert np.abs(np.asarray(generator.next_token_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
     one, other = (
-        run_module("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
+        run_program("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
         for arguments in (
             ["--adapter", tmp_path / "sum"],
             [
@@ -179,7 +183,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp
         )
     )
     assert one.returncode == 0 and one.stdout.strip() and one.stdout == other.stdout, one.stderr + other.stderr
-    again = run_module("jlora.combine", "--adapters", places["law"], "--output", tmp_path / "sum")
+    again = run_program("jlora.combine", "--adapters", places["law"], "--output", tmp_path / "sum")
     assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
 
 
@@ -194,6 +198,7 @@ def test_a_sum_of_one_is_that_adapter(small, places):
         assert np.allclose(mine["lora_B"], 3.0 * theirs["lora_B"], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
@@ -218,11 +223,12 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
         generate.adapters_by_name([str(places["law"]), f"law={places['style']}"])
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
-    done = run_module("jlora.combine", "--adapters", places["law"], other, "--output", tmp_path / "x")
+    done = run_program("jlora.combine", "--adapters", places["law"], other, "--output", tmp_path / "x")
     assert done.returncode == 2 and "The adapters name different base models" in done.stderr and "--base" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_chat_in_the_terminal(small, places, tmp_path):
     (tmp_path / "rules.yaml").write_text("- replace: '[a-z]'\n  with: '~'\n")
     typed = ["Hi", "/compare", "/adapter style", "Hi", "/adapter", "/adapter law=0.5 style=-1", "/off", "/compare Yes?"]
@@ -251,6 +257,7 @@ def test_chat_in_the_terminal(small, places, tmp_path):
     assert "/adapter NAME" in help_text and "Ctrl-D" in help_text
 
 
+@pytest.mark.slow
 def test_comparing_does_not_change_the_conversation(together):
     generator, adapters = together
     chat = Chat(generator, adapters, (), (Message("system", "Be brief."),), {"max_new_tokens": 4}, "law")
@@ -270,6 +277,7 @@ def test_comparing_does_not_change_the_conversation(together):
     assert [m.content for m in asked[1]] == ["Be brief.", "One?", first.strip(), "Three?"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_answer_does_not_change_the_conversation(together, monkeypatch, capsys):
     generator, adapters = together
     chat = Chat(generator, adapters, (), (), {"max_new_tokens": 4}, "law")
