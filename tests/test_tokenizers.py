@@ -128,7 +128,7 @@ def test_sentencepiece_model_is_read_as_transformers_does(mistral_v1, tmp_path, 
     assert runs.count("</s>") == 2 and "".join(runs).replace(" ", "").endswith("No.</s>")
 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match="sentencepiece is not installed. Run: pip install sentencepiece protobuf"):
+    with pytest.raises(UserError, match=r"sentencepiece is not installed\. Run: pip install sentencepiece protobuf"):
         load_tokenizer(directory, "")
 
 
