@@ -172,6 +172,19 @@ def config_file(tmp_path, tiny, pairs):
     return write
 
 
+@pytest.fixture
+def file(tmp_path):
+    """Writes a file of rows, bytes or text; returns its path."""
+
+    def write(content, name="rows.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        return path
+
+    return write
+
+
 def run_program(name: str, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
     """Does what run_module does in this process, which saves a start of 5 s."""
     out, err, code = io.StringIO(), io.StringIO(), 0
