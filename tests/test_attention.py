@@ -78,6 +78,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "T", "N", "K", "H", "window"), CASES)
 def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, window):
     arrays, segments = inputs(T, N, K, H)
@@ -99,6 +100,7 @@ def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, 
     assert not np.array_equal(leaking[~inside], run(kernel, arrays, jnp.ones_like(segments), window)[3][~inside])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "packing"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
 def test_kernel_sees_the_shared_prefix(kernel, packing):
     """Also where less is shared, by fewer, than there is room for, or nothing."""
@@ -127,6 +129,7 @@ def test_shared_prefix_is_seen_at_any_distance(window):
     assert np.abs(got[2][:, :12]).min(axis=(0, 2, 3)).max() > 0  # what comes after tells the beginning what to become
 
 
+@pytest.mark.slow
 def test_kernel_on_eight_devices_equals_one_without_communication():  # splash: in test_mesh.py, within the whole step
     kernel = "pallas"
     arrays, segments = inputs(60, 2, 1, 64, rows=8)
@@ -220,6 +223,8 @@ def test_gpu_kernel_lowers_for_cuda(monkeypatch):
     assert "2x384x2x128xbf16" in text and "2x300x8x300" not in text
 
 
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
 def test_splash_compiles_for_a_tpu(monkeypatch):
     """By libtpu, without a TPU: the head sizes of SmolLM2 and Llama 3, and a window."""
     monkeypatch.setattr(kernels, "INTERPRET", False)
@@ -233,6 +238,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
         assert program.memory_analysis().temp_size_in_bytes < 2 * T * T * N  # no scores, in any dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 25])
 @pytest.mark.parametrize("prefix", [0, 12])
 @pytest.mark.parametrize("block", [512, 16])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_module, short_run
+from conftest import run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora.adapters import hf_names, peft_config, peft_io, portable, provenance
@@ -39,23 +39,25 @@ def run(tmp_path_factory, tiny, pairs):
         target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
     )
     (directory / "config.json.yaml").write_text(json.dumps(values))
-    done = run_module("jlora.train", "--config", directory / "config.json.yaml")
+    done = run_program("jlora.train", "--config", directory / "config.json.yaml")
     assert done.returncode == 0, done.stderr
     return directory / "run"
 
 
+@pytest.mark.slow
 def test_the_command_exports_and_verifies_with_peft(run, tmp_path):
-    done = run_module("jlora.export", "--run", run, "--step", "6", "--output", tmp_path / "six", "--verify")
+    done = run_program("jlora.export", "--run", run, "--step", "6", "--output", tmp_path / "six", "--verify")
     assert done.returncode == 0, done.stderr
     assert "Exported the adapter from step 6 to" in done.stdout
     assert "Verified with PEFT" in done.stdout and "20 prompts" in done.stdout
     assert "20 of 20 greedy answers of 40 tokens are equal" in done.stdout
     six, twelve = (load_file(d / provenance.WEIGHTS) for d in (tmp_path / "six", run / "adapter"))
     assert any(not np.array_equal(six[name], twelve[name]) for name in six)
-    again = run_module("jlora.export", "--run", run, "--output", tmp_path / "six")
+    again = run_program("jlora.export", "--run", run, "--output", tmp_path / "six")
     assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "break_it",
     [
@@ -88,6 +90,7 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
         verify.verify(read_record(run, "--run"), *exporter.load_adapter(run, 12), broken)
 
 
+@pytest.mark.slow
 def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "PROMPTS", 4)
     monkeypatch.setattr(verify, "NEW_TOKENS", 2)
@@ -178,7 +181,7 @@ def test_wrong_paths_and_steps_are_reported(run, tmp_path, smollm):
             "--step last has no checkpoint. Available steps: 6, 12",
         ),
     ]:
-        done = run_module("jlora.export", *arguments)
+        done = run_program("jlora.export", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(UserError, match=r"expected a directory with peft_config.json and adapter_model.safetensors"):
         read(tmp_path, run)
@@ -234,10 +237,11 @@ def test_all_target_formats_and_dtypes_of_peft_are_read(run, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, read(directory, run), rounded))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_with_its_settings(run, tmp_path, tiny, pairs):
     values = short_run(tiny, pairs, tmp_path / "on", learning_rate=1e-2, lora_rank=16, max_steps=2, save_steps=1)
     (tmp_path / "on.yaml").write_text(json.dumps({**values, "init_adapter": str(run / "adapter")}))
-    done = run_module("jlora.train", "--config", tmp_path / "on.yaml")
+    done = run_program("jlora.train", "--config", tmp_path / "on.yaml")
     assert done.returncode == 0, done.stderr
     assert "with its own settings: peft_type='LORA', lora_rank=4, lora_alpha=12.0" in done.stdout
     before, after = (

@@ -1,6 +1,7 @@
 """Every family and RoPE type against transformers and PEFT: logits, losses, gradients of A and B."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -122,24 +123,21 @@ TOKENS = np.random.RandomState(1).randint(0, 300, (2, T)).astype(np.int32)
 SHORT = 61  # length of the second example
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def jax_outputs(graphdef, adapter, base, tokens, segments, positions, targets):
     """Logits, the loss of each target (0 where the target is -1), and the gradient of their sum."""
 
-    @jax.jit
-    def run(adapter):
-        def loss(adapter):
-            model = nnx.merge(graphdef, adapter, base)
-            hidden, _ = model(jnp.asarray(tokens), jnp.asarray(segments), jnp.asarray(positions))
-            logits = model.logits(hidden)
-            scores = jax.nn.log_softmax(logits, axis=-1)
-            picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-            losses = jnp.where(targets >= 0, -picked, 0.0)
-            return jnp.sum(losses), (logits, losses)
+    def loss(adapter):
+        model = nnx.merge(graphdef, adapter, base)
+        hidden, _ = model(tokens, segments, positions)
+        logits = model.logits(hidden)
+        scores = jax.nn.log_softmax(logits, axis=-1)
+        picked = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        losses = jnp.where(targets >= 0, -picked, 0.0)
+        return jnp.sum(losses), (logits, losses)
 
-        return jax.grad(loss, has_aux=True)(adapter)
-
-    grads, (logits, losses) = run(adapter)
-    return np.asarray(logits), np.asarray(losses), grads
+    grads, (logits, losses) = jax.grad(loss, has_aux=True)(adapter)
+    return logits, losses, grads
 
 
 def shifted(tokens, segments):
@@ -150,6 +148,7 @@ def shifted(tokens, segments):
     return targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_and_gradients_equal_transformers_and_peft(models, tmp_path, case):
     directory = models(case)
@@ -209,6 +208,7 @@ def test_logits_losses_and_gradients_equal_transformers_and_peft(models, tmp_pat
     assert np.abs(packed[0, T:] - want[1, :SHORT]).max() < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_config_field_changes_the_output_or_the_shapes(models, case):
     """The perturbation test, and the negative control of each family: a field read wrongly would be seen above."""
@@ -216,7 +216,7 @@ def test_every_config_field_changes_the_output_or_the_shapes(models, case):
     config = read_config(directory)
     graphdef, adapter, base = load(directory, SPEC)
     adapter = full(adapter)
-    want = logits(graphdef, adapter, base, TOKENS)
+    want = eager_logits(graphdef, adapter, base, TOKENS)
     changed = {"rms_norm_eps": 1e-2, "sliding_window": 10 if config.sliding_window else 30}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -233,7 +233,13 @@ def test_every_config_field_changes_the_output_or_the_shapes(models, case):
         for name, other in others:
             graphdef, _, shapes = hf_loader.abstract(other, SPEC, FLOAT32)
             if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, base):
-                assert np.abs(logits(graphdef, adapter, base, TOKENS) - want).max() > 1e-3, name
+                assert np.abs(eager_logits(graphdef, adapter, base, TOKENS) - want).max() > 1e-3, name
+
+
+def eager_logits(*arguments):
+    """Logits without jit: to compile a model that runs once takes most of the time."""
+    with jax.disable_jit():
+        return logits(*arguments)
 
 
 def perturbed(name, value):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import Trains, run_module, short_run
+from conftest import Trains, run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora.adapters.methods import AXES
@@ -92,6 +92,7 @@ def half(tiny):
     return Run(tiny)
 
 
+@pytest.mark.slow
 def test_losses_are_close_to_float32_and_only_float16_has_a_scale(tiny, half):
     half, single = half.start(), Run(tiny, jnp.float32).start()
     assert single.state.scaling is None
@@ -101,6 +102,7 @@ def test_losses_are_close_to_float32_and_only_float16_has_a_scale(tiny, half):
     assert jax.device_get(half.state.scaling) == (2.0**16, 12, 0)
 
 
+@pytest.mark.slow
 def test_overflowing_step_changes_only_the_scale(half):
     taken(half.start())
     before, after, metrics = taken(half, 1, scale=2.0**40)
@@ -112,6 +114,7 @@ def test_overflowing_step_changes_only_the_scale(half):
     assert after.scaling == (2.0**10, 1, 1)
 
 
+@pytest.mark.slow
 def test_small_gradients_vanish_without_a_scale(half, monkeypatch):
     def smaller(path, x):
         return x * jnp.asarray(2.0**-9, x.dtype) if "embed_tokens" in str(path) else x
@@ -126,6 +129,7 @@ def test_small_gradients_vanish_without_a_scale(half, monkeypatch):
     assert zeros(1.0) > 0.1 and zeros(2.0**16) == 0
 
 
+@pytest.mark.slow
 def test_eight_devices_with_accumulation_skip_the_same_steps(tiny):
     one, eight = Run(tiny, micro_batches=2).start(), Run(tiny, devices=8, micro_batches=2).start()
     for step, scale in enumerate([None, 2.0**40, 2.0**12]):
@@ -171,6 +175,7 @@ def test_float16_is_the_default_on_cards_without_bfloat16(capsys, platform, capa
     assert ("fp16=true: computing in bfloat16" in capsys.readouterr().out) == (dtype != "float16")
 
 
+@pytest.mark.slow
 def test_resume_with_a_loss_scale_is_bit_identical(half, tmp_path):
     """Two steps, one of them skipped, saved; two more, and the same two from what was saved."""
     taken(half.start(), scale=2.0**40)
@@ -195,6 +200,7 @@ def test_log_line_counts_skipped_steps(tmp_path, capsys):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss_scale"] == 1024.0
 
 
+@pytest.mark.slow
 def test_float16_run_reports_skipped_steps_and_errors(tiny, pairs, tmp_path):
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(tiny, base)
@@ -203,7 +209,7 @@ def test_float16_run_reports_skipped_steps_and_errors(tiny, pairs, tmp_path):
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(short_run(base, pairs, run, max_steps=1)))
-    done = run_module("jlora.train", "--config", file, "--config.compute_dtype=float16")
+    done = run_program("jlora.train", "--config", file, "--config.compute_dtype=float16")
     assert done.returncode == 2 and "Training diverged at step 1: loss" in done.stderr
     assert "; or set compute_dtype='float32': nothing in float16 is larger than 65504" in done.stderr
     assert "Computing in float16: the loss is scaled" in done.stdout
@@ -212,5 +218,5 @@ def test_float16_run_reports_skipped_steps_and_errors(tiny, pairs, tmp_path):
     record = json.loads((run / "config.json").read_text())
     record["config"]["compute_dtype"] = "auto"  # as if it had begun on a card without bfloat16
     (run / "config.json").write_text(json.dumps(record))
-    done = run_module("jlora.train", "--config", file, "--config.resume_from_checkpoint=auto")
+    done = run_program("jlora.train", "--config", file, "--config.resume_from_checkpoint=auto")
     assert done.returncode == 2 and "the compute dtype changed from float16 to float32" in done.stderr

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_formats import LAYOUTS, contents
+from test_layouts import LAYOUTS, contents
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import ReadOptions

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
-from conftest import run_module
+from conftest import run_program
 
 from jlora.data.conversation import Message
 from jlora.data.tokenizer import encode_prompt
@@ -20,6 +21,7 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_greedy_answers_equal_transformers_on_the_real_model(smollm):
     generator, nothing = loading.load_model(str(smollm)).generator, {}
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm)
@@ -38,13 +40,14 @@ def test_greedy_answers_equal_transformers_on_the_real_model(smollm):
         assert not any("\ufffd" in piece for piece in pieces[:-1])
 
 
+@pytest.mark.slow
 def test_the_command_answers(smollm):
-    done = run_module("jlora.generate", "--base", smollm, "--prompt", QUESTIONS[0], "--max_new_tokens", 20)
+    done = run_program("jlora.generate", "--base", smollm, "--prompt", QUESTIONS[0], "--max_new_tokens", 20)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     sampled = [
-        run_module(
-            *("jlora.generate", "--base", smollm, "--prompt", "Tell a story.", "--max_new_tokens", 12),
+        run_program(
+            *("generate", "--base", smollm, "--prompt", "Tell a story.", "--max_new_tokens", 12),
             *("--temperature", 1.5, "--seed", seed, "--system", "You are a bard."),
         ).stdout
         for seed in (1, 1, 2)

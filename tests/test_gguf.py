@@ -287,6 +287,8 @@ def ranked(packages, name):
     return {base64.b64decode(token): int(rank) for token, rank in lines}, pattern_in(packages / source)
 
 
+@pytest.mark.slow
+@pytest.mark.network
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken"])
 def test_byte_level_tokenizers_give_the_original_ids(packages, tmp_path, pre):
     ranks, pattern = ranked(packages, pre)
@@ -317,6 +319,8 @@ def test_byte_level_tokenizers_give_the_original_ids(packages, tmp_path, pre):
     assert ours("a<eos>", add_special_tokens=False)["input_ids"][-1] == len(vocabulary) + 1
 
 
+@pytest.mark.network
+@pytest.mark.slow
 def test_sentencepiece_tokenizer_gives_the_original_ids(mistral_v1, tmp_path):
     theirs = SentencePieceProcessor(str(mistral_v1))
     ids = range(theirs.vocab_size())

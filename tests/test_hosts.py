@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import adapter_of, command, free_port, logged, losses_of, make_model, process_options, short_run, wait_for
 
+pytestmark = pytest.mark.slow
 STEPS = 10
 
 

@@ -40,6 +40,7 @@ def temporaries(smollm):
     return of
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_with_row_length(temporaries):
     short, long, longest = (temporaries(length, "full") for length in (1024, 4096, 8192))
     assert long < 900 * MIB
@@ -86,6 +87,7 @@ def test_malloc_keeps_freed_memory_until_give_back():
     assert min(before, given_back) > 10_000 and kept < 100  # of 16,384 pages
 
 
+@pytest.mark.slow
 def test_more_remat_needs_less_memory(temporaries):
     none, dots, full = (temporaries(512, remat) for remat in ("none", "dots", "full"))
     assert full < 0.5 * dots and dots < 0.8 * none

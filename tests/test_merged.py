@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import run_module
+from conftest import run_program
 from safetensors.numpy import load_file
 from test_families import CASES, make
 
@@ -73,6 +73,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "case", "dtype"),
     [("lora", "qwen3", dtype) for dtype in HALF_STEP]
@@ -110,11 +111,12 @@ def test_a_merge_equals_pefts(tmp_path, form, case, dtype):
     assert again.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
     config = config_file(max_steps=2, save_steps=2, learning_rate=1e-2, chat_template="alpaca")
-    assert run_module("jlora.train", "--config", config).returncode == 0
+    assert run_program("jlora.train", "--config", config).returncode == 0
     run = tmp_path / "run"
-    done = run_module("jlora.export", "--run", run, "--merged")
+    done = run_program("jlora.export", "--run", run, "--merged")
     assert done.returncode == 0 and done.stdout.strip() == f"Wrote the merged model to {run / 'merged'}", done.stderr
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, run / "adapter")
@@ -127,9 +129,9 @@ def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
     assert (want - got).abs().max() < 2e-4
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
     assert tokenizer.chat_template == TEMPLATES["alpaca"]
-    done = run_module("jlora.export", "--run", run, "--merged")
+    done = run_program("jlora.export", "--run", run, "--merged")
     assert done.returncode == 2 and "merged exists, and jlora never overwrites" in done.stderr
-    done = run_module("jlora.generate", "--base", run / "merged", "--prompt", "Hi", "--max_new_tokens", 2)
+    done = run_program("jlora.generate", "--base", run / "merged", "--prompt", "Hi", "--max_new_tokens", 2)
     assert done.returncode == 0, done.stderr
 
 

@@ -85,6 +85,7 @@ def alone(heads):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
@@ -149,6 +150,7 @@ def test_an_array_without_a_sharding_rule_is_refused():
         sharding.shardings({"layers": {"self_attn": {"q_proj": {"bits": np.zeros(8)}}}}, mesh, "base")
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
     """Stopped twice, on three different meshes; the loss curve equals that of a single device."""
 

@@ -68,6 +68,7 @@ def test_logits_equal_transformers(tmp_path, smollm, tied):
     assert np.abs(want).max() > 1  # the bound means something
 
 
+@pytest.mark.slow
 def test_real_model_equals_transformers(smollm):
     tokens = TOKENS[:1, :80]
     assert np.abs(logits(*load(smollm), tokens) - torch_logits(smollm, tokens)).max() < 2e-3  # logits up to 30
@@ -175,6 +176,7 @@ def _step(graphdef, adapter, base, *inputs, cache):
     return model.logits(hidden[:, -1]), cache
 
 
+@pytest.mark.slow
 def test_remat_keeps_the_gradient_and_saves_memory(tiny):
     tokens = jnp.asarray(TOKENS[:, :64])
 

@@ -114,6 +114,7 @@ def test_memory_is_reported_by_part(small):
     assert longer.memory.rest > 1.5 * seen.memory.rest and longer.memory.base == seen.memory.base
 
 
+@pytest.mark.slow
 def test_search_finds_settings_that_fit(small):
     roomy = targets.Target("here", jax.devices()[:1], None, None, "")
     job, layout = job_of(small, roomy)
@@ -159,8 +160,9 @@ def test_plan_needs_only_config_json(written, capsys):
         plan.main(["--config", str(written(batch_size=6))])
 
 
-def test_lengths_come_from_the_data_if_it_exists(config_file, capsys):
-    plan.main(["--config", str(config_file(batch_size=8)), "--only"])
+def test_lengths_come_from_the_data_if_it_exists(config_file, varied_pairs, capsys):
+    file = config_file(train_data_dir=str(varied_pairs), batch_size=8)
+    plan.main(["--config", str(file), "--only"])
     said = capsys.readouterr().out
     assert "of 8 x 112 tokens; row lengths from " in said, said
 
@@ -173,6 +175,8 @@ def plan_of(row):
     return module.plan(*module.ROWS[row])
 
 
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
 def test_seven_billion_parameters_on_a_tpu_slice():
     """By the TPU's compiler: at most 14 GiB a chip, and only the adapter's gradients and scalars are sent."""
     said = plan_of("7b-v5e-8")
@@ -182,6 +186,8 @@ def test_seven_billion_parameters_on_a_tpu_slice():
     assert travels and float(travels[1]) * 1e6 <= 4 * gradients + 100, said
 
 
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
 def test_communication_does_not_grow_with_the_slice(small):
     """On 8 and on 256 chips, by the TPU's compiler: each sends the adapter's gradients once, with the same memory."""
     heads, keys, D, L = 256, 128, 256, 2
@@ -196,6 +202,8 @@ def test_communication_does_not_grow_with_the_slice(small):
     assert abs(needed[1] / needed[0] - 1) < 0.01
 
 
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
 def test_seven_billion_parameters_in_four_bits_on_one_chip():
     said = plan_of("7b-v5e-1-nf4")
     assert "Fits: " in said and "nothing sent between devices" in said, said

@@ -3,22 +3,19 @@
 import json
 import shutil
 
-import jax
 import peft
 import pytest
 import torch
 import transformers
-from conftest import run_module, short_run
+from conftest import run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.adapters import provenance
 from jlora.adapters.provenance import WEIGHTS
-from jlora.api import finetune
 from jlora.bases import identity
 from jlora.cli.export import main
 from jlora.common.errors import UserError
-from jlora.config.files import load_config
 from jlora.config.schema import NOT_TRAINING
 from jlora.data.conversation import Message
 from jlora.data.readers import files
@@ -26,7 +23,6 @@ from jlora.data.templates import TEMPLATES
 from jlora.data.tokenizer import load_tokenizer
 from jlora.export.exporter import export_adapter
 from jlora.serve import loading
-from jlora.training import setup
 from jlora.training.checkpoint import read_record
 
 SYSTEM = 'Be "brief":\n```'
@@ -46,9 +42,8 @@ def run(base, pairs):
     own = {"chat_template": str(root / "own.jinja"), "system_prompt": SYSTEM, "eval_share": 0.2}
     settings = short_run(base, pairs, root / "run", max_steps=2, save_steps=1, eval_steps=2, learning_rate=1e-2, **own)
     (root / "run.yaml").write_text(json.dumps(settings))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
-        finetune(load_config(str(root / "run.yaml"), []))
+    done = run_program("jlora.train", "--config", root / "run.yaml")
+    assert done.returncode == 0, done.stderr
     return root / "run"
 
 
@@ -85,6 +80,7 @@ def test_metadata_and_card_match_the_run(run, plain, pairs):
     assert "The held-out loss was not measured at this step." in (plain / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["own template and system prompt", "the base's template", "text without roles"])
 def test_the_cards_snippet_answers_as_jlora_does(run, plain, base, kind, monkeypatch, capsys, tmp_path):
     adapter, asked = plain, (Message("user", "Your question?"),)
@@ -148,9 +144,9 @@ def test_the_check_names_the_part_that_changed(plain, run, base, tmp_path, part,
 
 
 def test_the_exit_code_of_the_check(plain, base, smollm):
-    done = run_module("jlora.export", "--check", plain, "--base", base)
+    done = run_program("jlora.export", "--check", plain, "--base", base)
     assert done.returncode == 0 and done.stdout.count(": same (") == 3, done.stderr
-    done = run_module("jlora.export", "--check", plain, "--base", smollm)
+    done = run_program("jlora.export", "--check", plain, "--base", smollm)
     assert done.returncode == 2 and "base model weights: different" in done.stderr and "Traceback" not in done.stderr
     assert "tokenizer: same" in done.stderr and "has shape" in done.stderr
 

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import run_module
+from conftest import run_program
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
@@ -79,6 +79,8 @@ def theirs(tmp_path_factory, weights):
     return dict(np.load(root / "out.npz"))
 
 
+@pytest.mark.network
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_nf4_equals_bitsandbytes(weights, theirs, dtype, monkeypatch):
     weight, their = weights[dtype], {key: theirs[f"{dtype} {key}"] for key in quant.NF4._fields}
@@ -110,6 +112,8 @@ def test_choosing_between_neighbours_equals_a_lookup():
     assert np.array_equal(quant._choose(codes), quant.NORMAL)
 
 
+@pytest.mark.network
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_int8_equals_bitsandbytes(weights, theirs, dtype):
     ours = quant.Int8.quantized(weights[dtype])
@@ -179,6 +183,7 @@ def test_weights_that_cannot_be_quantised_are_reported(tiny, tmp_path):
     assert quant.zeros("int8", 128, 96, jnp.float32).shape == (128, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, name):
@@ -205,6 +210,7 @@ def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, na
     assert np.abs(ours - before).max() > 0.1 and np.abs(ours - theirs(())).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     ones = np.ones_like(TOKENS)
     places = np.tile(np.arange(TOKENS.shape[1], dtype=np.int32), (2, 1))
@@ -225,11 +231,12 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     assert without < stack / 2 and temporaries() > without + stack / 2
 
 
+@pytest.mark.slow
 def test_a_4_bit_run_from_training_to_answers(tiny, config_file, tmp_path, monkeypatch, capsys):
-    done = run_module("jlora.train", "--config", config_file(quantize_base="nf4", learning_rate=2e-2))
+    done = run_program("jlora.train", "--config", config_file(quantize_base="nf4", learning_rate=2e-2))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    again = run_module("jlora.train", "--config", config_file(), "--config.resume_from_checkpoint=auto")
+    again = run_program("jlora.train", "--config", config_file(), "--config.resume_from_checkpoint=auto")
     assert again.returncode == 2 and "quantize_base changed from 'nf4' to 'none'" in again.stderr
     assert '"quantize_base": "nf4"' in (run / "adapter/README.md").read_text()
     monkeypatch.setattr(verify, "PROMPTS", 2)

