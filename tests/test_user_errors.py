@@ -43,7 +43,7 @@ def test_user_errors_are_one_message(config_file, tmp_path, changes, message):
             lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
             "has model_type='mamba'. Supported model types: llama, mistral, qwen2, qwen3.",
         ),
-        (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "The tokenizer of base_model"),
         (lambda d: (d / "chat_template.jinja").unlink(), "has no chat template"),
         (
             lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
