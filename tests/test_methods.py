@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.adapters import lora, peft_io, portable
+from jlora.adapters import peft_io, portable, tree
 from jlora.adapters.methods import AXES, LEAVES, METHODS, kind_of, method_of, rates_of
 from jlora.adapters.methods.method import FROZEN, Frozen
 from jlora.adapters.peft_config import peft_config, read_spec
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.config.schema import CHOICES, Config
 from jlora.distributed.sharding import spec_of as sharding_of
 
 L, SIZES = 3, {"self_attn.q_proj": (8, 12), "mlp.down_proj": (12, 8)}  # inputs, outputs
-PLAIN = LoraConfig(
+PLAIN = AdapterSpec(
     rank=4,
     alpha=6.0,
     dropout=0.0,
@@ -50,7 +50,7 @@ def combinations():
 @pytest.fixture(scope="module")
 def base():
     random = np.random.RandomState(0)
-    return lora.tree(
+    return tree.build(
         {
             ("layers", *name.split(".")): {
                 "weight": random.standard_normal((L, outputs, inputs)).astype(np.float32),
@@ -67,11 +67,11 @@ class Case:
     def __init__(self, spec, base):
         self.spec, self.base = spec, base
         shapes = self.shapes_of(spec)
-        self.first = jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(0)))(base)
+        self.first = jax.jit(lambda base: tree.start(spec, shapes, base, jax.random.key(0)))(base)
         self.adapter, random = jax.tree.map(np.array, self.first), np.random.RandomState(1)
-        for path, leaves in lora.modules(self.adapter):
-            for leaf in method_of(spec, lora.projection(path)).leaves():
-                for layer, rank in enumerate(spec.ranks(lora.projection(path), L)):
+        for path, leaves in tree.modules(self.adapter):
+            for leaf in method_of(spec, tree.projection(path)).leaves():
+                for layer, rank in enumerate(spec.ranks(tree.projection(path), L)):
                     if rank and leaf.rate != FROZEN:
                         own = leaf.cut(leaves[leaf.name][layer], rank)
                         own += 0.3 * random.standard_normal(own.shape).astype(np.float32)
@@ -83,7 +83,7 @@ class Case:
             method = method_of(spec, name)
             shapes = method.shapes(max(method.site(L).ranks), *sizes).items()
             made["layers", *name.split(".")] = {leaf: np.zeros((L, *shape), np.float32) for leaf, shape in shapes}
-        return jax.eval_shape(lambda: lora.tree(made))
+        return jax.eval_shape(lambda: tree.build(made))
 
     def outputs(self, adapter):
         """By projection and layer: the output with the adapter."""
@@ -130,8 +130,8 @@ def inputs(method):
 
 def places(spec, adapter):
     """Every projection of every layer: method, leaves, layer, scale."""
-    for path, leaves in sorted(lora.modules(adapter)):
-        method = method_of(spec, lora.projection(path))
+    for path, leaves in sorted(tree.modules(adapter)):
+        method = method_of(spec, tree.projection(path))
         for layer, scale in enumerate(method.site(L).scales):
             yield method, {name: values[layer] for name, values in leaves.items()}, layer, scale
 
@@ -151,7 +151,7 @@ def case(request, base):
 
 
 def test_it_starts_and_is_turned_off_at_the_base(case):
-    off = jax.jit(lora.neutral)(case.adapter, case.base)
+    off = jax.jit(tree.neutral)(case.adapter, case.base)
     for adapter in (case.first, off):
         assert max(differences(case.outputs(adapter), case.base_outputs())) < 1e-4
 
@@ -189,8 +189,8 @@ def test_every_array_that_is_not_frozen_takes_a_gradient(case):
             for method, leaves, layer, scale in places(case.spec, adapter)
         )
 
-    for path, leaves in lora.modules(jax.jit(jax.grad(loss))(case.adapter)):
-        for layer, rank in enumerate(case.spec.ranks(lora.projection(path), L)):
+    for path, leaves in tree.modules(jax.jit(jax.grad(loss))(case.adapter)):
+        for layer, rank in enumerate(case.spec.ranks(tree.projection(path), L)):
             taken = {name for name, gradient in leaves.items() if np.any(np.asarray(gradient[layer]) != 0)}
             trains = {name for name in leaves if rates[name] != FROZEN}
             assert (trains <= taken) if rank else not taken

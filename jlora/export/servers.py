@@ -8,8 +8,8 @@ DoRA, IA3 or trained tables.
 import dataclasses
 
 from jlora.adapters import portable
-from jlora.adapters.lora import Adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.errors import UserError
 
 
@@ -33,7 +33,7 @@ LOADERS = {
 MERGE = "merge it into the base instead, with --merged"
 
 
-def form_for(name: str, adapter: Adapter, spec: LoraConfig, max_rank: int) -> tuple[Adapter, LoraConfig]:
+def form_for(name: str, adapter: Adapter, spec: AdapterSpec, max_rank: int) -> tuple[Adapter, AdapterSpec]:
     """The adapter in the form that a loader reads rightly: its own, or the portable one.
 
     Args:

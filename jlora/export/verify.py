@@ -15,10 +15,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import jlora
-from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import NOTHING, LoraConfig
+from jlora.adapters.spec import NOTHING, AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.data.chat import encode_prompt, end_tokens, load_tokenizer
 from jlora.data.conversation import Reading
 from jlora.data.readers.files import read_conversations
@@ -48,7 +48,7 @@ class Parity:
     sentence: str
 
 
-def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, written: Path) -> Parity:
+def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, written: Path) -> Parity:
     """Compares PEFT on `written` with jlora on the trained adapter: logits of every prompt token, and greedy answers.
 
     Where PyTorch or PEFT is not installed, jlora reads `written` itself: a weaker check, which says so.
@@ -143,7 +143,7 @@ def _peft(
 
 
 def _jlora(
-    adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
+    adapter: Adapter, spec: AdapterSpec, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # float32 means float32 on GPU and TPU too
         graphdef, _, _ = hf_loader.abstract(read_config(directory), spec, compute)

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters import lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import tree
+from jlora.adapters.tree import Adapter
 from jlora.data.chat import encode_prompt, end_tokens
 from jlora.data.conversation import Conversation, Message
 from jlora.models.families import read_config
@@ -59,7 +59,7 @@ class Generator:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """An adapter of the same form that does nothing: with it, the base answers."""
-        return jax.jit(lora.neutral)(adapter, self.base)
+        return jax.jit(tree.neutral)(adapter, self.base)
 
     def tokens(
         self,

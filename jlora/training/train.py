@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from jlora.adapters import lora
+from jlora.adapters import tree
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import LoraConfig, spec_of
+from jlora.adapters.spec import AdapterSpec, spec_of
 from jlora.common import malloc
 from jlora.config.schema import Config
 from jlora.distributed import processes
@@ -81,7 +81,7 @@ def train(config: Config) -> Iterator[Trained]:
         yield Trained(ready, checkpoints, progress, state, programs, stop.signal)
 
 
-def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
+def load(ready: Ready) -> tuple[Programs, tree.Adapter]:
     """The programs, with the base in its place and the training step compiled, and the adapter of step 0.
 
     Raises:
@@ -110,12 +110,12 @@ def load(ready: Ready) -> tuple[Programs, lora.Adapter]:
     return programs, first_adapter(config, spec, shapes, base, tied=ready.model.tie_word_embeddings)
 
 
-def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: Any, *, tied: bool) -> lora.Adapter:
+def first_adapter(config: Config, spec: AdapterSpec, shapes: tree.Adapter, base: Any, *, tied: bool) -> tree.Adapter:
     """The adapter of step 0: `init_adapter`, or one that does nothing yet."""
     if not config.init_adapter:
-        return jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(config.seed)))(base)
+        return jax.jit(lambda base: tree.start(spec, shapes, base, jax.random.key(config.seed)))(base)
     given = processes.arrays_of_first(lambda: read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), shapes)
-    return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
+    return jax.jit(lambda adapter, base: tree.complete(spec, adapter, base))(given, base)
 
 
 def base_loss(ready: Ready) -> Known:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Method, Scale, Values, Weight
-from jlora.adapters.spec import TABLES, LoraConfig
+from jlora.adapters.spec import TABLES, AdapterSpec
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -72,7 +72,7 @@ class Lora(Method):
         return {**super().to_peft(leaves, rank), ".lora_A.weight": a, ".lora_B.weight": b}
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         saved = bool(spec.modules_to_save)
         return {
             "r": spec.rank,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 Values = jax.Array | np.ndarray  # the latter of the host
 Leaves = dict[str, Values]  # the arrays of one module by name: of one layer, or stacked over L
@@ -87,7 +87,7 @@ class Method:
     spec that asks for several gets a class that inherits from all of them.
     """
 
-    spec: LoraConfig
+    spec: AdapterSpec
     module: str  # as "self_attn.q_proj"
 
     # What chooses it: a key of the config, which is also a field of the spec and of adapter_config.json, and its value.
@@ -167,7 +167,7 @@ class Method:
         return values
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         """Its fields of adapter_config.json, beside those that all adapters have."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.adapters.methods.lora import Lora, delta
 from jlora.adapters.methods.method import FROZEN, Frozen, Leaf, Leaves, Scale, Values, Weight
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 
 
@@ -49,7 +49,7 @@ class Pissa(Lora):
         return jnp.concatenate([a, frozen_a]), jnp.concatenate([b, -frozen_b], axis=1)
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         """Those of twice the rank, with alpha such that the scale stays."""
         fields, stronger = super().peft_fields(spec, tied=tied), cls.divisor(2)
         return {
