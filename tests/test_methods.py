@@ -1,6 +1,6 @@
-"""The parts of every adapter method agree with each other, for each method of the registry and all that combine.
+"""The parts of every adapter method agree, for each method of the registry and for all combinations.
 
-A new variant is tested by its line in the registry. PEFT itself is the judge of the known ones in test_variants.py.
+Registering a new variant is enough to test it here. test_variants.py compares the known ones with PEFT itself.
 """
 
 import dataclasses
@@ -150,20 +150,20 @@ def case(request, base):
     return Case(request.param, base)
 
 
-def test_it_starts_and_is_turned_off_at_the_base(case):
+def test_initial_and_neutral_values_change_nothing(case):
     off = jax.jit(tree.neutral)(case.adapter, case.base)
     for adapter in (case.first, off):
         assert max(differences(case.outputs(adapter), case.base_outputs())) < 1e-4
 
 
-def test_the_merged_weight_computes_what_the_adapter_does(case):
+def test_merge_equals_apply(case):
     outputs = case.outputs(case.adapter)
     assert max(differences(outputs, case.merged_outputs(case.adapter))) < 1e-4
     ranks = [rank for name in sorted(SIZES) for rank in case.spec.ranks(name, L)]
     assert [change > 0.1 for change in differences(outputs, case.base_outputs())] == [rank > 0 for rank in ranks]
 
 
-def test_what_peft_reads_is_what_was_trained(case, tmp_path):
+def test_peft_files_round_trip(case, tmp_path):
     config = peft_config(case.spec, "base", None, tied=False)
     peft_io.write_adapter(case.adapter, case.spec, config, "", tmp_path / "adapter")
     spec = read_spec(tmp_path / "adapter", L)
@@ -173,14 +173,14 @@ def test_what_peft_reads_is_what_was_trained(case, tmp_path):
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_the_portable_form_is_the_same_sum_or_is_refused(case):
+def test_portable_form_is_equal_or_refused(case):
     assert bool(portable.beyond_portable(case.spec)) != kind_of(case.spec).portable
     if kind_of(case.spec).portable:
         adapter, spec = portable.to_portable(case.adapter, case.spec)
         assert max(differences(case.merged_outputs(case.adapter), case.merged_outputs(adapter, spec))) < 1e-4
 
 
-def test_every_array_that_is_not_frozen_takes_a_gradient(case):
+def test_every_array_that_trains_has_a_gradient(case):
     rates = rates_of(case.spec)
 
     def loss(adapter):
@@ -196,7 +196,7 @@ def test_every_array_that_is_not_frozen_takes_a_gradient(case):
             assert (trains <= taken) if rank else not taken
 
 
-def test_its_arrays_and_keys_are_known_everywhere(case):
+def test_leaf_names_and_config_keys_are_consistent(case):
     method = kind_of(case.spec)
     keys = {field.name for field in dataclasses.fields(Config)}
     assert method.chosen_by[0] in keys and set(method.unused) <= keys

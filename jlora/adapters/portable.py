@@ -1,4 +1,4 @@
-"""The portable form, which every server reads rightly: LoRA with one rank and scale 1."""
+"""The portable form, which every server reads correctly: LoRA with one rank and scale 1."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def is_plain(spec: AdapterSpec) -> bool:
 
 
 def beyond_portable(spec: AdapterSpec) -> tuple[str, ...]:
-    """The parts of an adapter that the portable form cannot say, by the users' names."""
+    """The parts of an adapter that the portable form cannot express, under the names that users know."""
     tables = (f"modules_to_save={','.join(spec.modules_to_save)}",) if spec.modules_to_save else ()
     return (*(part.title for part in parts_of(spec) if not part.portable), *tables)
 

@@ -1,4 +1,4 @@
-"""An adapter as a tree of arrays: its modules, what it starts with, and the one of its form that does nothing.
+"""An adapter as a tree of arrays: its modules, its initial values, and its neutral values, which change nothing.
 
 Each module has the arrays that its method gives it (`methods/`), stacked over layers.
 """
@@ -43,7 +43,7 @@ def projection(path: tuple[str, ...]) -> str:
 
 
 def init(shapes: Adapter, key: PRNGKeyArray) -> Adapter:
-    """First values: drawn, as A is, or zero, as B is, so that it does nothing.
+    """First values: drawn, as A is, or zero, as B is.
 
     Args:
       shapes: the adapter's tree of shapes and dtypes.
@@ -72,7 +72,7 @@ def start(spec: AdapterSpec, shapes: Adapter, base: Any, key: PRNGKeyArray) -> A
 
 
 def neutral(adapter: Adapter, base: Any) -> Adapter:
-    """An adapter of the same form that does nothing, as every leaf's `neutral` has it; drawn ones stay as they are."""
+    """An adapter of the same form that changes nothing: each array has its `neutral` value; drawn arrays are kept."""
 
     def value(path: tuple[str, ...], name: str, values: Values) -> Values:
         return values if LEAVES[name].draw else LEAVES[name].neutral(values, _weight(base, path))
@@ -83,7 +83,7 @@ def neutral(adapter: Adapter, base: Any) -> Adapter:
 
 
 def complete(spec: AdapterSpec, adapter: Adapter, base: Any) -> Adapter:
-    """The adapter with the arrays that no file has, found from the base, as PiSSA's frozen pair."""
+    """The adapter with the arrays that PEFT's file lacks, such as PiSSA's frozen pair, computed from the base."""
     return _by_method(spec, adapter, base, lambda method, leaves, weight: method.complete(leaves, weight))
 
 

@@ -53,8 +53,10 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def typed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings with their lists as the tuples that Config holds, from every form that a config or a run's record may
-    have; and the entries that have none, one mistake a line."""
+    """Settings with every list as the tuple that Config holds, and a message for each entry that cannot be read.
+
+    Reads all forms: those of configs (see `Config.rank_pattern`), and those of config.json of older runs.
+    """
     found, problems = {}, []
     for key, value in settings.items():
         read, entries = READERS.get(key, str), []

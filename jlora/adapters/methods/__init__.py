@@ -13,7 +13,7 @@ from jlora.adapters.methods.pissa import Pissa
 from jlora.adapters.methods.rslora import RsLora
 from jlora.adapters.spec import AdapterSpec
 
-# Each may build on those before it.
+# Each variant may build on those before it.
 METHODS: tuple[type[Method], ...] = (Lora, RsLora, Pissa, Dora, Ia3)
 
 # The trained copy of a token table, which `modules_to_save` asks for beside any LoRA; it belongs to no projection.
@@ -31,7 +31,7 @@ def parts_of(spec: AdapterSpec) -> tuple[type[Method], ...]:
 
 
 def kind_of(spec: AdapterSpec) -> type[Method]:
-    """The method of a spec: the only one it chooses, or a class that inherits from all of them, the last first."""
+    """The method of a spec: the one part it chooses, or a class that inherits from all of them, the last one first."""
     return _combined(parts_of(spec))
 
 
@@ -52,7 +52,7 @@ def rates_of(spec: AdapterSpec) -> dict[str, str]:
 
 
 def follows_from_base(spec: AdapterSpec) -> bool:
-    """Whether the adapter has arrays that no file has, and that `Method.complete` finds in the base's weights."""
+    """Whether `Method.complete` must compute arrays that PEFT's file lacks from the base's weights."""
     return not all(leaf.tensor for leaf in kind_of(spec).leaves())
 
 
@@ -62,5 +62,5 @@ def core_of(peft_type: str) -> type[Method]:
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The values of a config key that choose a method."""
+    """The values of a config key that each choose a method."""
     return tuple(str(value) for name, value in (method.chosen_by for method in METHODS) if name == key)

@@ -15,7 +15,7 @@ def one(values: Values, weight: Weight) -> Array:
 
 
 class Ia3(Method):
-    """Factors of what a projection puts out, its bias included; of what it takes in where it is a feed-forward one."""
+    """Scales the output of a projection, bias included, or the input of those in `feedforward_modules`."""
 
     chosen_by = ("peft_type", "IA3")
     peft_type, title, portable = "IA3", "IA3", False

@@ -39,7 +39,7 @@ class Lora(Method):
 
     @staticmethod
     def divisor(rank: int) -> float:
-        """What alpha is divided by; for twice a rank it is `divisor(2)` times as large."""
+        """The divisor of alpha; divisor(2 * rank) is divisor(2) * divisor(rank)."""
         return float(rank)
 
     def scale(self, rank: int, alpha: float) -> float:

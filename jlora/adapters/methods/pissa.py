@@ -30,7 +30,7 @@ class Pissa(Lora):
         return {**started, "lora_A": jnp.copy(started["pissa_A"]), "lora_B": jnp.copy(started["pissa_B"])}
 
     def complete(self, leaves: Leaves, weight: Weight) -> Leaves:
-        """The frozen pair is found anew from the base: the `rank` largest singular components of each layer."""
+        """Computes the frozen pair from the base: the `rank` largest singular components of each layer."""
         layers, size, _ = leaves["pissa_A"].shape
         site = self.site(layers)
         if size > (most := min(weight.shape[1:])):
@@ -50,7 +50,7 @@ class Pissa(Lora):
 
     @classmethod
     def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
-        """Those of twice the rank, with alpha such that the scale stays."""
+        """The fields for twice the rank, with alpha such that the scale is the same."""
         fields, stronger = super().peft_fields(spec, tied=tied), cls.divisor(2)
         return {
             **fields,
