@@ -16,13 +16,13 @@ from test_model import full, load, logits
 
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import tensors, write_adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32
 from jlora.models.families import FAMILIES, read_config
 
-SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
+SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 96,

@@ -15,7 +15,7 @@ from conftest import Trains, run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora.adapters.methods import AXES
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
 from jlora.data.examples import Example
@@ -30,7 +30,7 @@ from jlora.training import setup
 from jlora.training.checkpoint import Checkpoints, Progress
 from jlora.training.metrics import Logger
 
-SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "down_proj"))
+SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "down_proj"))
 
 
 def test_loss_scale_follows_torch_grad_scaler(monkeypatch):

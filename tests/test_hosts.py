@@ -163,7 +163,7 @@ from jlora.distributed import sharding
 from jlora.models import hf_loader
 from jlora.models.compute import Compute
 from jlora.models.families import read_config
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
@@ -173,7 +173,7 @@ index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 processes.connect(f"127.0.0.1:{port}", 2, index)
 mesh = sharding.make_mesh(sizes={"fsdp": 2})
 compute = Compute(jnp.float32, jnp.float32, mesh=mesh)
-_, _, shapes = hf_loader.abstract(read_config(directory), LoraConfig(1, 1.0, 0.0, ()), compute)
+_, _, shapes = hf_loader.abstract(read_config(directory), AdapterSpec(1, 1.0, 0.0, ()), compute)
 before = peak()
 base = jax.block_until_ready(hf_loader.load_base(directory, shapes, mesh))
 own = sum(shard.data.nbytes for leaf in jax.tree.leaves(base) for shard in leaf.addressable_shards)

@@ -14,10 +14,10 @@ from conftest import run_program
 from safetensors.numpy import load_file
 from test_families import CASES, make
 
-from jlora.adapters import lora
+from jlora.adapters import tree
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.cli.export import main
 from jlora.common.errors import UserError
 from jlora.data.templates import TEMPLATES
@@ -26,7 +26,9 @@ from jlora.models import hf_loader
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
 
-SPEC = LoraConfig(rank=4, alpha=6.0, dropout=0.0, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+SPEC = AdapterSpec(
+    rank=4, alpha=6.0, dropout=0.0, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+)
 HALF_STEP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # of the last digit, relative
 
 
@@ -67,7 +69,7 @@ FORMS = {
     "dora": dataclasses.replace(SPEC, use_dora=True),
     "pissa": dataclasses.replace(SPEC, init_lora_weights="pissa"),
     "tables": dataclasses.replace(SPEC, modules_to_save=("embed_tokens", "lm_head")),
-    "ia3": LoraConfig(
+    "ia3": AdapterSpec(
         1, 1.0, 0.0, ("k_proj", "v_proj", "down_proj"), peft_type="IA3", feedforward_modules=("down_proj",)
     ),
 }
@@ -86,7 +88,7 @@ def test_a_merge_equals_pefts(tmp_path, form, case, dtype):
     tied = config.tie_word_embeddings
     _, shapes, base_shapes = hf_loader.abstract(config, spec, FLOAT32)
     frozen = hf_loader.load_base(base, base_shapes, make_mesh(jax.devices()[:1]))
-    adapter = lora.start(spec, shapes, frozen, jax.random.key(0))
+    adapter = tree.start(spec, shapes, frozen, jax.random.key(0))
     adapter = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
     write_adapter(adapter, spec, peft_config(spec, str(base), None, tied=tied), "", tmp_path / "adapter")
     main(["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
@@ -139,7 +141,7 @@ def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     bases = {case: make(tmp_path / case, *CASES[case]) for case in ("llama-2-gqa", "qwen2")}
     _, shapes, _ = hf_loader.abstract(read_config(bases["qwen2"]), SPEC, FLOAT32)
     config = peft_config(SPEC, str(bases["qwen2"]), None, tied=True)
-    write_adapter(lora.init(shapes, jax.random.key(0)), SPEC, config, "", tmp_path / "adapter")
+    write_adapter(tree.init(shapes, jax.random.key(0)), SPEC, config, "", tmp_path / "adapter")
     arguments = ["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match="belongs to another base"):
         main([*arguments, "--base", str(bases["llama-2-gqa"])])

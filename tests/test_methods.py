@@ -1,6 +1,6 @@
-"""The parts of every adapter method agree with each other, for each method of the registry and all that combine.
+"""The parts of every adapter method agree, for each method of the registry and for all combinations.
 
-A new variant is tested by its line in the registry. PEFT itself is the judge of the known ones in test_variants.py.
+Registering a new variant is enough to test it here. test_variants.py compares the known ones with PEFT itself.
 """
 
 import dataclasses
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.adapters import lora, peft_io, portable
+from jlora.adapters import peft_io, portable, tree
 from jlora.adapters.methods import AXES, LEAVES, METHODS, kind_of, method_of, rates_of
 from jlora.adapters.methods.method import FROZEN, Frozen
 from jlora.adapters.peft_config import peft_config, read_spec
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.config.schema import CHOICES, Config
 from jlora.distributed.sharding import spec_of as sharding_of
 
 L, SIZES = 3, {"self_attn.q_proj": (8, 12), "mlp.down_proj": (12, 8)}  # inputs, outputs
-PLAIN = LoraConfig(
+PLAIN = AdapterSpec(
     rank=4,
     alpha=6.0,
     dropout=0.0,
@@ -50,7 +50,7 @@ def combinations():
 @pytest.fixture(scope="module")
 def base():
     random = np.random.RandomState(0)
-    return lora.tree(
+    return tree.build(
         {
             ("layers", *name.split(".")): {
                 "weight": random.standard_normal((L, outputs, inputs)).astype(np.float32),
@@ -67,11 +67,11 @@ class Case:
     def __init__(self, spec, base):
         self.spec, self.base = spec, base
         shapes = self.shapes_of(spec)
-        self.first = jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(0)))(base)
+        self.first = jax.jit(lambda base: tree.start(spec, shapes, base, jax.random.key(0)))(base)
         self.adapter, random = jax.tree.map(np.array, self.first), np.random.RandomState(1)
-        for path, leaves in lora.modules(self.adapter):
-            for leaf in method_of(spec, lora.projection(path)).leaves():
-                for layer, rank in enumerate(spec.ranks(lora.projection(path), L)):
+        for path, leaves in tree.modules(self.adapter):
+            for leaf in method_of(spec, tree.projection(path)).leaves():
+                for layer, rank in enumerate(spec.ranks(tree.projection(path), L)):
                     if rank and leaf.rate != FROZEN:
                         own = leaf.cut(leaves[leaf.name][layer], rank)
                         own += 0.3 * random.standard_normal(own.shape).astype(np.float32)
@@ -83,7 +83,7 @@ class Case:
             method = method_of(spec, name)
             shapes = method.shapes(max(method.site(L).ranks), *sizes).items()
             made["layers", *name.split(".")] = {leaf: np.zeros((L, *shape), np.float32) for leaf, shape in shapes}
-        return jax.eval_shape(lambda: lora.tree(made))
+        return jax.eval_shape(lambda: tree.build(made))
 
     def outputs(self, adapter):
         """By projection and layer: the output with the adapter."""
@@ -130,8 +130,8 @@ def inputs(method):
 
 def places(spec, adapter):
     """Every projection of every layer: method, leaves, layer, scale."""
-    for path, leaves in sorted(lora.modules(adapter)):
-        method = method_of(spec, lora.projection(path))
+    for path, leaves in sorted(tree.modules(adapter)):
+        method = method_of(spec, tree.projection(path))
         for layer, scale in enumerate(method.site(L).scales):
             yield method, {name: values[layer] for name, values in leaves.items()}, layer, scale
 
@@ -150,20 +150,20 @@ def case(request, base):
     return Case(request.param, base)
 
 
-def test_it_starts_and_is_turned_off_at_the_base(case):
-    off = jax.jit(lora.neutral)(case.adapter, case.base)
+def test_initial_and_neutral_values_change_nothing(case):
+    off = jax.jit(tree.neutral)(case.adapter, case.base)
     for adapter in (case.first, off):
         assert max(differences(case.outputs(adapter), case.base_outputs())) < 1e-4
 
 
-def test_the_merged_weight_computes_what_the_adapter_does(case):
+def test_merge_equals_apply(case):
     outputs = case.outputs(case.adapter)
     assert max(differences(outputs, case.merged_outputs(case.adapter))) < 1e-4
     ranks = [rank for name in sorted(SIZES) for rank in case.spec.ranks(name, L)]
     assert [change > 0.1 for change in differences(outputs, case.base_outputs())] == [rank > 0 for rank in ranks]
 
 
-def test_what_peft_reads_is_what_was_trained(case, tmp_path):
+def test_peft_files_round_trip(case, tmp_path):
     config = peft_config(case.spec, "base", None, tied=False)
     peft_io.write_adapter(case.adapter, case.spec, config, "", tmp_path / "adapter")
     spec = read_spec(tmp_path / "adapter", L)
@@ -173,14 +173,14 @@ def test_what_peft_reads_is_what_was_trained(case, tmp_path):
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_the_portable_form_is_the_same_sum_or_is_refused(case):
+def test_portable_form_is_equal_or_refused(case):
     assert bool(portable.beyond_portable(case.spec)) != kind_of(case.spec).portable
     if kind_of(case.spec).portable:
         adapter, spec = portable.to_portable(case.adapter, case.spec)
         assert max(differences(case.merged_outputs(case.adapter), case.merged_outputs(adapter, spec))) < 1e-4
 
 
-def test_every_array_that_is_not_frozen_takes_a_gradient(case):
+def test_every_array_that_trains_has_a_gradient(case):
     rates = rates_of(case.spec)
 
     def loss(adapter):
@@ -189,14 +189,14 @@ def test_every_array_that_is_not_frozen_takes_a_gradient(case):
             for method, leaves, layer, scale in places(case.spec, adapter)
         )
 
-    for path, leaves in lora.modules(jax.jit(jax.grad(loss))(case.adapter)):
-        for layer, rank in enumerate(case.spec.ranks(lora.projection(path), L)):
+    for path, leaves in tree.modules(jax.jit(jax.grad(loss))(case.adapter)):
+        for layer, rank in enumerate(case.spec.ranks(tree.projection(path), L)):
             taken = {name for name, gradient in leaves.items() if np.any(np.asarray(gradient[layer]) != 0)}
             trains = {name for name in leaves if rates[name] != FROZEN}
             assert (trains <= taken) if rank else not taken
 
 
-def test_its_arrays_and_keys_are_known_everywhere(case):
+def test_leaf_names_and_config_keys_are_consistent(case):
     method = kind_of(case.spec)
     keys = {field.name for field in dataclasses.fields(Config)}
     assert method.chosen_by[0] in keys and set(method.unused) <= keys

@@ -11,16 +11,16 @@ import transformers
 from conftest import make_model
 from flax import nnx
 
-from jlora.adapters import lora
+from jlora.adapters import tree
 from jlora.adapters.methods.lora import added
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.distributed import sharding
 from jlora.models import attention, hf_loader
 from jlora.models.compute import FLOAT32
 from jlora.models.families import read_config
 from jlora.models.llama import empty_cache
 
-SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
+SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries
 
 
@@ -29,7 +29,7 @@ def load(directory, spec=SPEC, compute=FLOAT32):
     config = read_config(directory)
     graphdef, adapter, base = hf_loader.abstract(config, spec, compute)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    return graphdef, lora.init(adapter, jax.random.key(0)), hf_loader.load_base(directory, base, mesh)
+    return graphdef, tree.init(adapter, jax.random.key(0)), hf_loader.load_base(directory, base, mesh)
 
 
 def logits(graphdef, adapter, base, tokens, segments=None, positions=None):

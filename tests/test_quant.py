@@ -18,10 +18,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jlora.adapters import hf_names, lora
+from jlora.adapters import hf_names, tree
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.cli import generate
 from jlora.common.errors import UserError, VerificationError
 from jlora.data.batches import Batch
@@ -126,7 +126,7 @@ def test_int8_equals_bitsandbytes(weights, theirs, dtype):
     assert not values[nothing].any()
 
 
-SPEC = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
+SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 TOKENS = np.random.default_rng(1).integers(0, 1000, (2, 12), dtype=np.int32)
 
@@ -189,12 +189,12 @@ def test_weights_that_cannot_be_quantised_are_reported(tiny, tmp_path):
 def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, name):
     spec = dataclasses.replace(SPEC, **KINDS[name])
     graphdef, shapes, base = load(tiny, kind, spec)
-    start = lora.start(spec, shapes, base, jax.random.key(0))
-    before = logits(graphdef, lora.neutral(start, base), base)
+    start = tree.start(spec, shapes, base, jax.random.key(0))
+    before = logits(graphdef, tree.neutral(start, base), base)
     np.testing.assert_allclose(logits(graphdef, start, base), before, atol=1e-4)
     adapter = jax.tree.map(lambda leaf: leaf * 1.1 + 0.01, start)
     if name == "pissa":  # its frozen pair is the base's
-        adapter = lora.complete(spec, adapter, base)
+        adapter = tree.complete(spec, adapter, base)
     write_adapter(adapter, spec, peft_config(spec, str(tiny), None, tied=True), "", tmp_path / "adapter")
 
     def theirs(dense):

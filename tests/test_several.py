@@ -15,10 +15,10 @@ import transformers
 from conftest import command, make_model, process_options, run_program
 from flax import nnx
 
-from jlora.adapters import lora, mixing
+from jlora.adapters import mixing, tree
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.cli import generate
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
@@ -30,8 +30,8 @@ from jlora.serve import loading
 from jlora.serve.repl import Chat, side_by_side
 
 SPECS = {
-    "law": LoraConfig(4, 12.0, 0.0, ("q_proj", "v_proj")),
-    "style": LoraConfig(
+    "law": AdapterSpec(4, 12.0, 0.0, ("q_proj", "v_proj")),
+    "style": AdapterSpec(
         6,
         9.0,
         0.0,
@@ -41,9 +41,9 @@ SPECS = {
         alpha_pattern=(("down_proj", 5.0),),
         layers_to_transform=(0, 1),
     ),
-    "short": LoraConfig(2, 4.0, 0.0, ("gate_proj",), init_lora_weights="pissa"),
+    "short": AdapterSpec(2, 4.0, 0.0, ("gate_proj",), init_lora_weights="pissa"),
 }
-DORA = LoraConfig(2, 4.0, 0.0, ("q_proj",), use_dora=True)
+DORA = AdapterSpec(2, 4.0, 0.0, ("q_proj",), use_dora=True)
 ROWS = ["law", "style", "base", "short", "law"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [5, 6, 7], [11] * 70, [20, 21]]
 
@@ -62,9 +62,9 @@ def places(tmp_path_factory, small):
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
         _, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
         frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
-        adapter = lora.start(spec, shapes, frozen, jax.random.key(number))
-        for path, leaves in lora.modules(adapter):
-            ranks = np.array(spec.ranks(lora.projection(path), 3))
+        adapter = tree.start(spec, shapes, frozen, jax.random.key(number))
+        for path, leaves in tree.modules(adapter):
+            ranks = np.array(spec.ranks(tree.projection(path), 3))
             noise = np.random.RandomState(number).randn(*leaves["lora_B"].shape).astype(np.float32)
             within = np.arange(noise.shape[2])[None, None] < ranks[:, None, None]
             leaves["lora_B"] = leaves["lora_B"] + np.where(within, 0.3 * noise, 0.0)
@@ -81,7 +81,7 @@ def together(small, places):
 def alone(small, place, prompt):
     """Returns the last logits of a prompt with one adapter in its own form, without batch, padding or cache."""
     config = read_config(small)
-    spec = read_spec(place, 3) if place else LoraConfig(1, 1.0, 0.0, ())
+    spec = read_spec(place, 3) if place else AdapterSpec(1, 1.0, 0.0, ())
     graphdef, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
     frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
     model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
@@ -190,7 +190,7 @@ def test_a_sum_of_one_is_that_adapter(small, places):
     adapter = read_adapter(places["law"], spec, shapes, tied=True)
     made, form = mixing.combine([(adapter, spec)], [1.0])
     assert (form.rank, form.alpha) == (4, 4.0)
-    for (_, mine), (_, theirs) in zip(lora.modules(made), lora.modules(adapter), strict=True):
+    for (_, mine), (_, theirs) in zip(tree.modules(made), tree.modules(adapter), strict=True):
         assert np.array_equal(mine["lora_A"], theirs["lora_A"])
         assert np.allclose(mine["lora_B"], 3.0 * theirs["lora_B"], atol=1e-7)
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import Trains
 
-from jlora.adapters import lora
+from jlora.adapters import tree
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.spec import spec_of
@@ -259,7 +259,7 @@ def test_the_schedule_equals_transformers(config_file, kind):
 
 def test_initial_adapter_is_uniform_within_pefts_bound_and_b_is_zero():
     shapes = {part: jax.ShapeDtypeStruct((2, 8, 16), jnp.float32) for part in ("lora_A", "lora_B")}
-    initial = lora.init(shapes, jax.random.key(0))
+    initial = tree.init(shapes, jax.random.key(0))
     assert not np.any(initial["lora_B"])
     assert 0.9 / 4 < np.abs(initial["lora_A"]).max() <= 1 / 4  # 1 / sqrt(16)
     assert not np.array_equal(initial["lora_A"][0], initial["lora_A"][1])

@@ -19,13 +19,13 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jlora.adapters import hf_names, lora, neftune, portable
+from jlora.adapters import hf_names, neftune, portable, tree
 from jlora.adapters.methods import method_of
 from jlora.adapters.methods.lora import dropout
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.peft_io import read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import TARGETS, LoraConfig, settings_of, spec_of
+from jlora.adapters.spec import TARGETS, AdapterSpec, settings_of, spec_of
 from jlora.api import finetune
 from jlora.bases.gguf import _unpermute_rotary as half_rotation
 from jlora.common.errors import UserError, VerificationError
@@ -147,7 +147,7 @@ class Ours:
 
     def read(self, directory):
         adapter = read_adapter(directory, self.spec, self.shapes, tied=self.config.tie_word_embeddings)
-        return lora.complete(self.spec, adapter, self.base)
+        return tree.complete(self.spec, adapter, self.base)
 
     def write(self, adapter, directory):
         config = peft_config(self.spec, str(self.directory), None, tied=self.config.tie_word_embeddings)
@@ -240,7 +240,7 @@ def test_a_variant_is_pefts_own_in_training_files_and_logits(models, tmp_path, n
         loaded = peft.PeftModel.from_pretrained(torch_base(directory), tmp_path / "written")
         mine = ours.logits(state.lora, TOKENS[0])
         assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
-        assert np.abs(mine - ours.logits(lora.neutral(state.lora, ours.base), TOKENS[0])).max() > 0.05
+        assert np.abs(mine - ours.logits(tree.neutral(state.lora, ours.base), TOKENS[0])).max() > 0.05
         assert np.array_equal(before, ours.base["layers"]["mlp"]["up_proj"]["weight"])
 
         model.save_pretrained(tmp_path / "theirs")
@@ -255,7 +255,7 @@ def test_a_variant_is_pefts_own_in_training_files_and_logits(models, tmp_path, n
         assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
-EVERYWHERE = {  # is the model tied, LoraConfig's fields; LoRA+, dropout and noise leave no trace in the file
+EVERYWHERE = {  # is the model tied, AdapterSpec's fields; LoRA+, dropout and noise leave no trace in the file
     "lora": (False, {}),
     "rslora-layers": (True, {"use_rslora": True, "layers_to_transform": (0, 2)}),
     "patterns": (True, {"rank_pattern": (("q_proj", 2),), "alpha_pattern": (("layers.1.mlp.down_proj", 5.0),)}),
@@ -271,10 +271,10 @@ EVERYWHERE = {  # is the model tied, LoraConfig's fields; LoRA+, dropout and noi
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, tmp_path, name):
     tied, fields = EVERYWHERE[name]
-    spec = LoraConfig(4, 8.0, 0.0, TARGETS, **fields)
+    spec = AdapterSpec(4, 8.0, 0.0, TARGETS, **fields)
     ours = Ours(models[tied], spec)
-    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    for i, (_, leaves) in enumerate(lora.modules(adapter)):
+    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for i, (_, leaves) in enumerate(tree.modules(adapter)):
         for part in leaves.keys() - {"lora_A", "pissa_A", "pissa_B"}:
             there = jnp.any(leaves["lora_A"] != 0, axis=2)[:, None] if part == "lora_B" else True
             moved = leaves[part] + 0.05 * jax.random.normal(jax.random.key(i), leaves[part].shape)
@@ -287,7 +287,7 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
     assert adapted == set(TARGETS)
     mine = ours.logits(adapter, TOKENS[0])
     assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
-    assert np.abs(mine - ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
+    assert np.abs(mine - ours.logits(tree.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
 
 
 @pytest.mark.slow
@@ -305,9 +305,9 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models, changes):
-    spec = LoraConfig(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj", "up_proj"), **changes})
+    spec = AdapterSpec(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj", "up_proj"), **changes})
     ours = Ours(models[True], spec)
-    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), adapter) == jax.tree.map(
         lambda a: (a.shape, a.dtype), ours.shapes
     )
@@ -317,18 +317,18 @@ def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models
     for tokens in TOKENS[:3]:
         state, _ = ours.train(state, tokens)
     assert np.abs(ours.logits(state.lora, TOKENS[0]) - want).max() > 1e-2
-    for path, leaves in lora.modules(state.lora):
+    for path, leaves in tree.modules(state.lora):
         if "lora_A" not in leaves:
             continue
-        for layer, rank in enumerate(spec.ranks(lora.projection(path), 3)):
+        for layer, rank in enumerate(spec.ranks(tree.projection(path), 3)):
             assert not np.any(leaves["lora_A"][layer, rank:]) and not np.any(leaves["lora_B"][layer, :, rank:])
         if spec.init_lora_weights == "pissa":
-            (frozen,) = [old for other, old in lora.modules(adapter) if other == path]
+            (frozen,) = [old for other, old in tree.modules(adapter) if other == path]
             assert np.array_equal(frozen["pissa_A"], leaves["pissa_A"])
     moments = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
     assert moments == 2 * sum(
         leaf.size
-        for _, leaves in lora.modules(adapter)
+        for _, leaves in tree.modules(adapter)
         for part, leaf in leaves.items()
         if not part.startswith("pissa")
     )
@@ -336,7 +336,7 @@ def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models
 
 @pytest.mark.slow
 def test_the_portable_form_computes_the_same(models, tmp_path):
-    spec = LoraConfig(
+    spec = AdapterSpec(
         4,
         8.0,
         0.0,
@@ -347,14 +347,14 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
         layers_to_transform=(0, 2),
     )
     ours = Ours(models[True], spec)
-    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    for path, leaves in lora.modules(adapter):
+    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for path, leaves in tree.modules(adapter):
         within = jnp.any(leaves["lora_A"] != 0, axis=2)[:, None]
         leaves["lora_B"] = jnp.where(
             within, 0.05 * jax.random.normal(jax.random.key(len(path)), leaves["lora_B"].shape), 0
         )
     plain, form = portable.to_portable(adapter, spec)
-    assert form == LoraConfig(6, 6.0, 0.0, form.target_modules)
+    assert form == AdapterSpec(6, 6.0, 0.0, form.target_modules)
     assert set(form.target_modules) == {"q_proj", "v_proj", "down_proj"}
     assert portable.is_plain(form) and not portable.is_plain(spec)
     other = Ours(models[True], form)
@@ -368,12 +368,12 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
     original = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "original")
     exact, other_form = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
     assert exact.dtype == np.float64 and np.abs(other_form - exact).max() < 1e-6
-    nothing = ours.logits(lora.neutral(adapter, ours.base), TOKENS[0])
+    nothing = ours.logits(tree.neutral(adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
 
 
 def test_a_gguf_adapter_changes_every_weight_as_trained(models, tmp_path, smollm):
-    spec = LoraConfig(
+    spec = AdapterSpec(
         4,
         8.0,
         0.0,
@@ -384,8 +384,8 @@ def test_a_gguf_adapter_changes_every_weight_as_trained(models, tmp_path, smollm
         init_lora_weights="pissa",
     )
     ours = Ours(models[True], spec)
-    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    for _, leaves in lora.modules(adapter):
+    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for _, leaves in tree.modules(adapter):
         leaves["lora_B"] = 1.5 * leaves["lora_B"]
     form = form_for("llama.cpp", adapter, spec, 0)
     sentence = write_gguf((adapter, spec), form, models[True], tmp_path / "made")
@@ -422,7 +422,7 @@ def test_rows_are_in_the_order_of_a_real_gguf_file(smollm):
     ],
 )
 def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_rank, message):
-    spec = LoraConfig(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj",), **changes})
+    spec = AdapterSpec(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj",), **changes})
     with pytest.raises(UserError, match=message):
         form_for("vllm", {}, spec, max_rank)
     assert form_for("peft", {}, spec, 0) == ({}, spec)
@@ -474,14 +474,14 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
 
 
 def test_pissa_of_more_ranks_than_components_is_refused(models):
-    spec = LoraConfig(65, 8.0, 0.0, ("k_proj",), init_lora_weights="pissa")
+    spec = AdapterSpec(65, 8.0, 0.0, ("k_proj",), init_lora_weights="pissa")
     ours = Ours(models[True], spec)
     with pytest.raises(UserError, match="k_proj has 64 components, so no rank of 65"):
-        lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+        tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
 
 
 def test_doras_dropout_is_pefts():
-    spec = LoraConfig(4, 8.0, 0.5, ("q_proj",), use_dora=True)
+    spec = AdapterSpec(4, 8.0, 0.5, ("q_proj",), use_dora=True)
     ours = Projection("self_attn.q_proj", 16, 24, spec, FLOAT32, bias=True, layers=1)
     theirs = torch.nn.Linear(16, 24)
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, use_dora=True, init_lora_weights=False)
@@ -519,9 +519,9 @@ def test_noise_is_within_its_bound_by_example_and_only_in_training(models):
         bound = 5.0 / np.sqrt(length * 64)
         assert 0.95 * bound < np.abs(part).max() <= bound
         assert abs(part.mean()) < 0.1 * bound
-    spec = LoraConfig(4, 8.0, 0.0, ("q_proj",), neftune_noise_alpha=5.0)
+    spec = AdapterSpec(4, 8.0, 0.0, ("q_proj",), neftune_noise_alpha=5.0)
     ours = Ours(models[True], spec)
-    adapter = lora.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
     noisy = jax.jit(make_train_step(ours.graphdef, CROSS_ENTROPY, ours.optimizer, dropout=True, devices=1))
     losses = [float(ours.train(ours.state(adapter), TOKENS[0])[1].loss)]
     losses += [
@@ -532,7 +532,7 @@ def test_noise_is_within_its_bound_by_example_and_only_in_training(models):
 
 def test_sites_follow_pefts_rule_of_patterns():
     assert {module.split(".")[-1] for module in hf_names.projections()} == set(TARGETS)
-    spec = LoraConfig(
+    spec = AdapterSpec(
         8, 16.0, 0.0, TARGETS, rank_pattern=(("proj", 1), ("layers.1.self_attn.q_proj", 2), ("q_proj", 3))
     )
     assert spec.ranks("self_attn.q_proj", 3) == (3, 2, 3)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from test_families import SIZES
 
 from jlora.adapters import hf_names
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 from jlora.distributed import sharding
 from jlora.models import hf_loader
@@ -21,7 +21,7 @@ from jlora.models.compute import Compute
 from jlora.models.families import read_config
 from jlora.models.safetensors_files import INDEX, Weights, write_weights
 
-NONE = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+NONE = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jlora.adapters import lora, portable
-from jlora.adapters.lora import Adapter
+from jlora.adapters import portable, tree
 from jlora.adapters.methods.method import Leaves
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.errors import UserError
 
-Form = tuple[Adapter, LoraConfig]
+Form = tuple[Adapter, AdapterSpec]
 
 
-def check_mixable(name: str, spec: LoraConfig) -> None:
+def check_mixable(name: str, spec: AdapterSpec) -> None:
     """Raises UserError where an adapter cannot stand beside others, with the way out."""
     for what in portable.beyond_portable(spec):
         raise UserError(
@@ -24,7 +24,7 @@ def check_mixable(name: str, spec: LoraConfig) -> None:
         )
 
 
-def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], LoraConfig]:
+def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], AdapterSpec]:
     """The same adapters in one form: scale 1, the largest rank, all modules that any of them has; zeros elsewhere.
 
     They are then arguments of one compiled program, and rows of one batch may have different ones.
@@ -39,8 +39,8 @@ def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], LoraConfig]
             "lora_B": jnp.pad(leaves["lora_B"], [(0, 0), (0, 0), (0, missing)]),
         }
 
-    made = [lora.tree({path: padded(leaves) for path, leaves in modules.items()}) for modules in found]
-    return made, LoraConfig(rank, float(rank), 0.0, targets)
+    made = [tree.build({path: padded(leaves) for path, leaves in modules.items()}) for modules in found]
+    return made, AdapterSpec(rank, float(rank), 0.0, targets)
 
 
 def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
@@ -58,7 +58,7 @@ def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
             "lora_B": jnp.concatenate([w * part["lora_B"] for w, part in zip(weights, parts, strict=True)], axis=2),
         }
     rank = next(iter(made.values()))["lora_A"].shape[1]
-    return lora.tree(made), LoraConfig(rank, float(rank), 0.0, targets)
+    return tree.build(made), AdapterSpec(rank, float(rank), 0.0, targets)
 
 
 def read_weight(word: str) -> tuple[str, float]:
@@ -81,7 +81,7 @@ def read_weight(word: str) -> tuple[str, float]:
 
 def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], Leaves]], tuple[str, ...]]:
     """The portable form of each, by module, with zeros for the modules that only others have; and all targets."""
-    found = [dict(lora.modules(portable.to_portable(adapter, spec)[0])) for adapter, spec in adapters]
+    found = [dict(tree.modules(portable.to_portable(adapter, spec)[0])) for adapter, spec in adapters]
     every = {path: leaves for modules in found for path, leaves in modules.items()}
     for modules in found:
         rank = next(iter(modules.values()))["lora_A"].shape[1]
@@ -100,7 +100,7 @@ class AdapterSet:
     """The adapters at hand, all of one form."""
 
     by_name: Mapping[str, Adapter]
-    spec: LoraConfig
+    spec: AdapterSpec
 
     def select(self, words: Sequence[str]) -> Adapter:
         """The adapter that words name: `NAME`, or a sum as `NAME=0.7 OTHER=-0.3`.

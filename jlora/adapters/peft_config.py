@@ -1,4 +1,4 @@
-"""adapter_config.json: what PEFT says of an adapter -> LoraConfig, and back."""
+"""adapter_config.json: what PEFT says of an adapter -> AdapterSpec, and back."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from jlora.adapters import hf_names
 from jlora.adapters.methods import METHODS, choices, core_of, kind_of
-from jlora.adapters.spec import NOTHING, TABLES, TARGETS, LoraConfig
+from jlora.adapters.spec import NOTHING, TABLES, TARGETS, AdapterSpec
 from jlora.common.errors import UserError
 
 CONFIG = "adapter_config.json"
@@ -23,7 +23,7 @@ FIXED = {"bias": "none"}  # of all other fields jlora computes only what is off
 DRAWN = (None, True, False, "gaussian", "orthogonal", "eva")  # initial values that leave the base as it is
 
 
-def peft_config(spec: LoraConfig, base: str, revision: str | None, *, tied: bool) -> dict[str, Any]:
+def peft_config(spec: AdapterSpec, base: str, revision: str | None, *, tied: bool) -> dict[str, Any]:
     """adapter_config.json of the tensors that `peft_io.tensors` makes.
 
     Args:
@@ -69,7 +69,7 @@ def base_of(directory: Path) -> tuple[str, str]:
     return config["base_model_name_or_path"], config.get("revision") or ""
 
 
-def read_spec(directory: Path, layers: int) -> LoraConfig:
+def read_spec(directory: Path, layers: int) -> AdapterSpec:
     """The adapter that a PEFT directory's adapter_config.json describes, on a base of so many layers.
 
     Raises:

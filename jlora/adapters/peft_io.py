@@ -11,13 +11,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from jlora.adapters import hf_names, lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import hf_names, tree
 from jlora.adapters.methods import TABLE, method_of
 from jlora.adapters.methods.method import Leaves, Method
 from jlora.adapters.peft_config import CONFIG, read_config_file
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
 
@@ -35,12 +35,12 @@ class Place(NamedTuple):
     method: Method | None
 
 
-def _places(adapter: Adapter, spec: LoraConfig) -> Iterator[Place]:
+def _places(adapter: Adapter, spec: AdapterSpec) -> Iterator[Place]:
     """Every module that the files know."""
-    for path, leaves in lora.modules(adapter):
+    for path, leaves in tree.modules(adapter):
         size = next(iter(leaves.values())).shape[0]
         names = [name.removesuffix(".weight") for name in hf_names.tensor_names((*path, "weight"), (size,))]
-        if not (projection := lora.projection(path)):
+        if not (projection := tree.projection(path)):
             yield Place(PREFIX + names[0], leaves, None, 0, None)
             continue
         method = method_of(spec, projection)
@@ -49,7 +49,7 @@ def _places(adapter: Adapter, spec: LoraConfig) -> Iterator[Place]:
                 yield Place(PREFIX + name, leaves, layer, rank, method)
 
 
-def tensors(adapter: Adapter, spec: LoraConfig, *, tied: bool) -> dict[str, np.ndarray]:
+def tensors(adapter: Adapter, spec: AdapterSpec, *, tied: bool) -> dict[str, np.ndarray]:
     """The adapter under PEFT's names: layers apart, ranks cut to each layer's own, PiSSA as a difference.
 
     Args:
@@ -70,7 +70,7 @@ def tensors(adapter: Adapter, spec: LoraConfig, *, tied: bool) -> dict[str, np.n
 
 def write_adapter(
     adapter: Adapter,
-    spec: LoraConfig,
+    spec: AdapterSpec,
     config: dict[str, Any],
     card: str,
     target: Path,
@@ -117,8 +117,8 @@ def _in_order(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
-def read_adapter(directory: Path, spec: LoraConfig, shapes: Adapter, *, tied: bool) -> Adapter:
-    """The tensors of a PEFT directory in the adapter's tree; PiSSA's frozen pair is left zero (see `lora.complete`).
+def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: bool) -> Adapter:
+    """The tensors of a PEFT directory in the adapter's tree; PiSSA's frozen pair is left zero (see `tree.complete`).
 
     Args:
       spec: what its adapter_config.json says (`peft_config.read_spec`).

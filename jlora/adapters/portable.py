@@ -1,32 +1,32 @@
-"""The portable form, which every server reads rightly: LoRA with one rank and scale 1."""
+"""The portable form, which every server reads correctly: LoRA with one rank and scale 1."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters import lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import tree
 from jlora.adapters.methods import Lora, method_of, parts_of
 from jlora.adapters.methods.method import Leaves
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 
 
-def is_plain(spec: LoraConfig) -> bool:
+def is_plain(spec: AdapterSpec) -> bool:
     """Whether r and lora_alpha alone say it all, for every layer and by module names' last parts."""
     varied = spec.rank_pattern or spec.alpha_pattern or spec.layers_to_transform or spec.modules_to_save
     return parts_of(spec) == (Lora,) and not varied and not any("." in target for target in spec.target_modules)
 
 
-def beyond_portable(spec: LoraConfig) -> tuple[str, ...]:
-    """The parts of an adapter that the portable form cannot say, by the users' names."""
+def beyond_portable(spec: AdapterSpec) -> tuple[str, ...]:
+    """The parts of an adapter that the portable form cannot express, under the names that users know."""
     tables = (f"modules_to_save={','.join(spec.modules_to_save)}",) if spec.modules_to_save else ()
     return (*(part.title for part in parts_of(spec) if not part.portable), *tables)
 
 
-def to_portable(adapter: Adapter, spec: LoraConfig) -> tuple[Adapter, LoraConfig]:
+def to_portable(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSpec]:
     """The same LoRA with one rank and scale 1: each scale folded into its B, ranks padded, absent layers zero."""
-    methods = {path: method_of(spec, lora.projection(path)) for path, _ in lora.modules(adapter)}
-    pairs = {path: jax.vmap(methods[path].pair)(leaves) for path, leaves in lora.modules(adapter)}
+    methods = {path: method_of(spec, tree.projection(path)) for path, _ in tree.modules(adapter)}
+    pairs = {path: jax.vmap(methods[path].pair)(leaves) for path, leaves in tree.modules(adapter)}
     rank = max(a.shape[1] for a, _ in pairs.values())
     made: dict[tuple[str, ...], Leaves] = {}
     for path, (a, b) in pairs.items():
@@ -37,4 +37,4 @@ def to_portable(adapter: Adapter, spec: LoraConfig) -> tuple[Adapter, LoraConfig
             "lora_A": jnp.pad(a, [(0, 0), (0, missing), (0, 0)]),
             "lora_B": jnp.pad(jnp.asarray(folded, b.dtype), [(0, 0), (0, 0), (0, missing)]),
         }
-    return lora.tree(made), LoraConfig(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
+    return tree.build(made), AdapterSpec(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class AdapterSpec:
     """An adapter in PEFT's terms. What is left out is off: plain LoRA with one rank and one alpha.
 
     `methods.kind_of` says how such an adapter is computed.
@@ -92,21 +92,21 @@ def _first(entries: tuple[tuple[str, T], ...], name: str, default: T) -> T:
 
 
 # The adapter that changes no module: of a base alone.
-NOTHING = LoraConfig(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+NOTHING = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 
 # Field of the spec -> key of the config, where they have different names.
 KEYS = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
+FIELDS = tuple(field.name for field in dataclasses.fields(AdapterSpec))
 
 
-def spec_of(settings: dict[str, Any]) -> LoraConfig:
+def spec_of(settings: dict[str, Any]) -> AdapterSpec:
     """The adapter that the keys of a config describe; those that are left out are off."""
     keys = {field: KEYS.get(field, field) for field in FIELDS}
-    spec = LoraConfig(**{field: settings[key] for field, key in keys.items() if key in settings})
+    spec = AdapterSpec(**{field: settings[key] for field, key in keys.items() if key in settings})
     return dataclasses.replace(spec, target_modules=TARGETS) if spec.target_modules == ALL_LINEAR else spec
 
 
-def settings_of(spec: LoraConfig) -> dict[str, Any]:
+def settings_of(spec: AdapterSpec) -> dict[str, Any]:
     """The other way: the keys of a config that `spec_of` reads as this adapter, without noise on embeddings."""
     settings = {KEYS.get(field, field): getattr(spec, field) for field in FIELDS}
     del settings["neftune_noise_alpha"]  # of training, not of the adapter

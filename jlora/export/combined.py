@@ -5,12 +5,12 @@ from pathlib import Path
 
 import jax
 
-from jlora.adapters import lora, mixing
+from jlora.adapters import mixing, tree
 from jlora.adapters.methods import follows_from_base
 from jlora.adapters.peft_config import base_of, peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.provenance import BASE
-from jlora.adapters.spec import NOTHING, LoraConfig
+from jlora.adapters.spec import NOTHING, AdapterSpec
 from jlora.bases.identity import base_hash
 from jlora.bases.resolve import is_hub_id, resolve_base
 from jlora.common.errors import UserError
@@ -50,7 +50,7 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
     if any(follows_from_base(spec) for _, spec in forms):  # PiSSA's initial pair is computed from the base model
         _, _, shapes = hf_loader.abstract(config, NOTHING, FLOAT32)
         frozen = hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
-        forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
+        forms = [(tree.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
     adapter, spec = mixing.combine(forms, list(weights.values()))
     base_name = place if is_hub_id(place) else str(directory)
     written = peft_config(spec, base_name, revision or None, tied=config.tie_word_embeddings)
@@ -60,7 +60,7 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
     return spec.rank
 
 
-def _card(weights: Mapping[str, float], base: str, spec: LoraConfig) -> str:
+def _card(weights: Mapping[str, float], base: str, spec: AdapterSpec) -> str:
     parts = "\n".join(f"- {weight:g} x {name}" for name, weight in weights.items())
     return f"""---
 library_name: peft

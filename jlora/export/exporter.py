@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import NOTHING, LoraConfig, spec_of
+from jlora.adapters.spec import NOTHING, AdapterSpec, spec_of
+from jlora.adapters.tree import Adapter
 from jlora.bases import identity
 from jlora.bases.identity import check_base
 from jlora.bases.resolve import resolve_base
@@ -105,7 +105,7 @@ def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> N
     write_adapter(adapter, spec, config, about, target, metadata, certify if loader else None, template)
 
 
-def load_adapter(run: Path, step: int) -> tuple[Adapter, LoraConfig]:
+def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:
     """Reads the adapter of a run's checkpoint."""
     record = read_record(run, "--run")
     spec = spec_of(record["config"])

@@ -11,11 +11,11 @@ import gguf
 import jax
 import numpy as np
 
-from jlora.adapters import hf_names, lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import hf_names, tree
 from jlora.adapters.methods import method_of
 from jlora.adapters.methods.method import Leaves
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError, VerificationError
 from jlora.models.families import FAMILIES, read_config
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # relative to the largest entry of a module's delta
 
 
 def write_gguf(
-    trained: tuple[Adapter, LoraConfig], portable: tuple[Adapter, LoraConfig], base: Path, target: Path
+    trained: tuple[Adapter, AdapterSpec], portable: tuple[Adapter, AdapterSpec], base: Path, target: Path
 ) -> str:
     """Writes `target`/adapter.gguf atomically, and returns a sentence with the figures of its verification.
 
@@ -59,7 +59,7 @@ def write_gguf(
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string("adapter.type", "lora")
             writer.add_float32("adapter.lora.alpha", spec.alpha)
-            for path, leaves in lora.modules(adapter):
+            for path, leaves in tree.modules(adapter):
                 for name, a, b in zip(_names(path, leaves), leaves["lora_A"], leaves["lora_B"], strict=True):
                     b = side_by_side(b, heads[path[-1]]) if path[-1] in heads else b
                     writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
@@ -78,7 +78,7 @@ def write_gguf(
     )
 
 
-def check_gguf(file: Path, trained: tuple[Adapter, LoraConfig], heads: dict[str, int]) -> dict[str, Any]:
+def check_gguf(file: Path, trained: tuple[Adapter, AdapterSpec], heads: dict[str, int]) -> dict[str, Any]:
     """Compares the delta of every weight in a file with that of the trained adapter.
 
     Args:
@@ -97,8 +97,8 @@ def check_gguf(file: Path, trained: tuple[Adapter, LoraConfig], heads: dict[str,
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     adapter, spec = jax.device_get(trained[0]), trained[1]
     largest, count = 0.0, 0
-    for path, leaves in lora.modules(adapter):
-        method = method_of(spec, lora.projection(path))
+    for path, leaves in tree.modules(adapter):
+        method = method_of(spec, tree.projection(path))
         site = method.site(len(leaves["lora_A"]))
         by_layer = zip(_names(path, leaves), site.ranks, site.scales, strict=True)
         for layer, (name, rank, scale) in enumerate(by_layer):

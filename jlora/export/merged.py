@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters import hf_names, lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import hf_names, tree
 from jlora.adapters.methods import TABLE, method_of
 from jlora.adapters.methods.method import Values
-from jlora.adapters.spec import TABLES, LoraConfig
+from jlora.adapters.spec import TABLES, AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
 from jlora.models import hf_loader
@@ -26,7 +26,7 @@ from jlora.models.safetensors_files import DTYPES, INDEX, write_weights
 LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 
 
-def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, template: str) -> None:
+def write_merged(base: Path, adapter: Adapter, spec: AdapterSpec, target: Path, template: str) -> None:
     """Writes W + scale B A for every adapted weight, and copies every other tensor byte by byte.
 
     Args:
@@ -64,11 +64,11 @@ def write_merged(base: Path, adapter: Adapter, spec: LoraConfig, target: Path, t
 
 
 def _changes(
-    adapter: Adapter, spec: LoraConfig, *, tied: bool
+    adapter: Adapter, spec: AdapterSpec, *, tied: bool
 ) -> Iterator[tuple[str, Callable[[jax.Array], jax.Array]]]:
     """Yields the name of each tensor that the adapter changes, and the function that changes it."""
-    for path, leaves in lora.modules(adapter):
-        if not (name := lora.projection(path)):
+    for path, leaves in tree.modules(adapter):
+        if not (name := tree.projection(path)):
             for table in TABLES if tied else path:
                 yield hf_names.NAMES[table, "weight"], partial(_replaced, leaves[TABLE.name])
             continue

@@ -8,8 +8,8 @@ supports DoRA, IA3 or trained embedding tables.
 import dataclasses
 
 from jlora.adapters import portable
-from jlora.adapters.lora import Adapter
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.errors import UserError
 
 
@@ -33,7 +33,7 @@ LOADERS = {
 MERGE = "Merge it into the base model instead, with --merged."
 
 
-def form_for(name: str, adapter: Adapter, spec: LoraConfig, max_rank: int) -> tuple[Adapter, LoraConfig]:
+def form_for(name: str, adapter: Adapter, spec: AdapterSpec, max_rank: int) -> tuple[Adapter, AdapterSpec]:
     """Returns the adapter and its spec in a form that a server loads correctly: unchanged, or as plain LoRA.
 
     Args:

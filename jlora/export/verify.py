@@ -14,10 +14,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import jlora
-from jlora.adapters.lora import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import NOTHING, LoraConfig
+from jlora.adapters.spec import NOTHING, AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.common.errors import VerificationError
 from jlora.common.plural import plural
 from jlora.data.conversation import ReadOptions
@@ -49,7 +49,7 @@ class Parity:
     sentence: str
 
 
-def verify(record: dict[str, Any], adapter: Adapter, spec: LoraConfig, exported: Path) -> Parity:
+def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported: Path) -> Parity:
     """Compares PEFT on `exported` with jlora on the trained adapter: logits of all prompt tokens, and greedy answers.
 
     If PyTorch or PEFT is not installed, jlora reads `exported` itself: a weaker check, which the report mentions.
@@ -145,7 +145,7 @@ def _peft(
 
 
 def _jlora(
-    adapter: Adapter, spec: LoraConfig, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
+    adapter: Adapter, spec: AdapterSpec, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract(read_config(directory), spec, compute)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jlora.adapters.hf_names import tensor_names
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 from jlora.distributed.sharding import shardings
 from jlora.models.compute import Compute
@@ -27,7 +27,7 @@ from jlora.models.safetensors_files import DTYPES, Weights
 
 def abstract(
     config: LlamaConfig,
-    spec: LoraConfig,
+    spec: AdapterSpec,
     compute: Compute,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
     """Returns the model as shapes: its structure, the adapter's tree and the base model's tree, for `nnx.merge`.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.adapters.methods import method_of
 from jlora.adapters.methods.method import FROZEN, Frozen
 from jlora.adapters.neftune import noise
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.distributed.sharding import split_rows, whole_rows
 from jlora.models.attention import attention
 from jlora.models.compute import REMAT_POLICIES, UNKNOWN, Compute
@@ -83,7 +83,7 @@ class Projection(nnx.Module):
     """
 
     def __init__(
-        self, name: str, inputs: int, outputs: int, spec: LoraConfig, compute: Compute, *, bias: bool, layers: int
+        self, name: str, inputs: int, outputs: int, spec: AdapterSpec, compute: Compute, *, bias: bool, layers: int
     ) -> None:
         self.weight = nnx.Param(zeros(compute.quantize, outputs, inputs, compute.param_dtype))
         self.biased = bias
@@ -125,7 +125,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
         self.compute = compute
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -180,7 +180,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
         D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
         self.gate_proj = Projection("mlp.gate_proj", D, F, spec, compute, bias=bias, layers=L)
         self.up_proj = Projection("mlp.up_proj", D, F, spec, compute, bias=bias, layers=L)
@@ -196,7 +196,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
         self.self_attn = Attention(config, spec, compute)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
@@ -240,7 +240,7 @@ class Llama(nnx.Module):
       compute: dtypes and other choices that do not change the model.
     """
 
-    def __init__(self, config: LlamaConfig, spec: LoraConfig, compute: Compute) -> None:
+    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters import lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import tree
+from jlora.adapters.tree import Adapter
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import encode_prompt, end_tokens
 from jlora.models.families import read_config
@@ -62,7 +62,7 @@ class Generator:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter of the same shapes that has no effect: with it, the base model answers."""
-        return jax.jit(lora.neutral)(adapter, self.base)
+        return jax.jit(tree.neutral)(adapter, self.base)
 
     def generate_tokens(
         self,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jlora.adapters import lora, mixing
+from jlora.adapters import mixing, tree
 from jlora.adapters.mixing import AdapterSet
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
@@ -80,7 +80,7 @@ def load_model(
     template, found = common_template(directories), read_all(directories, directory)
     _, _, base_shapes = hf_loader.abstract(config, NOTHING, compute)
     frozen = hf_loader.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
-    forms = [(lora.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
+    forms = [(tree.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NOTHING
     if forms and not beyond_portable(spec):
         weights, spec = mixing.to_common_form(forms)

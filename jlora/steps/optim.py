@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from jlora.adapters.lora import Adapter
 from jlora.adapters.methods import rates_of
 from jlora.adapters.methods.method import FAST, FROZEN, TRAINS
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.tree import Adapter
 from jlora.config.schema import Config
 
 State = optax.OptState
@@ -35,7 +35,7 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
 
 
-def make_optimizer(config: Config, spec: LoraConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, spec: AdapterSpec, steps: int) -> optax.GradientTransformation:
     """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by global norm; the base is frozen.
 
     LoRA+ gives some arrays a higher learning rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354).

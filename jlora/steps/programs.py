@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from jlora.adapters import lora
-from jlora.adapters.lora import Adapter
+from jlora.adapters import tree
 from jlora.adapters.methods import AXES
+from jlora.adapters.tree import Adapter
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.distributed.sharding import place, places_of, row_ways, shardings
 from jlora.models.llama import Llama
@@ -109,7 +109,7 @@ class Programs:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
-        return jax.jit(lora.neutral, out_shardings=places_of(adapter))(adapter, self.base)
+        return jax.jit(tree.neutral, out_shardings=places_of(adapter))(adapter, self.base)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""

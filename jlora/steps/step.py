@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters.lora import Adapter
+from jlora.adapters.tree import Adapter
 from jlora.data.batches import Batch
 from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim

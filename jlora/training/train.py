@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from jlora.adapters import lora
+from jlora.adapters import tree
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import LoraConfig, spec_of
+from jlora.adapters.spec import AdapterSpec, spec_of
 from jlora.common import malloc
 from jlora.common.plural import plural
 from jlora.config.schema import Config
@@ -84,7 +84,7 @@ def train(config: Config) -> Iterator[TrainedRun]:
         yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
 
 
-def load(setup: RunSetup) -> tuple[Programs, lora.Adapter]:
+def load(setup: RunSetup) -> tuple[Programs, tree.Adapter]:
     """Returns the programs, with the base model loaded and the training step compiled, and the adapter of step 0.
 
     Raises:
@@ -116,14 +116,14 @@ def load(setup: RunSetup) -> tuple[Programs, lora.Adapter]:
     return programs, first_adapter(config, spec, shapes, base, tied=setup.model.tie_word_embeddings)
 
 
-def first_adapter(config: Config, spec: LoraConfig, shapes: lora.Adapter, base: Any, *, tied: bool) -> lora.Adapter:
+def first_adapter(config: Config, spec: AdapterSpec, shapes: tree.Adapter, base: Any, *, tied: bool) -> tree.Adapter:
     """Returns the adapter of step 0: `init_adapter`, or a fresh one that does not change the base model yet."""
     if not config.init_adapter:
-        return jax.jit(lambda base: lora.start(spec, shapes, base, jax.random.key(config.seed)))(base)
+        return jax.jit(lambda base: tree.start(spec, shapes, base, jax.random.key(config.seed)))(base)
     given = processes.broadcast_arrays_from_first(
         lambda: read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), shapes
     )
-    return jax.jit(lambda adapter, base: lora.complete(spec, adapter, base))(given, base)
+    return jax.jit(lambda adapter, base: tree.complete(spec, adapter, base))(given, base)
 
 
 def base_loss_file(setup: RunSetup) -> Path:

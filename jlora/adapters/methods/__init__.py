@@ -11,9 +11,9 @@ from jlora.adapters.methods.lora import Lora
 from jlora.adapters.methods.method import Leaf, Method
 from jlora.adapters.methods.pissa import Pissa
 from jlora.adapters.methods.rslora import RsLora
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
-# Each may build on those before it.
+# Each variant may build on those before it.
 METHODS: tuple[type[Method], ...] = (Lora, RsLora, Pissa, Dora, Ia3)
 
 # The trained copy of a token table, which `modules_to_save` asks for beside any LoRA; it belongs to no projection.
@@ -24,14 +24,14 @@ LEAVES = {TABLE.name: TABLE, **{leaf.name: leaf for method in METHODS for leaf i
 AXES = {name: leaf.axes for name, leaf in LEAVES.items()}
 
 
-def parts_of(spec: LoraConfig) -> tuple[type[Method], ...]:
+def parts_of(spec: AdapterSpec) -> tuple[type[Method], ...]:
     """The methods that a spec combines, in the registry's order."""
     mine = (method for method in METHODS if method.peft_type == spec.peft_type)
     return tuple(method for method in mine if getattr(spec, method.chosen_by[0]) == method.chosen_by[1])
 
 
-def kind_of(spec: LoraConfig) -> type[Method]:
-    """The method of a spec: the only one it chooses, or a class that inherits from all of them, the last first."""
+def kind_of(spec: AdapterSpec) -> type[Method]:
+    """The method of a spec: the one part it chooses, or a class that inherits from all of them, the last one first."""
     return _combined(parts_of(spec))
 
 
@@ -41,18 +41,18 @@ def _combined(parts: tuple[type[Method], ...]) -> type[Method]:
     return parts[0] if len(parts) == 1 else cast(type[Method], type(names, tuple(reversed(parts)), {}))
 
 
-def method_of(spec: LoraConfig, module: str) -> Method:
+def method_of(spec: AdapterSpec, module: str) -> Method:
     """The method at one projection, named as "self_attn.q_proj"."""
     return kind_of(spec)(spec, module)
 
 
-def rates_of(spec: LoraConfig) -> dict[str, str]:
+def rates_of(spec: AdapterSpec) -> dict[str, str]:
     """How each array of an adapter trains, by name: TRAINS, FAST or FROZEN."""
     return {leaf.name: leaf.rate for leaf in (TABLE, *kind_of(spec).leaves())}
 
 
-def follows_from_base(spec: LoraConfig) -> bool:
-    """Whether the adapter has arrays that no file has, and that `Method.complete` finds in the base's weights."""
+def follows_from_base(spec: AdapterSpec) -> bool:
+    """Whether `Method.complete` must compute arrays that PEFT's file lacks from the base's weights."""
     return not all(leaf.tensor for leaf in kind_of(spec).leaves())
 
 
@@ -62,5 +62,5 @@ def core_of(peft_type: str) -> type[Method]:
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The values of a config key that choose a method."""
+    """The values of a config key that each choose a method."""
     return tuple(str(value) for name, value in (method.chosen_by for method in METHODS) if name == key)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.lora import Lora, added, delta, dropout
 from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Scale, Values, Weight
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 
 def norms(values: Values, weight: Weight) -> Float[Array, "L o"]:
@@ -50,5 +50,5 @@ class Dora(Lora):
         return (super().merge(weight.astype(jnp.float32), leaves, scale) * factor).astype(weight.dtype)
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         return {**super().peft_fields(spec, tied=tied), "use_dora": True}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.method import Frozen, Leaf, Leaves, Method, Scale, Values, Weight
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 
 def one(values: Values, weight: Weight) -> Array:
@@ -15,7 +15,7 @@ def one(values: Values, weight: Weight) -> Array:
 
 
 class Ia3(Method):
-    """Factors of what a projection puts out, its bias included; of what it takes in where it is a feed-forward one."""
+    """Scales the output of a projection, bias included, or the input of those in `feedforward_modules`."""
 
     chosen_by = ("peft_type", "IA3")
     peft_type, title, portable = "IA3", "IA3", False
@@ -56,7 +56,7 @@ class Ia3(Method):
         return values[None] if self.scales_input else values[:, None]
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         targets = {target.split(".")[-1] for target in spec.target_modules}
         return {"feedforward_modules": [name for name in spec.feedforward_modules if name in targets]}
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Method, Scale, Values, Weight
-from jlora.adapters.spec import TABLES, LoraConfig
+from jlora.adapters.spec import TABLES, AdapterSpec
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -39,7 +39,7 @@ class Lora(Method):
 
     @staticmethod
     def divisor(rank: int) -> float:
-        """What alpha is divided by; for twice a rank it is `divisor(2)` times as large."""
+        """The divisor of alpha; divisor(2 * rank) is divisor(2) * divisor(rank)."""
         return float(rank)
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -72,7 +72,7 @@ class Lora(Method):
         return {**super().to_peft(leaves, rank), ".lora_A.weight": a, ".lora_B.weight": b}
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         saved = bool(spec.modules_to_save)
         return {
             "r": spec.rank,

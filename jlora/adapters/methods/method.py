@@ -1,4 +1,4 @@
-"""The parts of an adapter method: the arrays it adds to a projection, and everything that is done with them.
+"""The base class of adapter methods: the arrays a method adds to a projection, and everything done with them.
 
 A new variant is one file beside this one, and one line in the registry (`methods/__init__.py`).
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 Values = jax.Array | np.ndarray  # the latter of the host
 Leaves = dict[str, Values]  # the arrays of one module by name: of one layer, or stacked over L
@@ -69,8 +69,8 @@ class Leaf:
     axes: str
     tensor: str = ""  # the end of its name in PEFT's file; "" where the file does not have it
     rate: str = TRAINS  # or FAST, or FROZEN
-    # The value with which the adapter changes nothing, from the array itself and the base's weight, both stacked;
-    # or, for an array that changes nothing by itself, the value that training starts from.
+    # `neutral` gives the value that turns the adapter off, from the array and the base's weight, both stacked over L.
+    # Arrays that change nothing by themselves have `draw` instead, which gives the value that training starts from.
     neutral: Callable[[Values, Weight], Array] = zero
     draw: Callable[[PRNGKeyArray, tuple[int, ...], Any], Array] | None = None  # key, shape, dtype
 
@@ -83,18 +83,18 @@ class Leaf:
 class Method:
     """How one projection is adapted.
 
-    Methods combine by inheritance: a variant of LoRA overrides what it changes and calls `super()` for the rest, and a
-    spec that asks for several gets a class that inherits from all of them.
+    Methods combine by inheritance: a variant of LoRA overrides the parts it changes and calls `super()` for the rest.
+    A spec that asks for several variants gets a class that inherits from all of them.
     """
 
-    spec: LoraConfig
+    spec: AdapterSpec
     module: str  # as "self_attn.q_proj"
 
-    # What chooses it: a key of the config, which is also a field of the spec and of adapter_config.json, and its value.
+    # The key and value that choose the method, in the config, in the spec and in adapter_config.json.
     chosen_by: ClassVar[tuple[str, str | bool]]
     peft_type: ClassVar[str]
     title: ClassVar[str]  # as a user knows it
-    portable: ClassVar[bool] = True  # is it B A, so that the portable form can say it?
+    portable: ClassVar[bool] = True  # whether its change is a product B A, which the portable form can express
     reads: ClassVar[tuple[str, ...]] = ()  # the fields of adapter_config.json that `read_fields` understands
     required: ClassVar[tuple[str, ...]] = ()  # those of them that must be there
     unused: ClassVar[tuple[str, ...]] = ()  # the keys of the config that have no effect with it
@@ -105,11 +105,11 @@ class Method:
         raise NotImplementedError
 
     def scale(self, rank: int, alpha: float) -> float:
-        """What the adapter's change of a layer is multiplied with; never 0, which means that a layer has no adapter."""
+        """The factor of the adapter's change in one layer; never 0, because 0 marks a layer without an adapter."""
         return 1.0
 
     def site(self, layers: int) -> Site:
-        """Ranks and scales in a model of so many layers."""
+        """The ranks and scales in a model with this many layers."""
         ranks, alphas = self.spec.ranks(self.module, layers), self.spec.alphas(self.module, layers)
         scales = (self.scale(rank, alpha) if rank else 0.0 for rank, alpha in zip(ranks, alphas, strict=True))
         return Site(ranks, tuple(scales))
@@ -126,7 +126,7 @@ class Method:
         return self.complete(leaves, weight)
 
     def complete(self, leaves: Leaves, weight: Weight) -> Leaves:
-        """The values with those that no file has, and that follow from the base's weight."""
+        """The values, with the arrays that PEFT's file lacks computed from the base's weight."""
         return leaves
 
     # Values of one layer.
@@ -152,13 +152,13 @@ class Method:
         return bias
 
     def pair(self, leaves: Leaves, rank: int | None = None) -> tuple[Values, Values]:
-        """A and B, cut to `rank`, whose product by the scale is what a portable method adds to the weight."""
+        """A and B, cut to `rank`, such that a portable method adds scale * B A to the weight."""
         raise NotImplementedError
 
     # PEFT's files.
 
     def to_peft(self, leaves: Leaves, rank: int) -> Leaves:
-        """PEFT's tensors of one layer, by the ends of their names."""
+        """One layer's tensors in PEFT's file, by the ends of their names."""
         files = (leaf for leaf in self.leaves() if leaf.tensor)
         return {leaf.tensor: self.in_file(leaf.cut(leaves[leaf.name], rank)) for leaf in files}
 
@@ -167,8 +167,8 @@ class Method:
         return values
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
-        """Its fields of adapter_config.json, beside those that all adapters have."""
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
+        """The method's own fields of adapter_config.json."""
         raise NotImplementedError
 
     @classmethod

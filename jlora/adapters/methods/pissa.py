@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.adapters.methods.lora import Lora, delta
 from jlora.adapters.methods.method import FROZEN, Frozen, Leaf, Leaves, Scale, Values, Weight
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Pissa(Lora):
         return {**started, "lora_A": jnp.copy(started["pissa_A"]), "lora_B": jnp.copy(started["pissa_B"])}
 
     def complete(self, leaves: Leaves, weight: Weight) -> Leaves:
-        """The frozen pair is found anew from the base: the `rank` largest singular components of each layer."""
+        """Computes the frozen pair from the base: the `rank` largest singular components of each layer."""
         layers, size, _ = leaves["pissa_A"].shape
         site = self.site(layers)
         if size > (most := min(weight.shape[1:])):
@@ -49,8 +49,8 @@ class Pissa(Lora):
         return jnp.concatenate([a, frozen_a]), jnp.concatenate([b, -frozen_b], axis=1)
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
-        """Those of twice the rank, with alpha such that the scale stays."""
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
+        """The fields for twice the rank, with alpha such that the scale is the same."""
         fields, stronger = super().peft_fields(spec, tied=tied), cls.divisor(2)
         return {
             **fields,

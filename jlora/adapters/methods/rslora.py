@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from jlora.adapters.methods.lora import Lora
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 
 class RsLora(Lora):
@@ -17,5 +17,5 @@ class RsLora(Lora):
         return math.sqrt(rank)
 
     @classmethod
-    def peft_fields(cls, spec: LoraConfig, *, tied: bool) -> dict[str, Any]:
+    def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
         return {**super().peft_fields(spec, tied=tied), "use_rslora": True}

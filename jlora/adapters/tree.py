@@ -1,4 +1,4 @@
-"""An adapter as a tree of arrays: its modules, what it starts with, and the one of its form that does nothing.
+"""An adapter as a tree of arrays: its modules, its initial values, and its neutral values, which change nothing.
 
 Each module has the arrays that its method gives it (`methods/`), stacked over layers.
 """
@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jlora.adapters.methods import LEAVES, method_of
 from jlora.adapters.methods.method import Leaves, Method, Values, Weight
-from jlora.adapters.spec import LoraConfig
+from jlora.adapters.spec import AdapterSpec
 
 Adapter = dict[str, Any]  # nested: {"layers": {"self_attn": {"q_proj": {"lora_A": [L, r, in], "lora_B": [L, out, r]}}}}
 
@@ -26,7 +26,7 @@ def modules(adapter: Adapter, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         yield from modules(node, (*path, key))
 
 
-def tree(found: dict[tuple[str, ...], Leaves]) -> Adapter:
+def build(found: dict[tuple[str, ...], Leaves]) -> Adapter:
     """The other way: modules by path as an adapter."""
     made: Adapter = {}
     for (*parents, name), leaves in found.items():
@@ -43,7 +43,7 @@ def projection(path: tuple[str, ...]) -> str:
 
 
 def init(shapes: Adapter, key: PRNGKeyArray) -> Adapter:
-    """First values: drawn, as A is, or zero, as B is, so that it does nothing.
+    """First values: drawn, as A is, or zero, as B is.
 
     Args:
       shapes: the adapter's tree of shapes and dtypes.
@@ -60,7 +60,7 @@ def init(shapes: Adapter, key: PRNGKeyArray) -> Adapter:
     return jax.tree.unflatten(structure, values)
 
 
-def start(spec: LoraConfig, shapes: Adapter, base: Any, key: PRNGKeyArray) -> Adapter:
+def start(spec: AdapterSpec, shapes: Adapter, base: Any, key: PRNGKeyArray) -> Adapter:
     """The adapter that training begins with: it does nothing, whatever its method.
 
     Args:
@@ -72,30 +72,30 @@ def start(spec: LoraConfig, shapes: Adapter, base: Any, key: PRNGKeyArray) -> Ad
 
 
 def neutral(adapter: Adapter, base: Any) -> Adapter:
-    """An adapter of the same form that does nothing, as every leaf's `neutral` has it; drawn ones stay as they are."""
+    """An adapter of the same form that changes nothing: each array has its `neutral` value; drawn arrays are kept."""
 
     def value(path: tuple[str, ...], name: str, values: Values) -> Values:
         return values if LEAVES[name].draw else LEAVES[name].neutral(values, _weight(base, path))
 
-    return tree(
+    return build(
         {path: {name: value(path, name, leaf) for name, leaf in leaves.items()} for path, leaves in modules(adapter)}
     )
 
 
-def complete(spec: LoraConfig, adapter: Adapter, base: Any) -> Adapter:
-    """The adapter with the arrays that no file has, found from the base, as PiSSA's frozen pair."""
+def complete(spec: AdapterSpec, adapter: Adapter, base: Any) -> Adapter:
+    """The adapter with the arrays that PEFT's file lacks, such as PiSSA's frozen pair, computed from the base."""
     return _by_method(spec, adapter, base, lambda method, leaves, weight: method.complete(leaves, weight))
 
 
 def _by_method(
-    spec: LoraConfig, adapter: Adapter, base: Any, change: Callable[[Method, Leaves, Weight], Leaves]
+    spec: AdapterSpec, adapter: Adapter, base: Any, change: Callable[[Method, Leaves, Weight], Leaves]
 ) -> Adapter:
     """The adapter with the leaves of every projection changed; those of token tables stay as they are."""
     made = dict(modules(adapter))
     for path, leaves in made.items():
         if name := projection(path):
             made[path] = change(method_of(spec, name), leaves, _weight(base, path))
-    return tree(made)
+    return build(made)
 
 
 def _weight(base: Any, path: tuple[str, ...]) -> Weight:
