@@ -16,7 +16,7 @@ from jlora.export.servers import LOADERS
 
 def main(argv: list[str]) -> None:
     """Runs `jlora export`."""
-    parser = argparse.ArgumentParser(prog="python -m jlora.export", description="Export a run's adapter.")
+    parser = argparse.ArgumentParser(prog="jlora export", description="Export a run's adapter.")
     parser.add_argument("--run", type=Path, help="the output_dir of a run")
     parser.add_argument("--step", default="best", help="a step, best (default) or latest")
     parser.add_argument(

@@ -31,7 +31,7 @@ def adapters_by_name(entries: list[str]) -> dict[str, Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jlora.generate", description="Answer a prompt, or chat.")
+    parser = argparse.ArgumentParser(prog="jlora generate", description="Answer a prompt, or chat.")
     parser.add_argument(
         "--base", help="a model directory, a hub id, or pypi:NAME==VERSION; default: the first adapter's base model"
     )

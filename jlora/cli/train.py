@@ -22,7 +22,7 @@ from jlora.training.checkpoint import read_record
 
 def main(argv: list[str]) -> None:
     """Runs `jlora train`."""
-    parser = config_parser("jlora.train", "Train a LoRA adapter and export it as a PEFT directory.")
+    parser = config_parser("train", "Train a LoRA adapter and export it as a PEFT directory.")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     result = finetune(config)
