@@ -136,7 +136,7 @@ def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, t
     monkeypatch.setattr(
         "jlora.planning.targets.memory_limit", lambda devices: 1 << 20
     )  # less than an eighth of the base
-    config = files.load_config(str(config_file(batch_size=8, target_modules="all-linear")), [])
+    config = files.load_config(str(config_file(batch_size=8, target_modules="all-linear", num_processes=1)), [])
     with pytest.raises(
         UserError, match=r"needs 0\.\d+ GiB on each device, but only 0.00 GiB is available\. None of the batch_size"
     ):

@@ -10,9 +10,7 @@ from jlora.export.combined import combine_directories
 
 def main(argv: list[str]) -> None:
     """Runs `jlora combine`."""
-    parser = argparse.ArgumentParser(
-        prog="jlora combine", description="Combine adapters into one, as a weighted sum."
-    )
+    parser = argparse.ArgumentParser(prog="jlora combine", description="Combine adapters into one, as a weighted sum.")
     parser.add_argument(
         "--adapters",
         nargs="+",
