@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.data.conversation import ReaderNotes, ReadOptions
+from jlora.data.conversation import ReaderNotes, ReadOptions, join_limited
 from jlora.data.readers.column_mapping import NAMES, map_columns
 from jlora.data.readers.encoding import numbered_lines
 
@@ -95,7 +95,8 @@ def _header(
         if len(names) == 2 and not (label and max(map(len, names)) < sum(lengths) / len(lengths)):
             return None
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{file}: Two columns are named {twice[0]!r}. Rename one of them.")
+        columns = join_limited(names, 20)
+        raise UserError(f"{file}: Two columns are named {twice[0]!r}. Rename one of them. Columns: {columns}.")
     try:
         map_columns(names, options)
     except UserError as error:

@@ -102,7 +102,7 @@ def data_files(path: str, key: str) -> list[Path]:
     for file in files:
         try:
             if not stat.S_ISREG(file.stat().st_mode):
-                raise UserError(f"{file} is not a regular file. Remove it.")
+                raise UserError(f"{file} is not a regular file (a pipe or a device?). Remove it.")
         except OSError as error:
             raise UserError(f"{file} is a broken symbolic link ({error.strerror}). Remove or fix it.") from None
     if not files:
