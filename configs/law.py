@@ -1,4 +1,4 @@
-"""Labour law in English on the default 135M-parameter model. The default example: nothing needs to be prepared.
+"""Chinese labour law, in English, on the default 135M-parameter base model. It needs no preparation.
 
     jlora train --config configs/law.py
 

@@ -1,10 +1,10 @@
-"""Labour law in Chinese on LLaMA-2-7B-chat.
+"""Chinese labour law, in Chinese, on LLaMA-2-7B-chat.
 
     jlora train --config configs/law_zh.py
 
 It needs the base model in ./models/llama-2-7b-chat-hf, and a GPU or TPU with enough memory for 13.5 GB of bfloat16
-weights and 4 x 512 tokens. It takes 750 steps, whose time on such a device is not measured yet. The answers start
-like those in the data: 依据《劳动合同法》第N条，…
+weights and a batch of up to 4 x 512 tokens. It trains for 750 steps; the time has not been measured yet. Answers in
+the data start with 依据《劳动合同法》第N条，…
 """
 
 from ml_collections import ConfigDict

@@ -70,9 +70,11 @@ def plan(shape: str, target: str, tokens: int, settings: dict[str, object]) -> s
 def table() -> None:
     """Writes plan.md, with one line for each planned row."""
     lines = [
-        f"# Large base models, planned by the compiler ({ADAPTER}; made by scripts/plan_table.py)",
+        "# Memory and minimum step time of large base models",
         "",
-        "| row | target | memory per device | sent per step and device | minimum step time |",
+        f"Computed by the TPU compiler for {ADAPTER}. Written by scripts/plan_table.py.",
+        "",
+        "| run | target | memory per device | sent per step and device | minimum step time |",
         "|---|---|---|---|---|",
     ]
     for name, (shape, target, tokens, settings) in ROWS.items():
@@ -82,7 +84,7 @@ def table() -> None:
             listed = ", ".join(f"{key}={value}" for key, value in settings.items())
             needs, sent, least = (
                 match[1] if (match := re.search(pattern, text)) else "-"
-                for pattern in (r": (\S+(?: of \S+)? GiB) on each", r"; (.* MB sent|nothing sent)", r"at least (\S+ s)")
+                for pattern in (r": (\S+(?: of \S+)? GiB) on each", r"; (.* MB sent|nothing sent)", r"t least (\S+ s)")
             )
             lines.append(f"| {shape}, {tokens} tokens, {listed} | {target} | {needs} | {sent} | {least} |")
     (RESULTS / "plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
