@@ -243,7 +243,7 @@ def test_chat_in_the_terminal(small, places, tmp_path):
     )
     assert start == "Active adapter: law. Type /help for commands."
     assert hi and again and hi != again and not re.search("[a-z]", hi + again)
-    assert re.match(r"law +\| base\n-+ \| -+\n", compare) and not re.search("[a-z]", compare.split("\n", 1)[1])
+    assert re.match(r"law +\| base\n-+\+-+\n", compare) and not re.search("[a-z]", compare.split("\n", 1)[1])
     assert compare.split("\n")[2].split(" | ")[0].strip().startswith(hi[:5].strip())
     assert style == "Active adapter: style" and listed == "Available adapters: law, style. Active adapter: style"
     assert mixed == "Active adapter: law=0.5 style=-1" and off == "No active adapter: the base model answers"
