@@ -177,7 +177,7 @@ def test_an_adapter_from_peft_is_checked_by_its_shapes(base, smollm, tmp_path, c
     assert said.count("unknown, because the adapter's file has no hash of it") == 3 and "shapes: compatible" in said
     with pytest.raises(UserError, match=r"belongs to another base.* has shape"):
         main(["--check", str(tmp_path / "peft"), "--base", str(smollm)])
-    with pytest.raises(UserError, match=r"expected a directory with adapter_config.json"):
+    with pytest.raises(UserError, match=r"Expected a directory with adapter_config.json"):
         main(["--check", str(tmp_path), "--base", str(base)])
     with pytest.raises(SystemExit):
         main(["--check", str(tmp_path)])

@@ -197,7 +197,7 @@ def test_a_sum_of_one_is_that_adapter(small, places):
 
 @pytest.mark.slow
 def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
-    with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
+    with pytest.raises(UserError, match=r"Adapter dora uses DoRA \(use_dora\), which is not a low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
     generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it works
     got = np.asarray(generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]]))[0]
@@ -205,9 +205,9 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     with pytest.raises(UserError, match="adapter dora has DoRA"):
         adapters.select(["dora=0.5"])
     for words, message in [
-        (["lore"], "there is no adapter 'lore'; there are: dora"),
-        (["dora=much"], "dora=much: expected NAME, or NAME=WEIGHT with a number"),
-        (["dora=nan"], "dora=nan: expected NAME, or NAME=WEIGHT"),
+        (["lore"], "Unknown adapter 'lore'. Available adapters: dora."),
+        (["dora=much"], "dora=much: Expected NAME, or NAME=WEIGHT with a number"),
+        (["dora=nan"], "dora=nan: Expected NAME, or NAME=WEIGHT"),
     ]:
         with pytest.raises(UserError, match=message):
             adapters.select(words)
@@ -248,7 +248,7 @@ def test_chat_in_the_terminal(small, places, tmp_path):
     assert style == "Active adapter: style" and listed == "Available adapters: law, style. Active adapter: style"
     assert mixed == "Active adapter: law=0.5 style=-1" and off == "No active adapter: the base model answers"
     assert "The base model is active." in refused
-    assert nobody == "error: there is no adapter 'nobody'; there are: law, style"
+    assert nobody == "error: Unknown adapter 'nobody'. Available adapters: law, style."
     assert frob == "error: Unknown command /frob. Type /help for commands."
     assert new == "Started a new conversation" and asked.startswith("error: There is no question to compare yet.")
     assert "/adapter NAME" in help_text and "Ctrl-D" in help_text
