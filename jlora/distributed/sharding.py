@@ -44,11 +44,11 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(devices: list[Any] | None = None, sizes: Mapping[str, int] | None = None) -> Mesh:
-    """Returns a mesh with the axes above; `tensor` is innermost, so it spans neighbouring devices.
+    """Returns a mesh with the axes above; `tensor` is innermost, so it spans neighboring devices.
 
     Args:
       devices: the devices to use; None: all devices of all processes.
-      sizes: the number of devices along each axis; -1 takes all that are left. Missing axes get 1, `data` gets -1.
+      sizes: the number of devices along each axis; -1 takes all that remain. Defaults: -1 for `data`, 1 for the others.
 
     Raises:
       UserError: the product of the sizes is not the number of devices.

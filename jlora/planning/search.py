@@ -1,4 +1,4 @@
-"""Search for the fastest settings that fit in memory, with the same optimizer steps."""
+"""Searches for the fastest settings that fit in memory, with the same optimizer steps."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) 
 
 
 def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:
-    """Raises UserError if a step would run out of memory; the message contains settings that fit."""
+    """Raises a UserError if a step would run out of memory; the message contains settings that fit."""
     if not current.fits(target.limit):
         shortfall = describe_shortfall(current, target)
         log(f"{shortfall} Searching for settings that fit")
@@ -51,7 +51,7 @@ def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable
 
 
 def describe_shortfall(current: Forecast, target: Target) -> str:
-    """Returns a sentence that says how much memory a job needs and how much there is."""
+    """Returns a sentence that compares the memory that a job needs with the memory of the device."""
     available = (
         "which is more than its memory"
         if target.limit is None

@@ -1,4 +1,4 @@
-"""Targets to plan for: the devices of this machine, or a TPU slice or GPUs that it need not have."""
+"""Targets to plan for: the devices of this machine, or a TPU slice or GPUs that it may not have."""
 
 import os
 import re

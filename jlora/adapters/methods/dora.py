@@ -1,4 +1,4 @@
-"""DoRA: trains the magnitude and the direction of each output's weights separately (Liu et al. 2024, arXiv:2402.09353)."""
+"""DoRA: trains magnitude and direction of each output's weights separately (Liu et al. 2024, arXiv:2402.09353)."""
 
 from typing import Any
 

@@ -35,8 +35,8 @@ class Pissa(Lora):
         if size > (most := min(weight.shape[1:])):
             name = self.module.split(".")[-1]
             raise UserError(
-                f"init_lora_weights=pissa: Found rank {size} for {name}, which has only {most} singular components. Set "
-                f"its rank to {most} or less."
+                f"init_lora_weights=pissa: Found rank {size} for {name}, which has {most} singular components. Set a "
+                f"rank of at most {most}."
             )
         a, b = principal(weight, jnp.array(site.ranks), jnp.array(site.scales, jnp.float32), size)
         return {**super().complete(leaves, weight), "pissa_A": a, "pissa_B": b}
