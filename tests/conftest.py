@@ -208,7 +208,7 @@ def run_program(name: str, *arguments, devices: int = 1) -> subprocess.Completed
 
 
 def run_module(name: str, *arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:
-    """Runs `python -m NAME ARGUMENTS` as a user would, with so many fake CPU devices."""
+    """Runs `python -m NAME ARGUMENTS` as a user would, with this many fake CPU devices."""
     return subprocess.run(command(name, *arguments), **process_options(devices), capture_output=True, **options)
 
 
@@ -235,7 +235,7 @@ def process_options(devices: int) -> dict:
 
 
 def wait_for(condition, *processes, seconds=240) -> None:
-    """Until it holds; not longer than a process lives, nor than so many seconds."""
+    """Waits until a condition holds, but only while a process lives, and for this many seconds at most."""
     until = time.monotonic() + seconds
     while not condition():
         assert all(p.poll() is None for p in processes), [p.communicate() for p in processes if p.poll() is not None]

@@ -48,6 +48,16 @@ STIFF = [
     r"\bas \w+ has it\b|\bwhat (it|they) likes?\b",
     r"\b(is|are) to (be changed|change|stay|start|run)\b",
     r"\bas DESIGN says\b|\bthe seed's\b|\bthe user fixed\b",
+    r"\bthe base's\b|\bthe base at hand\b",  # the base model
+    r"\b(the latter|the former|so many \w+|with the way out|the other way:|as it stands)\b",
+    r"\b(broke|breaks) down\b|\bbeside others\b|\btakes? (\w+ ){1,2}away\b",
+    r"\bwhole or not at all\b|\bcompiles nothing\b|\bnothing behind\b|\bleft zero\b",
+    r"\b(misshapen|surplus)\b",
+    r"\bwhat was \w+ stays\b|\bthat there (is|are)\b[,.;]",
+    r"\b(is|are) (that|those) of (old|them)\b|\bits own of\b",
+    r"\bwhich is no \w+|\bthat is no \w+|\bso no \w+ of\b",  # "a directory that is no adapter"
+    r"\b(colours?|coloured|neighbours?|neighbouring|behaviours?|labour|dialled)\b",  # American spelling
+    r"\b(de)?(quanti|recogni|initiali|stabili|normali|optimi|organi|seriali|summari)s(e[sd]?|ing|ation)\b(?!\.py)",
 ]
 
 
@@ -168,6 +178,19 @@ def test_readme_is_short_and_has_the_test_command():
 @pytest.mark.parametrize("name", PAGES)
 def test_documents_are_in_plain_english(name):
     assert not stiff(re.sub(r"`[^`\n]+`", "", PROSE[name]))
+
+
+def test_docstrings_of_functions_start_with_a_verb():
+    """In the third person, such as "Returns"; a property is a noun, as an attribute is."""
+    wrong = []
+    for file in sorted((ROOT / "jlora").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not (text := ast.get_docstring(node)):
+                continue
+            is_property = any(isinstance(name, ast.Name) and name.id == "property" for name in node.decorator_list)
+            if bool(re.match(r"[A-Z][a-z]+s\b", text)) == is_property and not (is_property and text[:5] == "Bytes"):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_messages_and_docstrings_are_in_plain_english():

@@ -115,7 +115,7 @@ class Case:
         return [np.einsum("BTi,oi->BTo", inputs(m), part.weight) + np.asarray(part.bias) for m, part in parts]
 
     def frozen(self, method, layer):
-        """One layer of the base's projection."""
+        """One layer of a projection of the base model."""
         part = self.base["layers"]
         for key in method.module.split("."):
             part = part[key]

@@ -51,7 +51,7 @@ def test_user_errors_are_one_message(config_file, tmp_path, changes, message):
         ),
         (
             lambda d: (d / "model.safetensors").unlink(),
-            "expected model.safetensors or model.safetensors.index.json, found neither",
+            "Expected model.safetensors or model.safetensors.index.json, found neither",
         ),
         (lambda d: (d / "model.safetensors").write_bytes(b"12345678abc"), "cannot be read as safetensors"),
         (lambda d: change(d, num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing"),

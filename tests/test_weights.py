@@ -133,7 +133,7 @@ BROKEN = {
         rf"NaN or infinity in float32 \(1 tensor\):\n  {Q1}$",
     ),
     "pickled": (pickled, r"only pickled weights \(pytorch_model.bin\), which can run code.*save_pretrained"),
-    "unnamed": (lambda d: (d / INDEX).unlink(), r"expected model.safetensors or .*index.json, found model-00001-"),
+    "unnamed": (lambda d: (d / INDEX).unlink(), r"Expected model.safetensors or .*index.json, found model-00001-"),
 }
 
 

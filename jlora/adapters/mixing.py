@@ -1,4 +1,4 @@
-"""Pure functions of several adapters of one base model: convert them to a common form, or add them up."""
+"""Pure functions that convert several adapters of one base model to a common form, or add them up."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ def check_mixable(name: str, spec: AdapterSpec) -> None:
 
 
 def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], AdapterSpec]:
-    """Converts adapters to one form: scale 1, the largest rank, and all modules that any of them adapts, zero-filled.
+    """Converts adapters to one form: scale 1, the largest rank, and the modules of all of them; zeros fill the rest.
 
-    One compiled program then runs them all, and each row of a batch may use a different one.
+    One compiled program can then run all of them, and each row of a batch may use a different one.
     """
     found, targets = _side_by_side(adapters)
     rank = max(leaves["lora_A"].shape[1] for modules in found for leaves in modules.values())

@@ -40,12 +40,12 @@ def split_by_mask(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
     ]
 
 
-def as_text(tokenizer: Any, example: Example, *, colour: bool) -> str:
-    """Returns an example for a terminal (with `colour`) or a file; control characters are shown as codes."""
+def as_text(tokenizer: Any, example: Example, *, color: bool) -> str:
+    """Returns an example for a terminal (with `color`) or a file; control characters are shown as codes."""
     parts = []
     for raw, trained in split_by_mask(tokenizer, example):
         text = escape_controls(raw)
-        if trained and colour:  # color each line on its own: terminals would color the space to its right as well
+        if trained and color:  # color each line on its own: terminals would color the space to its right as well
             text = "\n".join(f"{GREEN}{line}{RESET}" if line else "" for line in text.split("\n"))
         elif trained:
             text = f"{OPEN}{text}{CLOSE}"

@@ -91,7 +91,7 @@ def load_model(
 
 
 def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Form]:
-    """Reads PEFT directories, by name, for the base model in a directory; PiSSA's frozen pairs are left zero.
+    """Reads PEFT directories, by name, for the base model in a directory; PiSSA's frozen pairs stay zero.
 
     Raises:
       UserError: an adapter belongs to another base model, or one of several must be loaded alone.
