@@ -7,9 +7,11 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import io
 import re
 import shlex
 import sys
+import tokenize
 
 import pytest
 from conftest import ROOT
@@ -181,20 +183,20 @@ def test_documents_are_in_plain_english(name):
 
 
 def test_docstrings_of_functions_start_with_a_verb():
-    """In the third person, such as "Returns"; a property is a noun, as an attribute is."""
+    """In the third person, such as "Returns"; properties are exempt, because a noun describes an attribute."""
     wrong = []
     for file in sorted((ROOT / "jlora").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.FunctionDef) or not (text := ast.get_docstring(node)):
                 continue
-            is_property = any(isinstance(name, ast.Name) and name.id == "property" for name in node.decorator_list)
-            if bool(re.match(r"[A-Z][a-z]+s\b", text)) == is_property and not (is_property and text[:5] == "Bytes"):
+            is_property = any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list)
+            if not is_property and not re.match(r"[A-Z][a-z]+s\b", text):
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_messages_and_docstrings_are_in_plain_english():
-    """Every string of the code, docstrings and messages, with X for each value that is filled in."""
+def test_messages_docstrings_and_comments_are_in_plain_english():
+    """Every string of the code, with X for each value that is filled in, and every comment."""
     wrong = []
     for file in sorted((ROOT / "jlora").rglob("*.py")):
         tree = ast.parse(file.read_text())
@@ -207,6 +209,9 @@ def test_messages_and_docstrings_are_in_plain_english():
             else:
                 continue
             wrong += [f"{file.relative_to(ROOT)}:{node.lineno}: {found}" for found in stiff(text)]
+        for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+            if token.type == tokenize.COMMENT:
+                wrong += [f"{file.relative_to(ROOT)}:{token.start[0]}: {found}" for found in stiff(token.string)]
     assert not wrong, "\n".join(wrong)
 
 

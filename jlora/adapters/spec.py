@@ -94,7 +94,7 @@ def _first(entries: tuple[tuple[str, T], ...], name: str, default: T) -> T:
 # An adapter that changes no module: the base model alone.
 NOTHING = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 
-# Field of the spec -> key of the config, where they have different names.
+# Field of the spec -> key of the config, if their names differ.
 KEYS = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 FIELDS = tuple(field.name for field in dataclasses.fields(AdapterSpec))
 

@@ -33,7 +33,7 @@ from jlora.data.conversation import Conversation
 from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
 from jlora.data.loss_mask import encode_conversations
 
-LAYOUT = 4  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters what is stored
+LAYOUT = 4  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters the stored data
 SPLIT = "rows"
 SIZES, PREFIX = "sizes.npy", "prefix.npy"
 ROWS_PER_BATCH = 500  # rows encoded at once

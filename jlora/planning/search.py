@@ -32,7 +32,7 @@ MAX_COMPILATIONS = 4  # a large model takes a minute per compilation
 
 def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) -> tuple[Forecast, Programs]:
     """Compiles the training step. With remat="auto", tries the fastest first until one fits; else returns the last."""
-    on_cpu = target.devices[0].platform == "cpu"  # on which "none" is no faster than "dots"
+    on_cpu = target.devices[0].platform == "cpu"  # there, "none" is not faster than "dots"
     for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
         attempt = job.with_remat(remat)
         programs, state = make_programs(attempt, steps)

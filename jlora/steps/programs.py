@@ -128,7 +128,7 @@ class Programs:
 
     @functools.cached_property
     def _key(self) -> PRNGKeyArray:
-        """Returns the key for everything random in training."""
+        """The key for everything random in training."""
         return jax.jit(lambda: jax.random.key(self._seed), out_shardings=self._everywhere)()
 
     def _program(
