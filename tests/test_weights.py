@@ -68,7 +68,7 @@ def change(directory, name, edit):
 
 
 def point(directory, name, file):
-    """Lets the index say that a tensor stands in another file."""
+    """Makes the index name another file for a tensor."""
     index = json.loads((directory / INDEX).read_text())
     index["weight_map"][name] = file
     (directory / INDEX).write_text(json.dumps(index))
