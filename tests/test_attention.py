@@ -103,10 +103,10 @@ def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "packing"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
 def test_kernel_sees_the_shared_prefix(kernel, packing):
-    """Also with a shorter prefix or fewer examples than the bounds allow, or none."""
+    """Also with a shorter prefix or fewer examples than the bounds allow, or without a prefix."""
     arrays, segments = inputs(150, 4, 2, 64, rows=2)
     segments = segments.at[0, :12].set(-1)
-    real = np.asarray(segments != 0)  # of no account is what padding sees
+    real = np.asarray(segments != 0)  # the outputs of padding are arbitrary
     arrays[3] = arrays[3] * real[..., None, None]
     got, want = run(kernel, arrays, segments, packing=Packing(*packing)), run("xla", arrays, segments)
     assert np.abs(got[0] - plain(*arrays[:3], segments, None))[real].max() < 1e-5
@@ -243,7 +243,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
 @pytest.mark.parametrize("prefix", [0, 12])
 @pytest.mark.parametrize("block", [512, 16])
 def test_attention_in_slots_equals_attention_in_the_row(monkeypatch, prefix, block, window):
-    """In rows whose prefix, example count or length differs from the bounds; one row has none."""
+    """In rows whose prefix, example count or length differs from the bounds; the last row has no examples."""
     arrays, _ = inputs(150, 4, 2, 64, rows=4)
     lengths = [(prefix, 40, 30, 44), (prefix // 2, 44, 1, 44, 44), (0, 20), (0,)]
     segments = np.zeros((4, 150), np.int32)
