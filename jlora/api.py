@@ -13,10 +13,10 @@ The programs call these functions, so results are the same:
     jlora export --run R --step N --for vllm     export_adapter(R, step=N, server="vllm")
     jlora export --run R --verify                verify_adapter(R)
 
-`answer` returns the complete answer, stripped; `jlora generate` prints the same text while it grows. Both are greedy by
-default, stop after 256 tokens by default, and sample the same text for the same seed. They differ in two ways. Without
-`adapter`, `answer` uses the base model alone, but `jlora generate` the first adapter. Only `jlora generate` applies
-output rules.
+`answer` returns the complete answer, stripped; `jlora generate` prints the same text in pieces. Both are greedy and
+stop after 256 tokens by default, and both sample the same text for the same seed. They differ in two ways: without
+`adapter`, `answer` uses the base model alone, but `jlora generate` uses the first adapter; and only `jlora generate`
+applies output rules.
 
 Errors: UserError says what to change in a config, file or argument (programs exit with code 2). VerificationError says
 that an exported adapter does not compute what was trained (programs exit with code 1).
@@ -102,7 +102,7 @@ def finetune(config: Config) -> Result:
       config: from `load_config`, or a `Config` of your own.
 
     Raises:
-      UserError: the config, the data or the base model must change; or training diverged. What was saved stays.
+      UserError: the config, the data or the base model must change; or training diverged. Saved checkpoints remain.
     """
     if problems := validate(config):
         raise UserError("\n  ".join(["The config is not valid:", *problems]))
@@ -121,7 +121,7 @@ def finetune(config: Config) -> Result:
 
 
 def _finish(trained: TrainedRun, step: int) -> Path:
-    """Reports the losses, shows answers to held-out questions, and exports the adapter of a step; returns its path."""
+    """Reports the losses, shows answers to held-out questions, exports the adapter of a step, and returns its path."""
     setup, progress, programs, adapter = trained.setup, trained.progress, trained.programs, trained.state.lora
     run = Path(setup.config.output_dir)
     if step != int(trained.state.step):

@@ -1,4 +1,4 @@
-"""What every test gets: 8 fake CPU devices, strict NumPy promotion, and tiny random models with real head sizes."""
+"""Setup for all tests: 8 fake CPU devices, strict NumPy promotion, and tiny random models with real head sizes."""
 
 import atexit
 import contextlib
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Trains:
-    """What has `state`, `programs` and `batches`, and trains with them."""
+    """Trains with the `state`, `programs` and `batches` of a subclass."""
 
     def losses(self, count):
         """Trains from the first batch on and returns the loss of each step."""
@@ -208,12 +208,12 @@ def run_program(name: str, *arguments, devices: int = 1) -> subprocess.Completed
 
 
 def run_module(name: str, *arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:
-    """Runs `python -m NAME ARGUMENTS` as a user would, with so many fake CPU devices."""
+    """Runs `python -m NAME ARGUMENTS` as a user would, with this many fake CPU devices."""
     return subprocess.run(command(name, *arguments), **process_options(devices), capture_output=True, **options)
 
 
 def start_module(name: str, *arguments, devices: int = 1) -> subprocess.Popen:
-    """Starts the same without waiting."""
+    """Starts the same program without waiting for it."""
     return subprocess.Popen(
         command(name, *arguments), **process_options(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -235,7 +235,7 @@ def process_options(devices: int) -> dict:
 
 
 def wait_for(condition, *processes, seconds=240) -> None:
-    """Until it holds; not longer than a process lives, nor than so many seconds."""
+    """Waits until a condition holds, but only while a process lives, and for this many seconds at most."""
     until = time.monotonic() + seconds
     while not condition():
         assert all(p.poll() is None for p in processes), [p.communicate() for p in processes if p.poll() is not None]
@@ -249,7 +249,7 @@ def logged(run: Path, step: int):
 
 
 def losses_of(run: Path) -> dict[int, float]:
-    """Step -> loss, as logged: in order, and none twice."""
+    """Step -> loss, as logged: in order, each step once."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert [step for step, _ in steps] == sorted({step for step, _ in steps}), "a step is logged twice"

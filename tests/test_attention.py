@@ -1,4 +1,4 @@
-"""Attention's kernels against the plain formula, in Pallas's interpreter; and which of them a run uses."""
+"""Attention kernels against the plain formula, in Pallas's interpreter; and the choice of a kernel."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def interpret(monkeypatch):
 
 
 def inputs(T, N, K, H, rows=1):
-    """q, k, v and the weights of a scalar, one row of two segments and padding, T no multiple of a block."""
+    """q, k, v and the weights of a scalar, one row of two segments and padding; T is not a multiple of a block."""
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, (rows, T, heads, H)) for key, heads in zip(keys, (N, K, K, N), strict=True)]
     ends = np.array([T // 3, T - 20])
@@ -103,10 +103,10 @@ def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "packing"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
 def test_kernel_sees_the_shared_prefix(kernel, packing):
-    """Also where less is shared, by fewer, than there is room for, or nothing."""
+    """Also with a shorter prefix or fewer examples than the bounds allow, or without a prefix."""
     arrays, segments = inputs(150, 4, 2, 64, rows=2)
     segments = segments.at[0, :12].set(-1)
-    real = np.asarray(segments != 0)  # of no account is what padding sees
+    real = np.asarray(segments != 0)  # the outputs of padding are arbitrary
     arrays[3] = arrays[3] * real[..., None, None]
     got, want = run(kernel, arrays, segments, packing=Packing(*packing)), run("xla", arrays, segments)
     assert np.abs(got[0] - plain(*arrays[:3], segments, None))[real].max() < 1e-5
@@ -147,7 +147,7 @@ def test_kernel_on_eight_devices_equals_one_without_communication():  # splash: 
 
 
 class Wish:
-    """What kernel_choice.choose is asked: by default for the tiny model on a TPU, in float32."""
+    """The arguments of kernel_choice.choose: by default for the tiny model on a TPU, in float32."""
 
     def __init__(self, directory):
         self.model = read_config(directory)
@@ -243,7 +243,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
 @pytest.mark.parametrize("prefix", [0, 12])
 @pytest.mark.parametrize("block", [512, 16])
 def test_attention_in_slots_equals_attention_in_the_row(monkeypatch, prefix, block, window):
-    """In rows of other prefixes, example counts and lengths than there is room for, one of them without any."""
+    """In rows whose prefix, example count or length differs from the bounds; the last row has no examples."""
     arrays, _ = inputs(150, 4, 2, 64, rows=4)
     lengths = [(prefix, 40, 30, 44), (prefix // 2, 44, 1, 44, 44), (0, 20), (0,)]
     segments = np.zeros((4, 150), np.int32)

@@ -102,7 +102,7 @@ BAD = [
     (
         "rows.jsonl",
         '{"q": "a", "a": "\\ud83d"}\n',
-        r"rows.jsonl:1: The answer contains half a character \(a lone surrogate\)",
+        r"rows.jsonl:1: The answer contains a lone surrogate \(half a character\)",
     ),
     (
         "rows.jsonl",
@@ -227,9 +227,9 @@ def test_settings_that_do_not_match_the_files(file):
     for settings, message in [
         (
             {"columns": {"prompt": "ask", "response": "a"}},
-            "a.jsonl:1: Key columns names the column 'ask', which does not exist. Columns: q, a",
+            "a.jsonl:1: The key columns names the column 'ask', which does not exist. Columns: q, a",
         ),
-        ({"columns": {"rows": "data"}}, "a.jsonl: Key columns sets rows to 'data', but no list of rows exists"),
+        ({"columns": {"rows": "data"}}, "a.jsonl: The key columns sets rows to 'data', but no list of rows has"),
         (
             {"task_type": "plain-text"},
             r"a.jsonl:1: Cannot tell which column holds the text. Set columns=.*Columns: q, a",

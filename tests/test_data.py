@@ -303,7 +303,7 @@ class Changing:
 
 def test_changed_files_stop_tokenizing(tokenizer, tmp_path):
     rows = [Conversation((Message("user", f"{i}?"), PAIR[1]), f"rows.txt:{i}") for i in range(1200)]
-    with pytest.raises(UserError, match="1,200 rows were read at first and 1,199 when tokenizing"):
+    with pytest.raises(UserError, match="1,200 rows at first, 1,199 when tokenizing"):
         token_cache.load_or_tokenize(tokenizer, END, Changing(rows), tmp_path)
     assert not list(tmp_path.iterdir())
     stored = token_cache.load_or_tokenize(tokenizer, END, rows, tmp_path)  # several batches under way keep their order

@@ -7,9 +7,11 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import io
 import re
 import shlex
 import sys
+import tokenize
 
 import pytest
 from conftest import ROOT
@@ -48,6 +50,16 @@ STIFF = [
     r"\bas \w+ has it\b|\bwhat (it|they) likes?\b",
     r"\b(is|are) to (be changed|change|stay|start|run)\b",
     r"\bas DESIGN says\b|\bthe seed's\b|\bthe user fixed\b",
+    r"\bthe base's\b|\bthe base at hand\b",  # the base model
+    r"\b(the latter|the former|so many \w+|with the way out|the other way:|as it stands)\b",
+    r"\b(broke|breaks) down\b|\bbeside others\b|\btakes? (\w+ ){1,2}away\b",
+    r"\bwhole or not at all\b|\bcompiles nothing\b|\bnothing behind\b|\bleft zero\b",
+    r"\b(misshapen|surplus)\b",
+    r"\bwhat was \w+ stays\b|\bthat there (is|are)\b[,.;]",
+    r"\b(is|are) (that|those) of (old|them)\b|\bits own of\b",
+    r"\bwhich is no \w+|\bthat is no \w+|\bso no \w+ of\b",  # "a directory that is no adapter"
+    r"\b(colours?|coloured|neighbours?|neighbouring|behaviours?|labour|dialled)\b",  # American spelling
+    r"\b(de)?(quanti|recogni|initiali|stabili|normali|optimi|organi|seriali|summari)s(e[sd]?|ing|ation)\b(?!\.py)",
 ]
 
 
@@ -170,8 +182,21 @@ def test_documents_are_in_plain_english(name):
     assert not stiff(re.sub(r"`[^`\n]+`", "", PROSE[name]))
 
 
-def test_messages_and_docstrings_are_in_plain_english():
-    """Every string of the code, docstrings and messages, with X for each value that is filled in."""
+def test_docstrings_of_functions_start_with_a_verb():
+    """In the third person, such as "Returns"; properties are exempt, because a noun describes an attribute."""
+    wrong = []
+    for file in sorted((ROOT / "jlora").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not (text := ast.get_docstring(node)):
+                continue
+            is_property = any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list)
+            if not is_property and not re.match(r"[A-Z][a-z]+s\b", text):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_messages_docstrings_and_comments_are_in_plain_english():
+    """Every string of the code, with X for each value that is filled in, and every comment."""
     wrong = []
     for file in sorted((ROOT / "jlora").rglob("*.py")):
         tree = ast.parse(file.read_text())
@@ -184,6 +209,9 @@ def test_messages_and_docstrings_are_in_plain_english():
             else:
                 continue
             wrong += [f"{file.relative_to(ROOT)}:{node.lineno}: {found}" for found in stiff(text)]
+        for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+            if token.type == tokenize.COMMENT:
+                wrong += [f"{file.relative_to(ROOT)}:{token.start[0]}: {found}" for found in stiff(token.string)]
     assert not wrong, "\n".join(wrong)
 
 

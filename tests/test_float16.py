@@ -211,7 +211,7 @@ def test_float16_run_reports_skipped_steps_and_errors(tiny, pairs, tmp_path):
     file.write_text(json.dumps(short_run(base, pairs, run, max_steps=1)))
     done = run_program("jlora.train", "--config", file, "--config.compute_dtype=float16")
     assert done.returncode == 2 and "Training diverged at step 1: loss" in done.stderr
-    assert "; or set compute_dtype='float32': float16 holds nothing above 65504" in done.stderr
+    assert "; or set compute_dtype='float32', because float16 has no values above 65504" in done.stderr
     assert "Computing in float16: the loss is scaled" in done.stdout
     assert re.search(r"\nAttention: xla; shared \d+-token prefix computed once per row\n", done.stdout)
 

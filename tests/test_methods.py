@@ -36,7 +36,7 @@ PATTERNED = dataclasses.replace(
 
 
 def combinations():
-    """A spec for every choice of methods: of each key of the config that chooses one, no value or any."""
+    """Yields a spec for every combination of methods: each config key that selects one has each value, or none."""
     for core in (method for method in METHODS if method.chosen_by[0] == "peft_type"):
         values = {}
         for key, value in (method.chosen_by for method in METHODS if method.peft_type == core.peft_type):
@@ -62,7 +62,7 @@ def base():
 
 
 class Case:
-    """One spec: its adapter as it starts, and with every array that trains moved, within each layer's rank."""
+    """One spec, with its initial adapter, and one whose trained arrays have moved within each layer's rank."""
 
     def __init__(self, spec, base):
         self.spec, self.base = spec, base
@@ -86,7 +86,7 @@ class Case:
         return jax.eval_shape(lambda: tree.build(made))
 
     def outputs(self, adapter):
-        """By projection and layer: the output with the adapter."""
+        """Returns the output with the adapter, by projection and layer."""
 
         def run(adapter):
             return {
@@ -97,7 +97,7 @@ class Case:
         return as_arrays(jax.jit(lambda adapter: list(run(adapter).values()))(adapter))
 
     def merged_outputs(self, adapter, spec=None):
-        """The same with the adapter merged into weight and bias."""
+        """Returns the output with the adapter merged into weight and bias."""
 
         def run(adapter):
             for method, leaves, layer, scale in places(spec or self.spec, adapter):
@@ -110,12 +110,12 @@ class Case:
         return as_arrays(jax.jit(lambda adapter: list(run(adapter)))(adapter))
 
     def base_outputs(self):
-        """The same without the adapter."""
+        """Returns the output without the adapter."""
         parts = [(m, self.frozen(m, layer)) for m, _, layer, _ in places(self.spec, self.adapter)]
         return [np.einsum("BTi,oi->BTo", inputs(m), part.weight) + np.asarray(part.bias) for m, part in parts]
 
     def frozen(self, method, layer):
-        """One layer of the base's projection."""
+        """One layer of a projection of the base model."""
         part = self.base["layers"]
         for key in method.module.split("."):
             part = part[key]

@@ -153,7 +153,7 @@ def test_plan_needs_only_config_json(written, capsys):
         "Fits: 0.0",
         "activations, temporaries, padding",
         "MB sent (all-reduce of 0.",
-        "No other settings that fit should be faster",
+        "No faster settings that fit were found",
     ):
         assert words in said, said
     with pytest.raises(UserError, match=r"batch_size=6 does not divide over 8 devices\. Set batch_size=8"):

@@ -174,11 +174,13 @@ def test_an_adapter_from_peft_is_checked_by_its_shapes(base, smollm, tmp_path, c
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "peft")
     main(["--check", str(tmp_path / "peft"), "--base", str(base)])
     said = capsys.readouterr().out
-    assert said.count("unknown, because the adapter's file has no hash of it") == 3 and "shapes: compatible" in said
+    assert (
+        said.count("unknown, because the adapter file does not record its hash") == 3 and "shapes: compatible" in said
+    )
     with pytest.raises(UserError, match=r"belongs to another base.* has shape"):
         main(["--check", str(tmp_path / "peft"), "--base", str(smollm)])
-    with pytest.raises(UserError, match=r"expected a directory with adapter_config.json"):
+    with pytest.raises(UserError, match=r"Expected a directory with adapter_config.json"):
         main(["--check", str(tmp_path), "--base", str(base)])
     with pytest.raises(SystemExit):
         main(["--check", str(tmp_path)])
-    assert "--check ADAPTER needs --base" in capsys.readouterr().err
+    assert "--check ADAPTER requires --base" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Quantised base models: the codes and values of bitsandbytes; loading, training and export with them."""
+"""Quantized base models: the codes and values of bitsandbytes; loading, training and export with them."""
 
 import dataclasses
 import subprocess

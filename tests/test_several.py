@@ -197,17 +197,17 @@ def test_a_sum_of_one_is_that_adapter(small, places):
 
 @pytest.mark.slow
 def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
-    with pytest.raises(UserError, match=r"adapter dora has DoRA \(use_dora\), which is no low-rank sum.*--merged"):
+    with pytest.raises(UserError, match=r"Adapter dora uses DoRA \(use_dora\), which is not a low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
     generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it works
     got = np.asarray(generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]]))[0]
     assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
-    with pytest.raises(UserError, match="adapter dora has DoRA"):
+    with pytest.raises(UserError, match="Adapter dora uses DoRA"):
         adapters.select(["dora=0.5"])
     for words, message in [
-        (["lore"], "there is no adapter 'lore'; there are: dora"),
-        (["dora=much"], "dora=much: expected NAME, or NAME=WEIGHT with a number"),
-        (["dora=nan"], "dora=nan: expected NAME, or NAME=WEIGHT"),
+        (["lore"], "Unknown adapter 'lore'. Available adapters: dora."),
+        (["dora=much"], "dora=much: Expected NAME, or NAME=WEIGHT with a number"),
+        (["dora=nan"], "dora=nan: Expected NAME, or NAME=WEIGHT"),
     ]:
         with pytest.raises(UserError, match=message):
             adapters.select(words)
@@ -216,7 +216,7 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     (other / TEMPLATE).write_text("{{ messages[0].content }}")
     with pytest.raises(UserError, match="Adapters law and other were trained with different chat templates"):
         loading.load_model(str(small), {"law": places["law"], "other": other})
-    with pytest.raises(UserError, match=r"duplicate name 'law'\. Name the adapters: --adapter NAME="):
+    with pytest.raises(UserError, match=r"Duplicate name 'law'\. Name the adapters: --adapter NAME="):
         generate.adapters_by_name([str(places["law"]), f"law={places['style']}"])
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
@@ -248,7 +248,7 @@ def test_chat_in_the_terminal(small, places, tmp_path):
     assert style == "Active adapter: style" and listed == "Available adapters: law, style. Active adapter: style"
     assert mixed == "Active adapter: law=0.5 style=-1" and off == "No active adapter: the base model answers"
     assert "The base model is active." in refused
-    assert nobody == "error: there is no adapter 'nobody'; there are: law, style"
+    assert nobody == "error: Unknown adapter 'nobody'. Available adapters: law, style."
     assert frob == "error: Unknown command /frob. Type /help for commands."
     assert new == "Started a new conversation" and asked.startswith("error: There is no question to compare yet.")
     assert "/adapter NAME" in help_text and "Ctrl-D" in help_text

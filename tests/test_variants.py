@@ -476,7 +476,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
 def test_pissa_of_more_ranks_than_components_is_refused(models):
     spec = AdapterSpec(65, 8.0, 0.0, ("k_proj",), init_lora_weights="pissa")
     ours = Ours(models[True], spec)
-    with pytest.raises(UserError, match="k_proj has 64 components, so no rank of 65"):
+    with pytest.raises(UserError, match="rank 65 for k_proj, which has only 64 singular components"):
         tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
 
 
@@ -539,7 +539,5 @@ def test_sites_follow_pefts_rule_of_patterns():
     assert method_of(spec, "self_attn.q_proj").site(3).scales == (16 / 3, 8.0, 16 / 3)
     assert spec.ranks("mlp.up_proj", 3) == (8, 8, 8)
     wrong = dataclasses.replace(spec, layers_to_transform=(3,))
-    assert wrong.problems(hf_names.projections(), 3) == ["layers_to_transform has 3: the layers are 0 to 2"]
-    assert spec.problems(hf_names.projections(), 3) == [
-        "rank_pattern has 'proj', which matches no module that is trained"
-    ]
+    assert wrong.problems(hf_names.projections(), 3) == ["layers_to_transform has 3: Expected layers from 0 to 2."]
+    assert spec.problems(hf_names.projections(), 3) == ["rank_pattern has 'proj', which matches no trained module."]

@@ -68,7 +68,7 @@ def change(directory, name, edit):
 
 
 def point(directory, name, file):
-    """Lets the index say that a tensor stands in another file."""
+    """Makes the index name another file for a tensor."""
     index = json.loads((directory / INDEX).read_text())
     index["weight_map"][name] = file
     (directory / INDEX).write_text(json.dumps(index))
@@ -133,7 +133,7 @@ BROKEN = {
         rf"NaN or infinity in float32 \(1 tensor\):\n  {Q1}$",
     ),
     "pickled": (pickled, r"only pickled weights \(pytorch_model.bin\), which can run code.*save_pretrained"),
-    "unnamed": (lambda d: (d / INDEX).unlink(), r"expected model.safetensors or .*index.json, found model-00001-"),
+    "unnamed": (lambda d: (d / INDEX).unlink(), r"Expected model.safetensors or .*index.json, found model-00001-"),
 }
 
 

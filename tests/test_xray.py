@@ -37,10 +37,10 @@ def test_marked_text_is_trained_text(tokenizer, example):
     parts = preview.split_by_mask(tokenizer, example)
     assert [text for text, trained in parts if trained] == [f"{EVIL}<|im_end|>", "b<|im_end|>"]
     assert "".join(text for text, _ in parts) == tokenizer.decode(example.tokens)
-    text = preview.as_text(tokenizer, example, colour=False)
+    text = preview.as_text(tokenizer, example, color=False)
     assert text.endswith("<|im_start|>assistant\n[[b<|im_end|>]]\n") and "\x1b" not in text and "\u202e" not in text
-    coloured = preview.as_text(tokenizer, example, colour=True)
-    assert f"{preview.GREEN}b<|im_end|>{preview.RESET}" in coloured and "\x1b[31m" not in coloured
+    colored = preview.as_text(tokenizer, example, color=True)
+    assert f"{preview.GREEN}b<|im_end|>{preview.RESET}" in colored and "\x1b[31m" not in colored
     whole = Example(example.tokens, np.ones_like(example.loss_mask), "x")
     assert preview.split_by_mask(tokenizer, whole) == [(tokenizer.decode(example.tokens), True)]
 

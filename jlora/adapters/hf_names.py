@@ -1,7 +1,7 @@
-"""Names on disk: the one table that the loader, the GGUF reader, PEFT files and merged export all use."""
+"""Tensor names on disk, in one table for the loader, the GGUF reader, PEFT files and merged export."""
 
 # Path in the model -> Hugging Face's tensor name; {i} is the layer. Adapter tensors derive their names from these.
-# All families share the table; a family uses the entries of the modules that it has.
+# All families share the table; each uses the entries of its own modules.
 NAMES = {
     ("embed_tokens", "weight"): "model.embed_tokens.weight",
     ("layers", "input_layernorm", "weight"): "model.layers.{i}.input_layernorm.weight",
@@ -33,6 +33,6 @@ def projections() -> list[str]:
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-    """Returns the names on disk of a leaf with this path and shape: one name, or one per layer."""
+    """Returns the names on disk of the leaf at a path: one name, or one per layer if its shape has a layer axis."""
     name = NAMES[path]
     return [name.format(i=i) for i in range(shape[0])] if path[0] == "layers" else [name]

@@ -1,4 +1,4 @@
-"""Several adapters of one base, as pure functions: in one form, so that one program runs them all; and their sum."""
+"""Pure functions that convert several adapters of one base model to a common form, or add them up."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,19 @@ Form = tuple[Adapter, AdapterSpec]
 
 
 def check_mixable(name: str, spec: AdapterSpec) -> None:
-    """Raises UserError where an adapter cannot stand beside others, with the way out."""
+    """Raises a UserError if an adapter cannot be combined with others; the message says what to do instead."""
     for what in portable.beyond_portable(spec):
         raise UserError(
-            f"adapter {name} has {what}, which is no low-rank sum, so that it cannot be mixed or switched with others. "
-            "Use it alone, or merge it into the base (python -m jlora.export --merged) and use that as --base"
+            f"Adapter {name} uses {what}, which is not a low-rank sum, so it cannot be mixed or switched with others. "
+            "Use it alone, or merge it into the base model (python -m jlora.export --merged) and pass the result as "
+            "--base."
         )
 
 
 def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], AdapterSpec]:
-    """The same adapters in one form: scale 1, the largest rank, all modules that any of them has; zeros elsewhere.
+    """Converts adapters to one form: scale 1, the largest rank, and the modules of all of them; zeros fill the rest.
 
-    They are then arguments of one compiled program, and rows of one batch may have different ones.
+    One compiled program can then run all of them, and each row of a batch may use a different one.
     """
     found, targets = _side_by_side(adapters)
     rank = max(leaves["lora_A"].shape[1] for modules in found for leaves in modules.values())
@@ -44,10 +45,10 @@ def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], AdapterSpec
 
 
 def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
-    """One adapter whose change of the base is the weighted sum of theirs: A's rows and B's columns, end to end.
+    """Returns one adapter that equals the weighted sum of several, by concatenating A's rows and B's columns.
 
     Args:
-      weights: one an adapter; a negative one takes that adapter away.
+      weights: one per adapter; a negative weight subtracts the adapter.
     """
     found, targets = _side_by_side(adapters)
     made: dict[tuple[str, ...], Leaves] = {}
@@ -62,10 +63,10 @@ def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
 
 
 def read_weight(word: str) -> tuple[str, float]:
-    """`NAME=WEIGHT` in its parts; NAME alone is a weight of 1.
+    """Splits `NAME=WEIGHT`; the weight is 1 if it is left out.
 
     Raises:
-      UserError: the weight is no number.
+      UserError: the weight is not a finite number.
     """
     name, equals, number = word.rpartition("=")
     if not equals:
@@ -75,12 +76,12 @@ def read_weight(word: str) -> tuple[str, float]:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise UserError(f"{word}: expected NAME, or NAME=WEIGHT with a number, as {name or 'law'}=0.7")
+        raise UserError(f"{word}: Expected NAME, or NAME=WEIGHT with a number, such as {name or 'law'}=0.7.")
     return name, weight
 
 
 def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], Leaves]], tuple[str, ...]]:
-    """The portable form of each, by module, with zeros for the modules that only others have; and all targets."""
+    """Returns each portable form by module, with zeros for modules that only others adapt; and all target modules."""
     found = [dict(tree.modules(portable.to_portable(adapter, spec)[0])) for adapter, spec in adapters]
     every = {path: leaves for modules in found for path, leaves in modules.items()}
     for modules in found:
@@ -97,24 +98,24 @@ def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], 
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """The adapters at hand, all of one form."""
+    """The loaded adapters, all in one form."""
 
     by_name: Mapping[str, Adapter]
     spec: AdapterSpec
 
     def select(self, words: Sequence[str]) -> Adapter:
-        """The adapter that words name: `NAME`, or a sum as `NAME=0.7 OTHER=-0.3`.
+        """Returns the adapter that `words` select: `NAME`, or a weighted sum such as `NAME=0.7 OTHER=-0.3`.
 
-        A sum of n adapters has n times their rank, which is another program to compile, once for each n.
+        A sum of n adapters has n times their rank, so each n compiles another program.
 
         Raises:
-          UserError: a name or a weight is none, or the adapter cannot be weighted.
+          UserError: a name is unknown, a weight is not a number, or an adapter cannot be part of a sum.
         """
         weights = [read_weight(word) for word in words]
         for name, _ in weights:
             if name not in self.by_name:
-                there = ", ".join(self.by_name) or "none, as no --adapter was given"
-                raise UserError(f"there is no adapter {name!r}; there are: {there}")
+                available = ", ".join(self.by_name) or "none, because --adapter was not set"
+                raise UserError(f"Unknown adapter {name!r}. Available adapters: {available}.")
         if len(weights) == 1 and weights[0][1] == 1:
             return self.by_name[weights[0][0]]
         for name, _ in weights:

@@ -1,4 +1,4 @@
-"""NEFTune: noise on embeddings in training (Jain et al. 2023, arXiv:2310.05914)."""
+"""NEFTune: adds noise to the embeddings during training (Jain et al. 2023, arXiv:2310.05914)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 def noise(
     x: Float[Array, "B T D"], segments: Int[Array, "B T"], alpha: float, key: PRNGKeyArray
 ) -> Float[Array, "B T D"]:
-    """Uniform noise within alpha / sqrt(T D), T the places of a token's own example (Algorithm 1)."""
+    """Adds uniform noise within alpha / sqrt(T D), where T is the length of the token's own example (Algorithm 1)."""
     length = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(segments)
     bound = alpha / jnp.sqrt(length * x.shape[-1])
     return x + (jax.random.uniform(key, x.shape, jnp.float32, -1.0, 1.0) * bound[..., None]).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""PEFT's directory: an adapter -> adapter_model.safetensors under PEFT's names, float32 and contiguous; and back."""
+"""Writes and reads PEFT directories. Tensors are float32 and contiguous, under PEFT's names."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -20,23 +20,24 @@ from jlora.adapters.spec import AdapterSpec
 from jlora.adapters.tree import Adapter
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 
 PREFIX = "base_model.model."
 PARITY, TEMPLATE = "parity.json", "chat_template.jinja"
 
 
 class Place(NamedTuple):
-    """A module that the files know."""
+    """A module in a PEFT file, and its values in the adapter's tree."""
 
-    name: str  # there
+    name: str  # in the file
     leaves: Leaves
-    layer: int | None  # of a projection, in the leaves' stacks; None for a token table
+    layer: int | None  # index into the stacks of a projection; None for a token table
     rank: int
     method: Method | None
 
 
 def _places(adapter: Adapter, spec: AdapterSpec) -> Iterator[Place]:
-    """Every module that the files know."""
+    """Yields every module that a PEFT file stores."""
     for path, leaves in tree.modules(adapter):
         size = next(iter(leaves.values())).shape[0]
         names = [name.removesuffix(".weight") for name in hf_names.tensor_names((*path, "weight"), (size,))]
@@ -50,10 +51,10 @@ def _places(adapter: Adapter, spec: AdapterSpec) -> Iterator[Place]:
 
 
 def tensors(adapter: Adapter, spec: AdapterSpec, *, tied: bool) -> dict[str, np.ndarray]:
-    """The adapter under PEFT's names: layers apart, ranks cut to each layer's own, PiSSA as a difference.
+    """Returns the tensors of a PEFT file: one per layer, cut to the layer's rank, and PiSSA as plain LoRA.
 
     Args:
-      tied: the base's head is its embedding table; a trained one then stands under both names, as PEFT writes it.
+      tied: whether the base model's head is its embedding table; PEFT writes a trained one under both names.
     """
     found: dict[str, Any] = {}
     for name, leaves, layer, rank, method in _places(jax.device_get(adapter), spec):
@@ -78,21 +79,21 @@ def write_adapter(
     check: Callable[[Path], str] | None = None,
     template: str = "",
 ) -> None:
-    """Writes the PEFT directory, whole or not at all.
+    """Writes a PEFT directory atomically.
 
     Args:
-      config: its adapter_config.json.
-      card: its README.md.
-      notes: what goes into the weights' metadata (see provenance.py).
-      check: looks at the directory before it gets its name; what it returns is kept as parity.json, what it raises
-        leaves nothing behind.
-      template: the chat template it was trained on, where that is not the base's own.
+      config: the content of adapter_config.json.
+      card: the content of README.md.
+      notes: the metadata of the safetensors file (see provenance.py).
+      check: called with the complete directory before it is renamed to `target`. Its result is written as parity.json;
+        if it raises, nothing is written.
+      template: the chat template of training, if it is not the base model's own.
 
     Raises:
       UserError: `target` exists, or cannot be written.
     """
     if target.exists():
-        raise UserError(f"{target} exists, and jlora never overwrites: name another directory with --output")
+        raise UserError(f"{target} exists, and jlora never overwrites. Choose another directory with --output.")
     named = tensors(adapter, spec, tied=config.get("ensure_weight_tying") is True)
     try:
         with new_directory(target) as made:
@@ -104,11 +105,11 @@ def write_adapter(
             if check:
                 (made / PARITY).write_text(check(made), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapter could not be written to {target}: {error}") from None
+        raise UserError(f"The adapter could not be written to {target}: {error}.") from None
 
 
 def _in_order(file: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: the library shuffles them, and equal runs should be equal files."""
+    """Sorts the metadata of a safetensors file: the library shuffles it, but equal runs must write equal files."""
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -118,15 +119,15 @@ def _in_order(file: bytes) -> bytes:
 
 
 def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: bool) -> Adapter:
-    """The tensors of a PEFT directory in the adapter's tree; PiSSA's frozen pair is left zero (see `tree.complete`).
+    """Reads a PEFT directory's tensors into the adapter's tree; PiSSA's frozen pair stays zero (see `tree.complete`).
 
     Args:
-      spec: what its adapter_config.json says (`peft_config.read_spec`).
-      shapes: the adapter's tree of shapes on the base at hand.
-      tied: the base's head is its embedding table.
+      spec: the adapter's spec, from `peft_config.read_spec`.
+      shapes: the adapter's tree of shapes, for this base model.
+      tied: whether the base model's head is its embedding table.
 
     Raises:
-      UserError: a tensor is missing, surplus, misshapen or not finite, or the file cannot be read; nothing is dropped.
+      UserError: the file cannot be read, or a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
     found = _read_tensors(directory)
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -143,38 +144,43 @@ def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: b
         head, embedding = found.pop(PREFIX + hf_names.NAMES["lm_head", "weight"], None), adapter["embed_tokens"]
         only = head is None and read_config_file(directory).get("ensure_weight_tying") is not True
         if only or not (head is None or np.array_equal(head, embedding["modules_to_save"])):
-            raise UserError(f"adapter {directory} trains embeddings apart from the head, and this base ties them")
+            raise UserError(
+                f"Adapter {directory} has an embedding and a head that differ, but this base model ties them."
+            )
     if found:
-        raise UserError(f"adapter {directory}: {len(found)} tensor(s) would be dropped, the first {min(found)}")
+        raise UserError(
+            f"Adapter {directory} contains {plural(len(found), 'unexpected tensor')} for this base model and "
+            f"{CONFIG}, such as {min(found)}."
+        )
     return jax.tree.map(jnp.asarray, adapter)
 
 
 def _take(found: dict[str, np.ndarray], name: str, expected: tuple[int, ...], directory: Path) -> np.ndarray:
     if name not in found:
-        raise UserError(f"adapter {directory}: tensors are missing, the first {name}")
+        raise UserError(f"Adapter {directory} lacks the tensor {name}.")
     values = found.pop(name)
     if values.shape != expected:
         raise UserError(
-            f"adapter {directory} belongs to another base, or its {CONFIG} has another rank: {name} has shape "
-            f"{values.shape}, expected {expected}"
+            f"Adapter {directory} belongs to another base model, or its {CONFIG} has the wrong rank: {name} has shape "
+            f"{values.shape}, expected {expected}."
         )
     if not np.all(np.isfinite(values)):
-        raise UserError(f"adapter {directory}: {name} holds values that are not finite; it broke down in training")
+        raise UserError(f"Adapter {directory}: {name} contains NaN or infinity; training probably diverged.")
     return values
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    read_config_file(directory)  # so that a directory that is no adapter is called that
+    read_config_file(directory)  # first, for a clear error if the directory is not an adapter
     if not (directory / WEIGHTS).is_file():
         pickled = sorted(path.name for path in directory.glob("*.bin"))
         if pickled:
             raise UserError(
-                f"adapter {directory} has only {pickled[0]}, which can run code when opened. Convert it where you "
-                "trust it: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
+                f"Adapter {directory} has only {pickled[0]}, which can run code when loaded. If you trust it, convert "
+                "it: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
             )
-        raise UserError(f"adapter {directory}: expected a directory with {CONFIG} and {WEIGHTS}")
+        raise UserError(f"Adapter {directory}: Expected a directory with {CONFIG} and {WEIGHTS}.")
     try:
         with safe_open(directory / WEIGHTS, framework="numpy") as file:
             return {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"adapter {directory} is damaged or unreadable: {error}") from None
+        raise UserError(f"Adapter {directory} is damaged or unreadable: {error}.") from None

@@ -12,19 +12,19 @@ from jlora.adapters.tree import Adapter
 
 
 def is_plain(spec: AdapterSpec) -> bool:
-    """Whether r and lora_alpha alone say it all, for every layer and by module names' last parts."""
+    """Returns whether `r` and `lora_alpha` alone describe the adapter, in every layer and for whole module types."""
     varied = spec.rank_pattern or spec.alpha_pattern or spec.layers_to_transform or spec.modules_to_save
     return parts_of(spec) == (Lora,) and not varied and not any("." in target for target in spec.target_modules)
 
 
 def beyond_portable(spec: AdapterSpec) -> tuple[str, ...]:
-    """The parts of an adapter that the portable form cannot express, under the names that users know."""
+    """Returns the features of an adapter that the portable form cannot express, by their names in messages."""
     tables = (f"modules_to_save={','.join(spec.modules_to_save)}",) if spec.modules_to_save else ()
     return (*(part.title for part in parts_of(spec) if not part.portable), *tables)
 
 
 def to_portable(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSpec]:
-    """The same LoRA with one rank and scale 1: each scale folded into its B, ranks padded, absent layers zero."""
+    """Converts an adapter to LoRA with one rank and scale 1: folds scales into B, pads ranks and layers with zeros."""
     methods = {path: method_of(spec, tree.projection(path)) for path, _ in tree.modules(adapter)}
     pairs = {path: jax.vmap(methods[path].pair)(leaves) for path, leaves in tree.modules(adapter)}
     rank = max(a.shape[1] for a, _ in pairs.values())
@@ -32,7 +32,7 @@ def to_portable(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSp
     for path, (a, b) in pairs.items():
         scales = methods[path].site(len(a)).scales
         missing = rank - a.shape[1]
-        folded = np.asarray(b, np.float64) * np.array(scales)[:, None, None]  # so that it is rounded once
+        folded = np.asarray(b, np.float64) * np.array(scales)[:, None, None]  # float64, so that it is rounded only once
         made[path] = {
             "lora_A": jnp.pad(a, [(0, 0), (0, missing), (0, 0)]),
             "lora_B": jnp.pad(jnp.asarray(folded, b.dtype), [(0, 0), (0, 0), (0, missing)]),

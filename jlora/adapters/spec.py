@@ -1,11 +1,11 @@
-"""Where an adapter sits and how strong it is there, by PEFT's own rules of names, layers and patterns."""
+"""The modules that an adapter changes, with its rank and alpha in each, by PEFT's rules for names and patterns."""
 
 import dataclasses
 import re
 from typing import Any, TypeVar
 
-LAYER = "model.layers.{i}."  # before the name of a projection, as "self_attn.q_proj", in Hugging Face's names
-TABLES = ("embed_tokens", "lm_head")  # what `modules_to_save` may train whole
+LAYER = "model.layers.{i}."  # Hugging Face's prefix of a projection, such as "self_attn.q_proj"
+TABLES = ("embed_tokens", "lm_head")  # tables that `modules_to_save` may train in full
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = ("all-linear",)
 T = TypeVar("T")
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec:
-    """An adapter in PEFT's terms. What is left out is off: plain LoRA with one rank and one alpha.
+    """An adapter in PEFT's terms. By default it is plain LoRA with one rank and one alpha.
 
-    `methods.kind_of` says how such an adapter is computed.
+    `methods.kind_of` returns the method that computes it.
     """
 
     rank: int
@@ -26,7 +26,7 @@ class AdapterSpec:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "true"
-    rank_pattern: tuple[tuple[str, int], ...] = ()  # the first that matches a module's name decides its rank
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # the first pattern that matches a module decides its rank
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () is all
     modules_to_save: tuple[str, ...] = ()  # of TABLES
@@ -35,32 +35,32 @@ class AdapterSpec:
 
     @property
     def draws(self) -> bool:
-        """Whether training draws random numbers: dropout, or noise."""
+        """Whether training draws random numbers, for dropout or noise."""
         return self.dropout > 0 or self.neftune_noise_alpha > 0
 
     def ranks(self, module: str, layers: int) -> tuple[int, ...]:
-        """The rank of one projection, named as "self_attn.q_proj", in each of so many layers; 0 where it has none."""
+        """Returns the rank of a projection (such as "self_attn.q_proj") in each layer; 0 without an adapter."""
         names = [LAYER.format(i=i) + module for i in range(layers)]
         return tuple(
             _first(self.rank_pattern, name, self.rank) if self._targets(name, i) else 0 for i, name in enumerate(names)
         )
 
     def alphas(self, module: str, layers: int) -> tuple[float, ...]:
-        """Its alpha in each layer."""
+        """Returns the alpha of a projection in each layer."""
         return tuple(_first(self.alpha_pattern, LAYER.format(i=i) + module, self.alpha) for i in range(layers))
 
     def _targets(self, name: str, layer: int) -> bool:
-        if name in self.target_modules:  # a whole name is meant, whatever `layers_to_transform` says
+        if name in self.target_modules:  # a full name overrides `layers_to_transform`
             return True
         chosen = not self.layers_to_transform or layer in self.layers_to_transform
         return chosen and any(name.endswith(f".{target}") for target in self.target_modules)
 
     def saves(self, table: str, *, tied: bool) -> bool:
-        """Whether a table of TABLES is trained whole; tied ones are one table."""
+        """Returns whether a table of TABLES is trained in full; tied tables are one."""
         return bool(self.modules_to_save) if tied else table in self.modules_to_save
 
     def problems(self, modules: list[str], layers: int) -> list[str]:
-        """What this asks for that a model with these projections and layers does not have: no key is without effect."""
+        """Lists the settings that have no effect on a model with these projections and layers."""
         names = {
             LAYER.format(i=i) + module
             for module in modules
@@ -69,21 +69,21 @@ class AdapterSpec:
         }
         beyond = [i for i in self.layers_to_transform if i >= layers]
         unused = [
-            f"{key} has {pattern!r}, which matches no module that is trained"
+            f"{key} has {pattern!r}, which matches no trained module."
             for key, entries in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
             for pattern, _ in entries
             if not any(_matches(pattern, name) for name in names)
         ]
         unused += [
-            f"target_modules has {target!r}, which no module is called"
+            f"target_modules has {target!r}, which matches no module."
             for target in self.target_modules
             if not any(name == target or name.endswith(f".{target}") for name in names)
         ]
-        return [f"layers_to_transform has {i}: the layers are 0 to {layers - 1}" for i in beyond] or unused
+        return [f"layers_to_transform has {i}: Expected layers from 0 to {layers - 1}." for i in beyond] or unused
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule: the pattern, whole, is the name or what stands after one of its dots."""
+    """Returns whether a pattern matches the full name, or the part after one of its dots, as in PEFT."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -91,23 +91,23 @@ def _first(entries: tuple[tuple[str, T], ...], name: str, default: T) -> T:
     return next((value for pattern, value in entries if _matches(pattern, name)), default)
 
 
-# The adapter that changes no module: of a base alone.
+# An adapter that changes no module: the base model alone.
 NOTHING = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 
-# Field of the spec -> key of the config, where they have different names.
+# Field of the spec -> key of the config, if their names differ.
 KEYS = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 FIELDS = tuple(field.name for field in dataclasses.fields(AdapterSpec))
 
 
 def spec_of(settings: dict[str, Any]) -> AdapterSpec:
-    """The adapter that the keys of a config describe; those that are left out are off."""
+    """Returns the spec that the keys of a config describe; features whose keys are missing are off."""
     keys = {field: KEYS.get(field, field) for field in FIELDS}
     spec = AdapterSpec(**{field: settings[key] for field, key in keys.items() if key in settings})
     return dataclasses.replace(spec, target_modules=TARGETS) if spec.target_modules == ALL_LINEAR else spec
 
 
 def settings_of(spec: AdapterSpec) -> dict[str, Any]:
-    """The other way: the keys of a config that `spec_of` reads as this adapter, without noise on embeddings."""
+    """Returns the config keys that `spec_of` reads as this spec, without the noise on embeddings."""
     settings = {KEYS.get(field, field): getattr(spec, field) for field in FIELDS}
-    del settings["neftune_noise_alpha"]  # of training, not of the adapter
+    del settings["neftune_noise_alpha"]  # a setting of training, not of the adapter
     return settings

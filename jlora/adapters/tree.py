@@ -1,6 +1,6 @@
-"""An adapter as a tree of arrays: its modules, its initial values, and its neutral values, which change nothing.
+"""Adapters as trees of arrays: their modules, their initial values, and neutral values, which change nothing.
 
-Each module has the arrays that its method gives it (`methods/`), stacked over layers.
+The arrays of a module depend on its method (`methods/`) and are stacked over layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ Adapter = dict[str, Any]  # nested: {"layers": {"self_attn": {"q_proj": {"lora_A
 
 
 def modules(adapter: Adapter, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaves]]:
-    """The adapted modules: path, as ("layers", "self_attn", "q_proj"), and leaves by name."""
+    """Yields the adapted modules: path, such as ("layers", "self_attn", "q_proj"), and arrays by name."""
     if any(not isinstance(node, dict) for node in adapter.values()):
         yield path, adapter
         return
@@ -27,7 +27,7 @@ def modules(adapter: Adapter, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 def build(found: dict[tuple[str, ...], Leaves]) -> Adapter:
-    """The other way: modules by path as an adapter."""
+    """Builds an adapter from its modules by path, the inverse of `modules`."""
     made: Adapter = {}
     for (*parents, name), leaves in found.items():
         node = made
@@ -38,16 +38,16 @@ def build(found: dict[tuple[str, ...], Leaves]) -> Adapter:
 
 
 def projection(path: tuple[str, ...]) -> str:
-    """The name of a projection as specs know it, "self_attn.q_proj"; "" for a token table."""
+    """Returns the name of a projection in specs, such as "self_attn.q_proj"; "" for a token table."""
     return ".".join(path[1:]) if path[0] == "layers" else ""
 
 
 def init(shapes: Adapter, key: PRNGKeyArray) -> Adapter:
-    """First values: drawn, as A is, or zero, as B is.
+    """Returns initial values: random for arrays that are drawn, such as A, and zero for all others.
 
     Args:
       shapes: the adapter's tree of shapes and dtypes.
-      key: one key; each leaf gets its own.
+      key: a random key, which is split over the arrays.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
@@ -61,18 +61,18 @@ def init(shapes: Adapter, key: PRNGKeyArray) -> Adapter:
 
 
 def start(spec: AdapterSpec, shapes: Adapter, base: Any, key: PRNGKeyArray) -> Adapter:
-    """The adapter that training begins with: it does nothing, whatever its method.
+    """Returns the adapter with which training starts; it changes nothing, regardless of the method.
 
     Args:
       shapes: the adapter's tree of shapes and dtypes.
-      base: the frozen weights' tree; a module of the adapter has its `weight` at the same path.
+      base: the frozen weights; the `weight` of each adapted module has the same path.
     """
     first = neutral(init(shapes, key), base)
     return _by_method(spec, first, base, lambda method, leaves, weight: method.start(leaves, weight))
 
 
 def neutral(adapter: Adapter, base: Any) -> Adapter:
-    """An adapter of the same form that changes nothing: each array has its `neutral` value; drawn arrays are kept."""
+    """Returns an adapter of the same form that changes nothing: `neutral` values, except for the drawn arrays."""
 
     def value(path: tuple[str, ...], name: str, values: Values) -> Values:
         return values if LEAVES[name].draw else LEAVES[name].neutral(values, _weight(base, path))
@@ -83,14 +83,14 @@ def neutral(adapter: Adapter, base: Any) -> Adapter:
 
 
 def complete(spec: AdapterSpec, adapter: Adapter, base: Any) -> Adapter:
-    """The adapter with the arrays that PEFT's file lacks, such as PiSSA's frozen pair, computed from the base."""
+    """Computes the arrays that PEFT's file lacks, such as PiSSA's frozen pair, from the base model."""
     return _by_method(spec, adapter, base, lambda method, leaves, weight: method.complete(leaves, weight))
 
 
 def _by_method(
     spec: AdapterSpec, adapter: Adapter, base: Any, change: Callable[[Method, Leaves, Weight], Leaves]
 ) -> Adapter:
-    """The adapter with the leaves of every projection changed; those of token tables stay as they are."""
+    """Applies `change` to the arrays of every projection; token tables stay unchanged."""
     made = dict(modules(adapter))
     for path, leaves in made.items():
         if name := projection(path):
@@ -99,7 +99,7 @@ def _by_method(
 
 
 def _weight(base: Any, path: tuple[str, ...]) -> Weight:
-    """Of a stack of layers or a table."""
+    """Returns the base model's weight at a path: stacked layers, or a table."""
     for key in path:
         base = base[key]
     return base["weight"]

@@ -74,7 +74,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
     try:
         write_weights(directory, sizes, read)
     except NotImplementedError as error:
-        raise UserError(f"{file} uses an unsupported quantization: {error}") from None
+        raise UserError(f"{file} uses an unsupported quantization: {error}.") from None
 
 
 def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:

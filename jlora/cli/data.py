@@ -59,6 +59,6 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--html {arguments.html} cannot be written: {error.strerror}.") from None
         print(f"Wrote {arguments.html}")
         return
-    colour = sys.stdout.isatty()
+    color = sys.stdout.isatty()
     for example in shown:
-        print(f"\n{preview.example_heading(example)}\n{preview.as_text(tokenizer, example, colour=colour)}")
+        print(f"\n{preview.example_heading(example)}\n{preview.as_text(tokenizer, example, color=color)}")

@@ -1,4 +1,4 @@
-"""`jlora export --run DIR [--step N|best|latest] [--for SERVER]`: write a run's adapter as a PEFT directory.
+"""`jlora export --run DIR [--step N|best|latest] [--for SERVER]`: writes a run's adapter as a PEFT directory.
 
 --for writes the form that a server loads correctly, and only after verifying that it computes what was trained.
 --merged writes the base model with the adapter merged into it. --check ADAPTER --base BASE checks that they match.
@@ -34,18 +34,18 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.check:
         if not arguments.base or arguments.run or arguments.merged:
-            parser.error("--check ADAPTER needs --base, and no other option")
+            parser.error("--check ADAPTER requires --base, and no other option.")
         print(check(arguments.check, resolve_base(arguments.base)))
         return
     run, loader, merged = arguments.run, arguments.loader, arguments.merged
     if not (run or merged):
-        parser.error("--run is missing")
+        parser.error("--run is not set. Set it to the output_dir of a run.")
     if not run and not (arguments.output and (arguments.base or arguments.adapter)):
-        parser.error("--merged needs --run, or --output with --adapter, --base or both")
+        parser.error("--merged requires --run, or --output with --adapter, --base or both.")
     if (arguments.base or arguments.adapter) and (run or not merged):
-        parser.error("--base and --adapter need --merged, and cannot be combined with --run")
+        parser.error("--base and --adapter require --merged, and cannot be combined with --run.")
     if merged and (arguments.verify or loader):
-        parser.error("--verify and --for cannot be combined with --merged")
+        parser.error("--verify and --for cannot be combined with --merged.")
     if not run:
         merge_directory(arguments.adapter, arguments.base, arguments.output)
         print(f"Wrote the merged model to {arguments.output}")
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         print(f"Wrote the merged model to {target}")
         return
     if target.exists() and arguments.verify:
-        print(f"{target} exists; verifying it against the checkpoint of step {step}")
+        print(f"Verifying the existing {target} against the checkpoint of step {step}")
     else:
         export_adapter(run, target, step, loader, arguments.max_lora_rank)
         print(f"Exported the adapter from step {step} to {target}")

@@ -1,4 +1,4 @@
-"""`jlora generate [--base B] [--adapter [NAME=]DIR ...] --prompt "..."`, or `--chat`: answer with adapters."""
+"""`jlora generate [--base B] [--adapter [NAME=]DIR ...] --prompt "..."`, or `--chat`: answers with adapters."""
 
 import argparse
 import re
@@ -24,7 +24,7 @@ def adapters_by_name(entries: list[str]) -> dict[str, Path]:
         name, directory = match.groups() if match else (Path(entry).resolve().name, entry)
         if name in found:
             raise UserError(
-                f"--adapter {entry}: duplicate name '{name}'. Name the adapters: --adapter NAME={directory}."
+                f"--adapter {entry}: Duplicate name '{name}'. Name the adapters: --adapter NAME={directory}."
             )
         found[name] = Path(directory)
     return found
@@ -61,11 +61,11 @@ def main(argv: list[str]) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.chat == (arguments.prompt is not None):
-        parser.error("set either --prompt or --chat")
+        parser.error("Set either --prompt or --chat.")
     if not arguments.chat and not arguments.prompt.strip():
-        parser.error("--prompt is empty")
+        parser.error("--prompt is empty. Set it to the question.")
     if not (arguments.base or arguments.adapter):
-        parser.error("set --base, --adapter, or both")
+        parser.error("Set --base, --adapter, or both.")
     rules = read_rules(arguments.output_rules) if arguments.output_rules else ()
     directories, base = adapters_by_name(arguments.adapter), arguments.base or ""
     generator, adapters = load_model(base, directories, arguments.revision, arguments.quantize_base)

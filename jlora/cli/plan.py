@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         raise UserError(describe_shortfall(forecast, target))
     best = find_fastest(forecast, target, layout, print)
     if best is forecast:
-        print("No other settings that fit should be faster")
+        print("No faster settings that fit were found")
     elif best is not None:
         print(f"Faster settings ({best.needed / GIB:.2f} GiB):" if fits else "Settings that fit:")
         for key, value in changed_settings(config, best.job.config).items():
@@ -106,7 +106,7 @@ def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:
     verdict = "Fits" if forecast.fits(target.limit) else "DOES NOT FIT"
     lines.append(f"{verdict}: {forecast.needed / GIB:.2f}{room} GiB on each device")
     if target.simulation_note:
-        lines.append(f"  {target.simulation_note}; its error was never measured on a GPU")
+        lines.append(f"  {target.simulation_note}; the error of this estimate was never measured on a GPU")
     if forecast.memory:
         parts = {**dataclasses.asdict(forecast.memory), "activations, temporaries, padding": forecast.memory.rest}
         parts["program"] = parts.pop("code")

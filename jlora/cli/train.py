@@ -1,4 +1,4 @@
-"""`jlora train --config configs/law.py [--config.KEY=VALUE ...]`: train a LoRA adapter.
+"""`jlora train --config configs/law.py [--config.KEY=VALUE ...]`: trains an adapter.
 
 Exit codes: 0 done, or saved after SIGTERM; 2 the user must change something; 130 saved after Ctrl-C; 1 another process
 of the run was lost, or a bug.

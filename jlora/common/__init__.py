@@ -1,1 +1,1 @@
-"""Shared by every package: errors, cache paths, atomic file writes, malloc tuning."""
+"""Code that all packages share: errors, cache paths, atomic file writes, malloc tuning, plurals."""

@@ -1,4 +1,4 @@
-"""Counts in messages: "1 row", "3 rows"."""
+"""Formats counts in messages: "1 row", "3 rows"."""
 
 
 def plural(count: int, noun: str, verbs: tuple[str, str] | None = None) -> str:

@@ -83,7 +83,7 @@ def _read_alpha(text: str) -> tuple[str, float]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """ "PATTERN=NUMBER" in two; the pattern may have a "=" in it."""
+    """Splits "PATTERN=NUMBER" at the last "=", because the pattern may contain one too."""
     pattern, _, number = text.rpartition("=")
     if not pattern:
         raise ValueError(text)

@@ -192,7 +192,7 @@ def validate(config: Config) -> list[str]:
     if config.role_prefixes and not {"user", "assistant"} <= config.role_prefixes.keys():
         problems.append(f"role_prefixes={config.role_prefixes!r}: Expected prefixes for both user and assistant.")
     if config.encoding and not is_encoding(config.encoding):
-        problems.append(f"encoding={config.encoding!r}: Python has no text encoding of this name.")
+        problems.append(f"encoding={config.encoding!r}: Expected the name of a Python text encoding, such as gb18030.")
     if not config.output_dir:
         problems.append("output_dir is empty. Set it to a directory for the run.")
     if config.eval_data_dir and config.eval_share:
@@ -203,7 +203,7 @@ def validate(config: Config) -> list[str]:
         if axis not in AXES or type(size) is not int or not (size > 0 or size == -1)
     ]
     if list(config.mesh.values()).count(-1) > 1:
-        problems.append(f"mesh={config.mesh!r}: Only one axis can be -1, which takes the devices that remain.")
+        problems.append(f"mesh={config.mesh!r}: Only one axis can be -1, which takes all remaining devices.")
     problems += _adapter_problems(config)
     problems += [
         f"pii_regions has {name!r}: Expected two-letter country codes (ISO 3166), such as CN."

@@ -1,4 +1,4 @@
-"""Entry point of `python -m jlora.data`, which equals `jlora data`; the program is jlora/cli/data.py."""
+"""`python -m jlora.data`, the same as `jlora data`; the program is jlora/cli/data.py."""
 
 from jlora.cli.program import run_command
 

@@ -71,7 +71,7 @@ class ReadOptions:
 
 
 def names_complete_row(columns: Mapping[str, str]) -> bool:
-    """Whether the named columns make exactly one kind of row, or none are named and all are inferred."""
+    """Returns whether the named columns make exactly one kind of row; True if none are named and all are inferred."""
     named = columns.keys() - {"rows"}
     return not named or any(required <= named <= allowed for required, allowed in ROW_FORMS)
 
@@ -124,14 +124,14 @@ def join_limited(things: Iterable[str], most: int = 8) -> str:
 
 
 def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conversation:
-    """Checks turns and makes a conversation of them; an empty system message is dropped.
+    """Checks turns and builds a conversation from them; an empty system message is dropped.
 
     Args:
       turns: role, content and place (`file:line`) of each.
       where: the place of the row.
 
     Raises:
-      UserError: a turn is empty, contains characters that no text has, or is out of order.
+      UserError: a turn is empty, contains invalid characters, or is out of order.
     """
     messages = []
     for role, text, place in turns:
@@ -144,7 +144,7 @@ def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conv
             raise UserError(f"{place}: The {ROLE_NOUNS[role]} contains a NUL character. Remove it.")
         if not (content.isascii() or _is_unicode(content)):
             raise UserError(
-                f"{place}: The {ROLE_NOUNS[role]} contains half a character (a lone surrogate). Remove or replace it."
+                f"{place}: The {ROLE_NOUNS[role]} contains a lone surrogate (half a character). Remove or replace it."
             )
         messages.append(Message(role, content))
     roles = [message.role for message in messages]
@@ -153,10 +153,10 @@ def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conv
         return Conversation(tuple(messages), where)
     if spoken[:1] == ["assistant"]:
         raise UserError(
-            f"{where}: This answer has no question before it: {messages[len(roles) - len(spoken)].content[:60]!r}"
+            f"{where}: This answer has no question before it: {messages[len(roles) - len(spoken)].content[:60]!r}."
         )
     if spoken[-1:] == ["user"] and spoken[:-1] == ["user", "assistant"] * (len(spoken) // 2):
-        raise UserError(f"{where}: This question has no answer: {messages[-1].content[:60]!r}")
+        raise UserError(f"{where}: This question has no answer: {messages[-1].content[:60]!r}.")
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         got = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
         raise UserError(

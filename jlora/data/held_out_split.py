@@ -9,7 +9,7 @@ from jlora.data.conversation import Conversation, Message
 
 
 def refuse_overlap(train: Iterable[Conversation], held_out: list[Conversation]) -> None:
-    """Raises UserError if a held-out question is also trained on, even with another answer."""
+    """Raises a UserError if a held-out question is also trained on, even with another answer."""
     held_out_at = {_question(row): row.where for row in held_out}
     both = [(held_out_at[_question(row)], row.where) for row in train if _question(row) in held_out_at]
     if both:

@@ -1,4 +1,4 @@
-"""Handle examples longer than `max_seq_length`: reject, truncate, drop or split them, and report how many."""
+"""Rejects, truncates, drops or splits examples longer than `max_seq_length`, and reports how many."""
 
 from typing import Any
 

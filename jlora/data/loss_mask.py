@@ -1,4 +1,4 @@
-"""Conversations to token ids and loss masks, with any chat template: which tokens the loss trains.
+"""Conversations to token ids and loss masks, which mark the tokens to train, with any chat template.
 
 The template needs no changes. Each conversation is rendered up to each assistant turn, once without and once with the
 answer. The characters that the answer adds, up to its end token, are trained. In tokens, these are the ones after the
@@ -47,7 +47,7 @@ def encode_conversations(
     except jinja2.TemplateError as error:
         if len(conversations) > 1:  # encode them one by one, to name the one that fails
             return [encode_conversation(tokenizer, ends, conversation, train_on) for conversation in conversations]
-        raise UserError(f"{conversations[0].where}: The chat template rejects this conversation: {error}") from None
+        raise UserError(f"{conversations[0].where}: The chat template rejects this conversation: {error}.") from None
     encoded = _token_ids(tokenizer, [text for text, _ in rendered])
     locator = _AnswerLocator(tokenizer, ends)
     examples = []
@@ -87,7 +87,7 @@ def _reject_special_tokens(tokenizer: Any, conversations: Sequence[Conversation]
 
 
 def _pattern(tokens: Iterable[Any]) -> re.Pattern[str]:
-    """A pattern that matches any of the added tokens; without tokens it matches nothing."""
+    """Returns a pattern that matches any of the added tokens; without tokens it matches nothing."""
     return re.compile("|".join(re.escape(str(token)) for token in tokens) or r"(?!)")
 
 
@@ -116,7 +116,7 @@ def _render_all(
 
 
 def _trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
-    """Indices of the trained answers. With "all", the last answer is included so that its end token is checked."""
+    """Returns the indices of the trained answers; with "all" too, the last one, so that its end token is checked."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     return answers if train_on == "assistant" else answers[-1:]
 

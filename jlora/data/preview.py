@@ -13,7 +13,7 @@ from jlora.data.batches import Batches
 from jlora.data.examples import Example, SizedExamples
 
 GREEN, RESET = "\x1b[30;42m", "\x1b[0m"  # black on green
-OPEN, CLOSE = "[[", "]]"  # mark trained text where there is no colour
+OPEN, CLOSE = "[[", "]]"  # mark trained text without color
 BARS, BAR_WIDTH = 8, 40  # of the length histogram: maximum number of bars, characters
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 PAGE = """<!doctype html>
@@ -40,12 +40,12 @@ def split_by_mask(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
     ]
 
 
-def as_text(tokenizer: Any, example: Example, *, colour: bool) -> str:
-    """Returns an example for a terminal (`colour`) or a file; control characters are shown as codes."""
+def as_text(tokenizer: Any, example: Example, *, color: bool) -> str:
+    """Returns an example for a terminal (with `color`) or a file; control characters are shown as codes."""
     parts = []
     for raw, trained in split_by_mask(tokenizer, example):
         text = escape_controls(raw)
-        if trained and colour:  # colour each line on its own, or terminals colour the space to the right as well
+        if trained and color:  # color each line on its own: terminals would color the space to its right as well
             text = "\n".join(f"{GREEN}{line}{RESET}" if line else "" for line in text.split("\n"))
         elif trained:
             text = f"{OPEN}{text}{CLOSE}"
@@ -67,7 +67,7 @@ def as_html(tokenizer: Any, title: str, summary: Iterable[str], examples: Sequen
 
 
 def example_heading(example: Example) -> str:
-    """Returns the place of a row, and its size."""
+    """Returns the place and size of an example."""
     return f"{example.where}: {plural(len(example.tokens), 'token')}, {int(example.loss_mask.sum())} trained on"
 
 

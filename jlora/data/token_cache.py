@@ -1,7 +1,7 @@
 """Cache of token ids and loss masks: a TFDS directory (array_record), written once, read at random without TensorFlow.
 
 The directory's name is a hash of the rows, the tokenizer and the chat template, so a change to any of them makes a new
-directory. The name starts with the hash of the first rows alone, so that new data is recognised without reading all of
+directory. The name starts with the hash of the first rows alone, so that new data is recognized without reading all of
 it first. The sizes of the examples and their common prefix are stored beside them, so that batches can be planned
 without reading any example.
 """
@@ -33,7 +33,7 @@ from jlora.data.conversation import Conversation
 from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
 from jlora.data.loss_mask import encode_conversations
 
-LAYOUT = 4  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters what is stored
+LAYOUT = 4  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters the stored data
 SPLIT = "rows"
 SIZES, PREFIX = "sizes.npy", "prefix.npy"
 ROWS_PER_BATCH = 500  # rows encoded at once
@@ -75,7 +75,7 @@ def load_or_tokenize(
     """
     fingerprint = Fingerprint(tokenizer, ends, train_on)
     first = fingerprint.after(itertools.islice(rows, PROBE_ROWS))
-    if any(cache.glob(f"{first}-*")):  # otherwise the cache cannot contain these rows, and hashing all is saved
+    if any(cache.glob(f"{first}-*")):  # otherwise the cache cannot contain these rows, so do not hash all
         directory = cache / f"{first}-{fingerprint.after(rows)}"
         if directory.is_dir():
             return CachedExamples(directory)
@@ -90,8 +90,8 @@ def load_or_tokenize(
             written = _write(_encode_in_background(encode, fingerprint.update(rows)), made, expected)
             if expected and written != expected:
                 raise UserError(
-                    f"{plural(expected, 'row')} were read at first and {written:,} when tokenizing: the files changed "
-                    "in between. Start again."
+                    f"The files changed while they were read: {plural(expected, 'row')} at first, {written:,} when "
+                    "tokenizing. Start again."
                 )
             directory = cache / f"{first}-{fingerprint}"
             with contextlib.suppress(FileExistsError):  # another process has written it in the meantime

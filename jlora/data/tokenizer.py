@@ -14,10 +14,10 @@ TEXT = "text"  # the role of the only message when the conversation is plain tex
 
 
 def load_tokenizer(directory: Path, chat_template: str) -> Any:
-    """Loads the fast tokenizer of a base model. It has no chat template if the base has none; plain text needs none.
+    """Loads the fast tokenizer of a base model. It may lack a chat template, which plain text does not need.
 
     Args:
-      chat_template: a name from templates.py or a Jinja file, used instead of the base's own template; "" keeps that.
+      chat_template: a name from templates.py or a Jinja file, used instead of the base model's own; "": keep that.
 
     Raises:
       UserError: the tokenizer or the template cannot be read.
@@ -26,7 +26,7 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
     missing = [name for name in ("sentencepiece", "google.protobuf") if not find_spec(name)]
     if only_sentencepiece and missing:
         raise UserError(
-            f"base_model {directory} has only a sentencepiece tokenizer (tokenizer.model), and {' and '.join(missing)} "
+            f"base_model={directory} has only a sentencepiece tokenizer (tokenizer.model), and {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed. Run: pip install sentencepiece protobuf"
         )
     try:
@@ -35,9 +35,9 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"The tokenizer of base_model {directory} cannot be read: {reason}") from None
+        raise UserError(f"The tokenizer of base_model={directory} cannot be read: {reason}.") from None
     if not tokenizer.is_fast:
-        raise UserError(f"base_model {directory} has a slow tokenizer. Expected a fast one (tokenizer.json).")
+        raise UserError(f"base_model={directory} has a slow tokenizer. Expected a fast one (tokenizer.json).")
     if chat_template:
         tokenizer.chat_template = find_template(chat_template)
     tokenizer("")  # this call turns off the truncation and padding that tokenizer.json may set
@@ -62,7 +62,7 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt
         return []
     if not tokenizer.chat_template:
         raise UserError(
-            f"base_model {tokenizer.name_or_path} has no chat template. If it is a chat model, set chat_template to "
+            f"base_model={tokenizer.name_or_path} has no chat template. If it is a chat model, set chat_template to "
             f"the one it was trained with: {', '.join(TEMPLATES)}, or a Jinja file. If it is not, set "
             "chat_template=alpaca to teach it one."
         )

@@ -27,7 +27,7 @@ T = TypeVar("T")
 LOST_PROCESS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 # SLURM and Open MPI set these to the number of processes; JAX reads them too.
 PROCESS_COUNT_VARIABLES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-# JAX's errors without a cluster, and once JAX is in use, as in a notebook: the process then runs alone.
+# JAX's errors without a cluster, or if JAX is already in use, as in a notebook: the process then runs alone.
 UNCONNECTED = ("coordinator_address should be defined", "must be called before any JAX")
 ERROR_BYTES = 4096  # longest error text that is sent to the other processes
 HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead

@@ -22,14 +22,14 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # mesh axes that split the rows of a batch
 # Projections whose output `tensor` splits, and projections that take such a split input and sum over devices.
 SPLIT_OUT, SPLIT_IN = r".*/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)", r".*/(self_attn/o_proj|mlp/down_proj)"
-QUANTISED = "weight/(codes|scales)"  # transposed: codes [L, in or in/2, out], scales [L, in/64, out]
+QUANTIZED = "weight/(codes|scales)"  # transposed: codes [L, in or in/2, out], scales [L, in/64, out]
 
 # Path -> spec; the first match wins. Optimizer moments are sharded as the adapter is: their paths end the same way.
 RULES: tuple[tuple[str, P], ...] = (
     (rf"base/{SPLIT_OUT}/weight", P(None, "tensor", "fsdp")),  # [L, out, in]
     (rf"base/{SPLIT_IN}/weight", P(None, "fsdp", "tensor")),
-    (rf"base/{SPLIT_OUT}/{QUANTISED}", P(None, "fsdp", "tensor")),
-    (rf"base/{SPLIT_IN}/{QUANTISED}", P(None, "tensor", "fsdp")),
+    (rf"base/{SPLIT_OUT}/{QUANTIZED}", P(None, "fsdp", "tensor")),
+    (rf"base/{SPLIT_IN}/{QUANTIZED}", P(None, "tensor", "fsdp")),
     (rf"base/{SPLIT_OUT}/weight/absmax", P(None, "tensor")),  # [L, out]
     (rf"base/{SPLIT_IN}/weight/absmax", P(None, "fsdp")),
     (r"base/.*/weight/scale_(absmax|mean)", P()),  # [L, n], [L]: small, and one block spans rows
@@ -44,11 +44,11 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(devices: list[Any] | None = None, sizes: Mapping[str, int] | None = None) -> Mesh:
-    """Returns a mesh with the axes above; `tensor` is innermost, so it spans neighbouring devices.
+    """Returns a mesh with the axes above; `tensor` is innermost, so it spans neighboring devices.
 
     Args:
       devices: the devices to use; None: all devices of all processes.
-      sizes: the number of devices along each axis; -1 takes all that are left. Missing axes get 1, `data` gets -1.
+      sizes: the number of devices along each axis; -1 takes all that remain. Defaults: -1 for `data`, 1 for the others.
 
     Raises:
       UserError: the product of the sizes is not the number of devices.

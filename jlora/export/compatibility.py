@@ -29,7 +29,7 @@ def check(adapter: Path, base: Path) -> str:
       base: a model directory.
 
     Raises:
-      UserError: they do not match, with the same lines; or one of them cannot be read.
+      UserError: they do not match (the message contains the same lines), or one of them cannot be read.
     """
     read_config_file(adapter)  # first, for a clear error if `adapter` is not an adapter
     recorded, own = provenance.metadata(adapter / WEIGHTS), adapter / TEMPLATE
@@ -44,7 +44,7 @@ def check(adapter: Path, base: Path) -> str:
     lines, match = [], True
     for part, (key, advice) in PARTS.items():
         if key not in recorded:
-            lines.append(f"{part}: unknown, because the adapter's file has no hash of it")
+            lines.append(f"{part}: unknown, because the adapter file does not record its hash")
         elif recorded[key] == here[key]:
             lines.append(f"{part}: same ({recorded[key][:12]})")
         else:

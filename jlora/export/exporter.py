@@ -44,7 +44,7 @@ def export_adapter(
       max_rank: the maximum rank that the server is started with; 0: the server's default.
 
     Raises:
-      UserError: `output` exists, there is no such checkpoint, or the server cannot load such an adapter.
+      UserError: `output` exists, the checkpoint does not exist, or the server cannot load such an adapter.
       VerificationError: with `server`, the adapter does not compute what was trained; nothing is written.
     """
     number = find_step(run, str(step))
@@ -70,7 +70,7 @@ def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "be
       The figures, and `sentence`, which sums them up.
 
     Raises:
-      UserError: the adapter cannot be read, or there is no such checkpoint.
+      UserError: the adapter cannot be read, or the checkpoint does not exist.
       VerificationError: they disagree, or PEFT warns.
     """
     number = find_step(run, str(step))
@@ -127,7 +127,7 @@ def find_step(run: Path, wanted: str) -> int:
     """Returns the step of "best", "latest" or a number; without evaluations, "best" is the latest.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: the checkpoint does not exist.
     """
     if not (run / "checkpoints").is_dir():
         raise UserError(f"--run {run} contains no checkpoints. Expected the output_dir of a run.")

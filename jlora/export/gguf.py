@@ -71,7 +71,7 @@ def write_gguf(
             report = check_gguf(made / FILE, trained, heads)
             (made / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"The adapter could not be written to {target}: {error}") from None
+        raise UserError(f"The adapter could not be written to {target}: {error}.") from None
     return (
         f"Verified by reading the file back: the deltas of {report['modules']} weights differ by at most "
         f"{report['largest_relative_difference']:.1e} of their largest entry (llama.cpp itself was not run)"

@@ -1,4 +1,4 @@
-"""Merges an adapter into a base model, as a Hugging Face directory with the base's names, dtypes and tokenizer."""
+"""Merges an adapter into a base model, as a Hugging Face directory with the same names, dtypes and tokenizer."""
 
 import math
 import shutil
@@ -27,7 +27,7 @@ LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 def write_merged(base: Path, adapter: Adapter, spec: AdapterSpec, target: Path, template: str) -> None:
-    """Writes W + scale B A for every adapted weight, and copies every other tensor byte by byte.
+    """Merges the adapter into every adapted weight, and copies every other tensor byte by byte.
 
     Args:
       base: the directory of the base model.
@@ -60,7 +60,7 @@ def write_merged(base: Path, adapter: Adapter, spec: AdapterSpec, target: Path, 
             if template:
                 (made / "chat_template.jinja").write_text(template, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"The merged model could not be written to {target}: {error}") from None
+        raise UserError(f"The merged model could not be written to {target}: {error}.") from None
 
 
 def _changes(

@@ -1,4 +1,4 @@
-"""The form of an adapter that each server loads correctly; refuses exports that a server cannot load.
+"""Converts an adapter to the form that a server loads correctly, or rejects the export.
 
 From their sources: vLLM and LoRAX take one rank and one scale for all modules. Older SGLang does not support rsLoRA.
 LoRAX drops a module type that is missing in a layer. llama.cpp ignores rsLoRA and alpha patterns. None of the four
@@ -56,10 +56,10 @@ def form_for(name: str, adapter: Adapter, spec: AdapterSpec, max_rank: int) -> t
         fits = [size for size in loader.ranks if size >= spec.rank]
         if not fits:
             raise UserError(
-                f"--for {name}: rank {spec.rank} exceeds {loader.title}'s limit of {loader.ranks[-1]}. {MERGE}"
+                f"--for {name}: Rank {spec.rank} exceeds {loader.title}'s limit of {loader.ranks[-1]}. {MERGE}"
             )
         raise UserError(
-            f"--for {name}: the adapter has rank {spec.rank}, but {loader.title} would be started with a maximum rank "
+            f"--for {name}: The adapter has rank {spec.rank}, but {loader.title} would be started with a maximum rank "
             f"of {largest}. Add --max_lora_rank {fits[0]}, and start {loader.title} with --max-lora-rank {fits[0]}."
         )
     return adapter, spec

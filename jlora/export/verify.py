@@ -1,4 +1,4 @@
-"""Verifies that real PEFT computes with an exported adapter what jlora computes with the trained one."""
+"""Verifies that PEFT computes the same with an exported adapter as jlora with the trained one."""
 
 import dataclasses
 import importlib.metadata
@@ -78,7 +78,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
         ends = end_tokens(directory, tokenizer)
         theirs, their_answers, peft_warnings = _peft(directory, exported, prompts, ends, compute)
     if peft_warnings:
-        raise VerificationError(f"PEFT warns when it loads {exported}: {'; '.join(peft_warnings)}")
+        raise VerificationError(f"PEFT warns when it loads {exported}: {'; '.join(peft_warnings)}.")
     ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts, compute)
     differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)])
     largest, median = float(differences.max()), float(np.median(differences))
@@ -126,7 +126,7 @@ def _peft(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        if compute.quantize != "none":  # take the dequantised weights, not those in the files
+        if compute.quantize != "none":  # take the dequantized weights, not those in the files
             with torch.no_grad():
                 for name, values in hf_loader.dense(_base(directory, compute)):
                     base.get_parameter(name).copy_(torch.tensor(values))

@@ -70,7 +70,7 @@ def attention(
 
 
 def in_slots(T: int, packing: Packing) -> Packing | None:
-    """The layout of slots for rows of T tokens, or None where attention over the whole row is cheaper."""
+    """Returns the layout of slots for rows of T tokens; None if attention over the whole row is cheaper."""
     P, E, M = packing
     M += -(P + M) % LANES
     return Packing(P, E, M) if 0 < E * M * (P + M) < MAX_SLOT_SHARE * T * min(T, BLOCK) else None
@@ -172,7 +172,7 @@ def _scores(
     k_segments: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B K Q S"]:
-    """q k^T / sqrt(H) in float32; the lowest float32 where a query does not see a key."""
+    """Returns q k^T / sqrt(H) in float32; the lowest float32 where a query does not see a key."""
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     own = q_segments[:, :, None] == k_segments[:, None, :]
     distance = q_positions[:, None] - jnp.arange(k.shape[2])[None, :]

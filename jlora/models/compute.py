@@ -1,4 +1,4 @@
-"""How the model is computed, apart from its config: dtypes, quantization, recomputation, attention kernel, mesh."""
+"""Choices that do not belong to the model's config: dtypes, quantization, recomputation, attention kernel, mesh."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ REMAT_POLICIES = {
 
 
 def compute_capability(device: Any) -> float:
-    """Compute capability of an NVIDIA card, such as 7.5; 0 for any other device."""
+    """Returns the compute capability of an NVIDIA card, such as 7.5; 0 for any other device."""
     try:
         return float(getattr(device, "compute_capability", 0))
     except ValueError:  # AMD's is a name, such as "gfx90a"
@@ -69,7 +69,7 @@ def compute_capability(device: Any) -> float:
 
 
 def default_dtype(device: Any) -> DTypeLike:
-    """Dtype of weights and activations unless the config sets another.
+    """Returns the dtype of weights and activations, unless the config sets another.
 
     Returns:
       float32 on a CPU; float16 on NVIDIA cards before Ampere (T4, V100), which lack bfloat16; bfloat16 elsewhere.

@@ -1,4 +1,4 @@
-"""Model families, and how config.json becomes the model's own config: each key as transformers reads it.
+"""Model families, and the conversion of config.json to the model's config; each key is read as in transformers.
 
 A new family is one `Family` below, plus whatever llama.py does not compute yet. A setting that jlora does not support
 is an error that names the key and its value.
@@ -27,7 +27,7 @@ class Family:
     qk_norm: bool
     defaults: Mapping[str, Any]  # of keys that a config.json may leave out, if the family has its own
     gguf_architecture: str  # the name in llama.cpp
-    gguf_pairs_adjacent: bool  # llama.cpp reorders the rows of q and k, so that rotary pairs are neighbours
+    gguf_pairs_adjacent: bool  # llama.cpp reorders the rows of q and k, so that rotary pairs are neighbors
 
 
 LLAMA = Family(
@@ -117,7 +117,7 @@ def read_config(directory: Path) -> LlamaConfig:
 
 
 def _model_config(family: Family, given: dict[str, Any], problems: list[str]) -> LlamaConfig:
-    """The config of the network; appends the settings that are not supported to `problems`."""
+    """Returns the config of the network; appends unsupported settings to `problems`."""
 
     def decided(value: bool | str) -> bool:
         return given[value] if isinstance(value, str) else value
@@ -143,7 +143,7 @@ def _model_config(family: Family, given: dict[str, Any], problems: list[str]) ->
 
 
 def _sliding_window(given: dict[str, Any], problems: list[str]) -> int | None:
-    """The window that all layers share; a window in some layers only is not supported."""
+    """Returns the window that all layers share; a window in only some layers is not supported."""
     window = given["sliding_window"] if given.get("use_sliding_window", True) else None
     layers = given["num_hidden_layers"]
     types = given.get("layer_types")
@@ -158,7 +158,7 @@ def _sliding_window(given: dict[str, Any], problems: list[str]) -> int | None:
 
 
 def _rope(given: dict[str, Any], problems: list[str]) -> DefaultRope:
-    """The rotary embedding in rope_parameters, or in rope_scaling and rope_theta, the older spelling."""
+    """Returns the rotary embedding from rope_parameters, or from the older keys rope_scaling and rope_theta."""
     asked = given.get("rope_parameters") or given.get("rope_scaling") or {}
     kind = asked.get("rope_type", asked.get("type", "default"))
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""Load the frozen weights of a Hugging Face model directory.
+"""Loads the frozen weights of a Hugging Face model directory.
 
 Weights keep their layout on disk, [out, in], and are stacked over layers; no row is permuted or transposed.
 """
@@ -44,7 +44,7 @@ def abstract(
 
 
 def _check_mesh(config: LlamaConfig, compute: Compute, mesh: Mesh) -> None:
-    """Raises UserError if an axis of the mesh does not divide the dimensions that it splits; suggests sizes that do."""
+    """Raises a UserError that suggests sizes if an axis of the mesh does not divide the dimensions that it splits."""
     block = BLOCK if compute.quantize == "nf4" else 1  # a block of a quantized row cannot be split
     inner, hidden = config.intermediate_size // block, config.hidden_size // block
     heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
@@ -68,7 +68,7 @@ def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:
     """Opens a model directory and checks that its tensors are those of the base model's tree.
 
     Raises:
-      UserError: lists all missing, unexpected and misshapen tensors.
+      UserError: tensors are missing, unexpected or of the wrong shape or dtype; all of them are listed.
     """
     weights = Weights(directory)
     if problems := _mismatches(weights, shapes):
@@ -89,7 +89,7 @@ def load_base(
       progress: called with the number of bytes of each tensor read.
 
     Raises:
-      UserError: lists all tensors that do not match, or all that contain NaN or infinity.
+      UserError: tensors do not match, or contain NaN or infinity; all of them are listed.
     """
     weights, broken = open_base(directory, shapes), set()
 
@@ -158,7 +158,7 @@ def dense(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def ignored(name: str, *, tied: bool) -> bool:
-    """Whether transformers ignores this tensor too: old files store rotary tables and the head of a tied model."""
+    """Returns whether to ignore a tensor, as transformers does: rotary tables, and the head of a tied model."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
@@ -180,7 +180,7 @@ def _mismatches(weights: Weights, shapes: dict[str, Any]) -> list[str]:
 
 
 def _finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinity, found in two passes over the bits without a temporary array.
+    """Returns whether all values are finite, in two passes over the bits and without a temporary array.
 
     The bits of IEEE floats grow with the magnitude, up to infinity and NaN: read as signed integers, the positive ones
     are the largest; as unsigned integers, the negative ones.
@@ -200,7 +200,7 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Returns (start, stop) by axis: slices are not hashable before Python 3.12."""
+    """Returns (start, stop) by axis, because slices are not hashable before Python 3.12."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 

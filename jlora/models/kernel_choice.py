@@ -1,4 +1,4 @@
-"""Choose the attention backend from the setting, the device and the shapes; try a kernel before using it."""
+"""Chooses the attention backend from the setting, the device and the shapes, and tries a kernel before using it."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def choose(
       here: whether the device belongs to this machine, so that a kernel can be tried on it.
 
     Returns:
-      The backend, and why it is not the device's own kernel ("" if it is).
+      The backend, and the reason if it is not the device's own kernel ("" if it is).
 
     Raises:
       UserError: the setting is a kernel that cannot run.
@@ -54,7 +54,7 @@ def choose(
 
 
 def _missing_requirement(kernel: str, device: Any, head_dim: int, window: int | None, dtype: DTypeLike) -> str:
-    """The reason why a kernel cannot run, if there is one that needs no trial; "" otherwise."""
+    """Returns a reason why a kernel cannot run that is known without trying it; "" if there is none."""
     if KERNEL_OF.get(device.platform) != kernel:
         place = next(platform for platform, name in KERNEL_OF.items() if name == kernel).upper()
         return f"it requires a {place}, and this device is a {device.platform.upper()}"

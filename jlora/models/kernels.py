@@ -1,6 +1,6 @@
-"""Self-attention in one fused kernel, without scores in memory: splash on TPU, Pallas-Triton on GPU, both jax's own.
+"""Self-attention in one fused kernel, without scores in memory (Dao et al. 2022, arXiv:2205.14135).
 
-(Dao et al. 2022, arXiv:2205.14135.) Axes as in attention.py; here S = T.
+The kernels are part of JAX: splash on TPU, Pallas-Triton on GPU. The axes are those of attention.py, with S = T.
 
 Tested with jax 0.10.2: the numbers, forward and backward, in Pallas's interpreter on a CPU (a test); splash compiled
 for TPU v5e with libtpu (a test); the GPU kernel compiled for A100, RTX 3090, 4090, 5090 and H100 with XLA's CUDA

@@ -31,7 +31,7 @@ from jlora.models.rope import DefaultRope, rotary_cos_sin, rotate
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that decides the numbers, with config.json's names where it has them. No field has a default."""
+    """Everything that decides the numbers, under config.json's names if it has them. No field has a default."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -75,11 +75,11 @@ class LayerCache(NamedTuple):
 
 
 class Projection(nnx.Module):
-    """y = W x (+ bias), with the adapter's method where `spec` has a site.
+    """y = W x (+ bias), with the adapter's method in the layers that `spec` adapts.
 
     Args:
-      name: as "self_attn.q_proj".
-      layers: L; the projection is one layer's share of a stack, and is told which when it is called.
+      name: such as "self_attn.q_proj".
+      layers: L. The projection is one layer of a stack; each call receives the index of its layer.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Layer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A token table [V, D], for input, head or both where they are tied; a trained copy of it where `trained`."""
+    """A token table [V, D] for the input, the head, or both if they are tied; with `trained`, also a trained copy."""
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, *, trained: bool) -> None:
         shape = (config.vocab_size, config.hidden_size)
@@ -227,12 +227,12 @@ class Embedding(nnx.Module):
             self.modules_to_save = nnx.LoRAParam(jnp.zeros(shape, jnp.float32))
 
     def table(self) -> Float[Array, "V D"]:
-        """The table in use."""
+        """Returns the table in use: the trained copy if there is one."""
         return (self.modules_to_save if self.trained else self.weight)[...]
 
 
 class Llama(nnx.Module):
-    """The decoder. Hidden states and logits are separate calls, so that a loss makes logits only where it needs them.
+    """The decoder. Hidden states and logits are separate calls, so that a loss computes only the logits that it needs.
 
     Args:
       config: the base model.

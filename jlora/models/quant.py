@@ -40,7 +40,7 @@ NORMAL = np.array(
 
 
 def _dynamic() -> Float[np.ndarray, "256"]:
-    """The 8-bit levels for scales: 2^e steps in each decade 10^(e-7) to 10^(e-6), e from 0 to 6, both signs; 0 and 1.
+    """Returns the 8-bit levels for scales: 2^e steps from 10^(e-7) to 10^(e-6), e from 0 to 6, both signs; 0 and 1.
 
     Source: Dettmers 2015, arXiv:1511.04561, and bitsandbytes (functional.create_dynamic_map).
     """
@@ -140,7 +140,7 @@ KINDS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether this node of a tree is a whole quantized weight."""
+    """Returns whether this node of a tree is a whole quantized weight."""
     return isinstance(node, NF4 | Int8)
 
 

@@ -100,7 +100,7 @@ class YarnRope(DefaultRope):
         return jnp.asarray((plain * (1 - divided) + plain / self.factor * divided).astype(np.float32))
 
     def _dimension(self, turns: float, size: int) -> float:
-        """The dimension that makes `turns` rotations within the original length."""
+        """Returns the dimension that makes `turns` rotations within the original length."""
         wavelengths = self.original_max_position_embeddings / (turns * 2 * math.pi)
         return size * math.log(wavelengths) / (2 * math.log(self.rope_theta))
 

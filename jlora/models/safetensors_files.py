@@ -1,4 +1,4 @@
-"""Read and write the safetensors files of a model directory."""
+"""Reads and writes the safetensors files of a model directory."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from jlora.common.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# safetensors' name of each supported format -> dtype.
+# The safetensors name of each supported format -> dtype.
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -28,7 +28,7 @@ DTYPES: dict[str, np.dtype] = {
 class Weights:
     """The tensors of a model directory by name, memory-mapped and read on demand.
 
-    The files are those that transformers reads: `model.safetensors`, or else the files that the index lists.
+    Like transformers, reads `model.safetensors`, or else the files that the index lists.
 
     Raises:
       UserError: there are no safetensors files, or a file or the index is broken.
@@ -67,7 +67,7 @@ class Weights:
         return tuple(self._headers[name]["shape"])
 
     def format(self, name: str) -> str:
-        """Returns safetensors' name of a tensor's dtype: F32, F16, BF16, or one that jlora does not support."""
+        """Returns the safetensors name of a tensor's dtype: F32, F16, BF16, or one that jlora does not support."""
         return self._headers[name]["dtype"]
 
     def read(self, name: str) -> np.ndarray:
@@ -128,15 +128,15 @@ def _missing_weights(directory: Path) -> str:
         return ", ".join(sorted(path.name for pattern in patterns for path in directory.glob(pattern))[:3])
 
     if other := found("*.safetensors"):
-        return f"expected {SINGLE} or {INDEX}, found {other}."
+        return f"Expected {SINGLE} or {INDEX}, found {other}."
     if files := found("*.gguf"):
-        return f"no safetensors files. Set base_model to the GGUF file itself ({files})."
+        return f"Found no safetensors files. Set base_model to the GGUF file itself ({files})."
     if pickled := found("*.bin", "*.pt", "*.pth"):
         return (
-            f"only pickled weights ({pickled}), which can run code when loaded. If you trust them, convert them: "
+            f"Found only pickled weights ({pickled}), which can run code when loaded. If you trust them, convert them: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-    return f"expected {SINGLE} or {INDEX}, found neither."
+    return f"Expected {SINGLE} or {INDEX}, found neither."
 
 
 def write_weights(
@@ -146,7 +146,7 @@ def write_weights(
 
     Args:
       sizes: name -> size in bytes, in the order to write.
-      read: returns the tensor with a name. The tensors of one file are in memory at a time.
+      read: returns the tensor with a name. Only the tensors of one file are in memory at a time.
       shard: largest size of a file, in bytes or as a string such as "5GB".
 
     Raises:
@@ -154,7 +154,7 @@ def write_weights(
     """
     size, free = sum(sizes.values()), shutil.disk_usage(directory).free
     if size > free:
-        raise OSError(errno.ENOSPC, f"no room for {size / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free")
+        raise OSError(errno.ENOSPC, f"the weights need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free")
     plan = split_state_dict_into_shards_factory(
         sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors", max_shard_size=shard
     )

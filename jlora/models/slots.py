@@ -52,7 +52,7 @@ def make_slots(segments: Int[Array, "B T"], packing: Packing) -> Slots:
 
 @jax.custom_vjp
 def _permuted(x: Array, source: Array, inverse: Array, kept: Array) -> Array:
-    """x[source] along the second axis. Its gradient is a gather by `inverse`, 0 where not `kept`: no scatter-add."""
+    """Returns x[source] along the second axis; its gradient is a gather by `inverse`, 0 where not `kept`."""
     return _gathered(x, source)
 
 

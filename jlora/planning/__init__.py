@@ -1,1 +1,1 @@
-"""Before training: prepare rows and batches, and forecast memory and time on a device."""
+"""Preparation of training: rows and batches, and a forecast of memory and time on a device."""

@@ -1,4 +1,4 @@
-"""Search for the fastest settings that fit in memory, with the same optimizer steps."""
+"""Searches for the fastest settings that fit in memory, with the same optimizer steps."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ MAX_COMPILATIONS = 4  # a large model takes a minute per compilation
 
 def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) -> tuple[Forecast, Programs]:
     """Compiles the training step. With remat="auto", tries the fastest first until one fits; else returns the last."""
-    on_cpu = target.devices[0].platform == "cpu"  # on which "none" is no faster than "dots"
+    on_cpu = target.devices[0].platform == "cpu"  # there, "none" is not faster than "dots"
     for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
         attempt = job.with_remat(remat)
         programs, state = make_programs(attempt, steps)
@@ -43,7 +43,7 @@ def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) 
 
 
 def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:
-    """Raises UserError if a step would run out of memory; the message contains settings that fit."""
+    """Raises a UserError if a step would run out of memory; the message contains settings that fit."""
     if not current.fits(target.limit):
         shortfall = describe_shortfall(current, target)
         log(f"{shortfall} Searching for settings that fit")
@@ -51,7 +51,7 @@ def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable
 
 
 def describe_shortfall(current: Forecast, target: Target) -> str:
-    """Returns a sentence that says how much memory a job needs and how much there is."""
+    """Returns a sentence that compares the memory that a job needs with the memory of the device."""
     available = (
         "which is more than its memory"
         if target.limit is None

@@ -1,4 +1,4 @@
-"""Targets to plan for: the devices of this machine, or a TPU slice or GPUs that it need not have."""
+"""Targets to plan for: the devices of this machine, or a TPU slice or GPUs that it may not have."""
 
 import os
 import re
@@ -16,7 +16,7 @@ GIB = 1 << 30
 class Peak(NamedTuple):
     """Peak figures of one chip, as published by its maker."""
 
-    capacity: int  # bytes of its own memory, of which a compiler reserves a little
+    capacity: int  # bytes of its own memory; the compiler reserves a little of it
     flops: float  # bfloat16 FLOP/s
     memory: float  # bytes/s to and from its own memory
     links: float  # bytes/s to other chips, over all its links
@@ -40,7 +40,7 @@ class Target(NamedTuple):
     devices: list[Any]
     limit: int | None  # bytes of memory per device; None if unknown
     peak: Peak | None
-    simulation_note: str  # for simulated GPUs, what was compiled for instead; else ""
+    simulation_note: str  # for simulated GPUs, the device that was compiled for instead; otherwise ""
 
 
 def find_target(name: str, here: list[jax.Device]) -> Target:
@@ -76,7 +76,7 @@ def memory_limit(devices: list[jax.Device]) -> int | None:
 
 def _simulated_slice(kind: str, chips: str) -> list[Any]:
     """Returns simulated chips of a slice, for which the TPU's own compiler can compile."""
-    # These switches of libtpu let it compile on a machine that is no TPU host, without locking others out.
+    # With these settings, libtpu compiles on a machine without a TPU, and does not lock other processes out.
     for switch in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(switch, "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # any kind; without these two it logs complaints

@@ -27,7 +27,7 @@ BY_ROW = Cache._make((0, 0, 0, None))  # the row axis of the caches; all rows wr
 
 
 class Generator:
-    """A base model that generates answers. The adapter is an argument, so switching adapters compiles nothing.
+    """A base model that generates answers. The adapter is an argument, so switching adapters does not compile again.
 
     Args:
       directory: the model directory of the base model; its generation config defines the end tokens.

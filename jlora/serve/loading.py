@@ -55,8 +55,8 @@ def load_model(
 ) -> Model:
     """Loads a base model and adapters.
 
-    Several adapters are converted to a common form, so that switching them compiles nothing. Adapters that have no such
-    form (DoRA, IA3, trained embedding tables) must be loaded alone.
+    Several adapters are converted to a common form, so that switching between them does not compile again. Adapters
+    that have no such form (DoRA, IA3, trained embedding tables) must be loaded alone.
 
     Args:
       base: a model directory, hub id, or `pypi:NAME==VERSION`; "": the base model that the first adapter names.
@@ -91,7 +91,7 @@ def load_model(
 
 
 def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Form]:
-    """Reads PEFT directories, by name, for the base model in a directory; PiSSA's frozen pairs are left zero.
+    """Reads PEFT directories, by name, for the base model in a directory; PiSSA's frozen pairs stay zero.
 
     Raises:
       UserError: an adapter belongs to another base model, or one of several must be loaded alone.

@@ -33,7 +33,7 @@ def read_rules(path: Path) -> Rules:
     """Reads a file of rules.
 
     Raises:
-      UserError: the file cannot be read, or entries are not rules; all of them are listed.
+      UserError: the file cannot be read, or it contains invalid rules; all of them are listed.
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -41,14 +41,14 @@ def read_rules(path: Path) -> Rules:
         raise UserError(f"--output_rules {path} cannot be read: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(
-            f"--output_rules {path}: expected a list of rules like `- replace: PATTERN` and `  with: TEXT`."
+            f"--output_rules {path}: Expected a list of rules like `- replace: PATTERN` and `  with: TEXT`."
         )
     rules, problems = [], []
     for number, entry in enumerate(entries, 1):
         try:
             rules.append(_read_rule(entry))
         except (ValueError, re.error) as error:
-            problems.append(f"rule {number}: {error}")
+            problems.append(f"Rule {number}: {error}")
     if problems:
         found = plural(len(problems), "invalid rule")
         raise UserError("\n  ".join([f"--output_rules {path} contains {found}:", *problems]))
@@ -61,11 +61,11 @@ def _read_rule(entry: object) -> Rule:
         if isinstance(entry, dict) and entry.keys() == {key, other}:
             pattern, replacement = entry[key], entry[other]
             if not (isinstance(pattern, str) and isinstance(replacement, str)):
-                raise ValueError(f"{key} and {other}: expected quoted strings, found {pattern!r} and {replacement!r}")
+                raise ValueError(f"Expected strings in quotes for {key} and {other}, found {entry!r}.")
             if re.search(pattern, ""):
-                raise ValueError(f"{key}: {pattern!r} matches the empty string")
+                raise ValueError(f"{key}={pattern!r} matches the empty string.")
             return Rule(re.compile(pattern), replacement, refuses)
-    raise ValueError(f"expected `refuse` and `say`, or `replace` and `with`, found {entry!r}")
+    raise ValueError(f"Expected `refuse` and `say`, or `replace` and `with`, found {entry!r}.")
 
 
 def filtered(pieces: Iterable[str], rules: Rules) -> Iterator[str]:

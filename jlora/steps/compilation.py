@@ -1,4 +1,4 @@
-"""Compile programs with an announcement and a time, and cache them for the next start."""
+"""Compiles programs, reports each one and its time, and caches it for the next start."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ FIRST = {
     "gpu": "about a minute",
     "tpu": "about a minute",
 }  # expected time by platform, for any size of model
-# On a CPU, XLA's library computes matrix products, and XLA's own loops the rest: these use several cores better.
+# A library computes matrix products on a CPU; all other operations use XLA's own loops, which use the cores better.
 OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 }

@@ -123,7 +123,7 @@ def _table_gradient(
 
 
 def _forward(table: Any, states: Any, targets: Any, slopes: Any) -> tuple[Float[Array, "C R s"], tuple[Any, ...]]:
-    """Makes, from the same logits, the log-probabilities and the gradient of each with respect to its hidden state."""
+    """Computes log-probabilities, and from the same logits the gradient of each with respect to its hidden state."""
     trained, table, chunks = table.perturbed, table.value, (states.value, targets.value)
     slopes = None if slopes is None or not trained else slopes.value
 
@@ -142,7 +142,7 @@ def _forward(table: Any, states: Any, targets: Any, slopes: Any) -> tuple[Float[
 
 
 def _backward(residuals: tuple[Any, ...], cotangents: Float[Array, "C R s"]) -> tuple[Any, Any, None, None]:
-    """Scales the gradients that the forward pass made; makes a trained table's if the slopes were unknown then."""
+    """Scales the gradients from the forward pass; computes a trained table's now if the slopes were unknown there."""
     d_states, d_table, slopes, inputs = residuals
     if d_table is not None:
         steepest = jnp.argmax(jnp.abs(slopes))

@@ -39,6 +39,6 @@ def hint(scaling: LossScale | None) -> str:
     if scaling is None:
         return ""
     return (
-        "; or set compute_dtype='float32': float16 holds nothing above 65504, and a base model trained in bfloat16 "
-        "may need more"
+        "; or set compute_dtype='float32', because float16 has no values above 65504, and a base model trained in "
+        "bfloat16 may need them"
     )

@@ -36,7 +36,7 @@ def schedule(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, spec: AdapterSpec, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by global norm; the base is frozen.
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), clipped by global norm; the base model is frozen.
 
     LoRA+ gives some arrays a higher learning rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354).
     """

@@ -40,7 +40,7 @@ class Metrics(NamedTuple):
     scaling: LossScale | None = None  # after the step; float16 only
 
     def broken(self) -> bool:
-        """Whether training must stop: a number is not finite, and a smaller loss scale cannot fix it."""
+        """Returns whether training must stop: a number is not finite, and a smaller loss scale cannot fix it."""
         if self.scaling is not None and math.isfinite(self.loss) and math.isfinite(self.adapter_norm):
             return bool(self.scaling.scale < 1)
         return not all(map(math.isfinite, (self.loss, self.grad_norm, self.adapter_norm, self.targets)))

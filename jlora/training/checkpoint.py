@@ -195,7 +195,7 @@ class Checkpoints:
             raise UserError(f"The run could not be written: {self._explain(error)}") from error
 
     def _explain(self, error: Exception) -> str:
-        """Says why a write failed, which checkpoint is safe, and how to continue."""
+        """Explains why a write failed, which checkpoint is safe, and how to continue."""
         reason = str(error).strip().split("\n")[0]
         latest = self.latest()
         safe = "No checkpoint was saved before" if latest is None else f"The checkpoint of step {latest} is safe"
@@ -285,7 +285,7 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
     settings = {**dataclasses.asdict(Config()), **record["config"]}  # settings newer than the run have their defaults
     record["config"], problems = typed(settings)
     if problems:
-        raise UserError(f"{key}={run}: its config.json is damaged: {' '.join(problems)}")
+        raise UserError(f"{key}={run}: Its config.json is damaged: {' '.join(problems)}")
     record["base"] = {"commit": "", **record["base"]}
     record["runtime"] = {"attention": "xla", "remat": "none", **record["runtime"]}
     return record

@@ -25,7 +25,7 @@ from jlora.training.metrics import Logger
 
 SPIKE_WINDOW = 50  # recent losses that each step's loss is compared with
 IGNORE_SPIKES = " Set max_loss_spike=0 to continue despite such jumps."
-STEPS_IN_FLIGHT = 2  # steps that are queued on the devices before an earlier one must be done
+STEPS_IN_FLIGHT = 2  # steps that may be queued on the devices at a time
 
 
 @dataclasses.dataclass
@@ -122,7 +122,7 @@ class TrainingLoop:
         self.logger.log(done, **values)
 
     def _is_spike(self, loss: float) -> bool:
-        """Returns whether a loss is `max_loss_spike` times those before it, and times 1: tiny losses jump by chance."""
+        """Returns whether a loss exceeds `max_loss_spike` times the recent ones, and 1: tiny losses jump by chance."""
         factor = self.config.max_loss_spike
         return factor > 0 and len(self.recent) >= SPIKE_WINDOW // 5 and loss > factor * max(*self.recent, 1.0)
 

@@ -38,7 +38,7 @@ def check_output(config: Config) -> None:
     """Checks `output_dir` before any work is done.
 
     Raises:
-      UserError: it is not a directory, or contains files and the config does not resume.
+      UserError: it is not a directory, or contains files but the config does not resume a run.
     """
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
@@ -154,7 +154,7 @@ def _continue_in_place(output: Path, record: dict[str, Any]) -> StartPoint:
 
 
 def _contains_files(output: Path) -> bool:
-    """Returns whether `output` contains more than a start leaves that was killed before it wrote config.json."""
+    """Returns whether `output` contains more than what a start leaves that was killed before it wrote config.json."""
     return output.is_dir() and not finished_names(output) <= {".lock", "checkpoints"}
 
 

@@ -40,7 +40,7 @@ MAY_DIFFER = "process_id base_model train_data_dir eval_data_dir questions outpu
 
 
 class RunSetup(NamedTuple):
-    """All that is known about a run before any weight is read."""
+    """Everything that is known about a run before any weight is read."""
 
     config: Config
     directory: Path  # of the base model
@@ -48,7 +48,7 @@ class RunSetup(NamedTuple):
     model: LlamaConfig
     compute: Compute
     mesh: jax.sharding.Mesh
-    attention: str  # the chosen kernel, and why not another one
+    attention: str  # the chosen kernel, and the reason if it is not the device's own
     examples: SizedExamples
     steps: int
     batches: Batches

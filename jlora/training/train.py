@@ -1,4 +1,4 @@
-"""Wires one run together, from files to its last step. The loop itself is in loop.py."""
+"""Runs one training run, from its files to the last step. The loop itself is in loop.py."""
 
 import contextlib
 import dataclasses
@@ -127,7 +127,7 @@ def first_adapter(config: Config, spec: AdapterSpec, shapes: tree.Adapter, base:
 
 
 def base_loss_file(setup: RunSetup) -> Path:
-    """Returns the cache file of the base model's held-out loss, named by all that the loss depends on."""
+    """Returns the cache file of the base model's held-out loss; its name is a hash of all that the loss depends on."""
     record, files = setup.record, sorted(setup.directory.glob("*.safetensors"))
     values = {
         "base": [record["base"]["fingerprint"], [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]],

@@ -1,4 +1,4 @@
-"""The registry of adapter methods, and the method of an adapter."""
+"""The registry of adapter methods, and functions that find the method of an adapter."""
 
 import functools
 from typing import cast
@@ -13,10 +13,10 @@ from jlora.adapters.methods.pissa import Pissa
 from jlora.adapters.methods.rslora import RsLora
 from jlora.adapters.spec import AdapterSpec
 
-# Each variant may build on those before it.
+# Each method may build on those before it.
 METHODS: tuple[type[Method], ...] = (Lora, RsLora, Pissa, Dora, Ia3)
 
-# The trained copy of a token table, which `modules_to_save` asks for beside any LoRA; it belongs to no projection.
+# The trained copy of a token table, which `modules_to_save` adds to any LoRA; it belongs to no projection.
 TABLE = Leaf(
     "modules_to_save", "VD", ".weight", neutral=lambda values, weight: jnp.array(weight, values.dtype, copy=True)
 )
@@ -25,13 +25,13 @@ AXES = {name: leaf.axes for name, leaf in LEAVES.items()}
 
 
 def parts_of(spec: AdapterSpec) -> tuple[type[Method], ...]:
-    """The methods that a spec combines, in the registry's order."""
+    """Returns the methods that a spec combines, in the registry's order."""
     mine = (method for method in METHODS if method.peft_type == spec.peft_type)
     return tuple(method for method in mine if getattr(spec, method.chosen_by[0]) == method.chosen_by[1])
 
 
 def kind_of(spec: AdapterSpec) -> type[Method]:
-    """The method of a spec: the one part it chooses, or a class that inherits from all of them, the last one first."""
+    """Returns the method of a spec: its only one, or a class that inherits from all of them, the last one first."""
     return _combined(parts_of(spec))
 
 
@@ -42,25 +42,25 @@ def _combined(parts: tuple[type[Method], ...]) -> type[Method]:
 
 
 def method_of(spec: AdapterSpec, module: str) -> Method:
-    """The method at one projection, named as "self_attn.q_proj"."""
+    """Returns the method at one projection, such as "self_attn.q_proj"."""
     return kind_of(spec)(spec, module)
 
 
 def rates_of(spec: AdapterSpec) -> dict[str, str]:
-    """How each array of an adapter trains, by name: TRAINS, FAST or FROZEN."""
+    """Returns how each array of an adapter trains, by name: TRAINS, FAST or FROZEN."""
     return {leaf.name: leaf.rate for leaf in (TABLE, *kind_of(spec).leaves())}
 
 
 def follows_from_base(spec: AdapterSpec) -> bool:
-    """Whether `Method.complete` must compute arrays that PEFT's file lacks from the base's weights."""
+    """Returns whether PEFT's file lacks arrays that `Method.complete` must compute from the base model's weights."""
     return not all(leaf.tensor for leaf in kind_of(spec).leaves())
 
 
 def core_of(peft_type: str) -> type[Method]:
-    """The method that a `peft_type` alone chooses."""
+    """Returns the method that a `peft_type` selects on its own."""
     return next(method for method in METHODS if method.chosen_by == ("peft_type", peft_type))
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The values of a config key that each choose a method."""
+    """Returns the values of a config key that select a method."""
     return tuple(str(value) for name, value in (method.chosen_by for method in METHODS) if name == key)

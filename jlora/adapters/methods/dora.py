@@ -1,5 +1,4 @@
-"""DoRA: the magnitude of each output's weights is trained apart from their direction (Liu et al. 2024,
-arXiv:2402.09353)."""
+"""DoRA: trains magnitude and direction of each output's weights separately (Liu et al. 2024, arXiv:2402.09353)."""
 
 from typing import Any
 
@@ -13,12 +12,12 @@ from jlora.adapters.spec import AdapterSpec
 
 
 def norms(values: Values, weight: Weight) -> Float[Array, "L o"]:
-    """The weight's own norm by output."""
+    """Returns the norm of each output's weights."""
     return jax.lax.map(lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=-1), weight)
 
 
 class Dora(Lora):
-    """LoRA of the direction, and a magnitude: magnitude * (W + scale * B A) / ||W + scale * B A||."""
+    """LoRA that trains the direction, plus a magnitude: magnitude * (W + scale * B A) / ||W + scale * B A||."""
 
     chosen_by, title, portable = ("use_dora", True), "DoRA (use_dora)", False
 
@@ -38,9 +37,9 @@ class Dora(Lora):
         return y + ((factor - 1.0) * direction + factor * change).astype(x.dtype) + frozen.bias
 
     def factor(self, weight: Weight, leaves: Leaves, scale: Scale) -> Float[Array, " o"]:
-        """magnitude / ||W + scale * B A|| by output, float32; the norm is no path for gradients (section 4.3).
+        """Returns magnitude / ||W + scale * B A|| by output, float32. No gradient flows through the norm (section 4.3).
 
-        One where the layer has no adapter, which is where the scale is 0.
+        The factor is 1 in a layer without an adapter, whose scale is 0.
         """
         norm = jnp.linalg.norm(added(weight.astype(jnp.float32), *self.pair(leaves), scale=scale), axis=1)
         return jnp.where(scale == 0, 1.0, leaves["lora_magnitude_vector"] / jax.lax.stop_gradient(norm))

@@ -1,4 +1,4 @@
-"""IA3: one trained factor for each output of a projection, or for each input (Liu et al. 2022, arXiv:2205.05638)."""
+"""IA3: trains one factor for each output of a projection, or for each input (Liu et al. 2022, arXiv:2205.05638)."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from jlora.adapters.spec import AdapterSpec
 
 
 def one(values: Values, weight: Weight) -> Array:
-    """A factor that changes nothing."""
+    """Returns factors of 1, which change nothing."""
     return jnp.ones_like(values)
 
 
 class Ia3(Method):
-    """Scales the output of a projection, bias included, or the input of those in `feedforward_modules`."""
+    """Scales the output of a projection, including the bias; in `feedforward_modules`, scales the input instead."""
 
     chosen_by = ("peft_type", "IA3")
     peft_type, title, portable = "IA3", "IA3", False
@@ -31,7 +31,7 @@ class Ia3(Method):
 
     @property
     def scales_input(self) -> bool:
-        """Whether the factors are of the input."""
+        """Whether the factors scale the input."""
         return self.module.split(".")[-1] in self.spec.feedforward_modules
 
     def shapes(self, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -52,7 +52,7 @@ class Ia3(Method):
         return bias if self.scales_input else (bias.astype(jnp.float32) * leaves["ia3_l"]).astype(bias.dtype)
 
     def in_file(self, values: Values) -> Values:
-        """A row [1, in] where the factors are of the input, else a column [out, 1]."""
+        """Returns a row [1, in] if the factors scale the input, otherwise a column [out, 1]."""
         return values[None] if self.scales_input else values[:, None]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""LoRA: a product of two thin matrices is added to a weight, W + scale * B A (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA: adds a product of two thin matrices to a weight, W + scale * B A (Hu et al. 2021, arXiv:2106.09685)."""
 
 import math
 from typing import Any, ClassVar
@@ -12,14 +12,17 @@ from jlora.adapters.spec import TABLES, AdapterSpec
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Uniform in +-1/sqrt(in), as PEFT's kaiming_uniform(a=sqrt(5))."""
+    """Draws uniformly from +-1/sqrt(in), like PEFT's kaiming_uniform(a=sqrt(5))."""
     bound = 1.0 / math.sqrt(shape[-1])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Lora(Method):
-    """Low-rank adaptation. Where ranks differ by layer, A's rows and B's columns beyond a layer's rank are zero: so is
-    their gradient, and they stay exactly zero."""
+    """Low-rank adaptation.
+
+    If ranks differ by layer, A's rows and B's columns beyond a layer's rank are zero. Their gradient is zero too, so
+    they stay exactly zero.
+    """
 
     chosen_by: ClassVar[tuple[str, str | bool]] = ("peft_type", "LORA")
     peft_type, title = "LORA", "LoRA"
@@ -39,7 +42,7 @@ class Lora(Method):
 
     @staticmethod
     def divisor(rank: int) -> float:
-        """The divisor of alpha; divisor(2 * rank) is divisor(2) * divisor(rank)."""
+        """Returns the divisor of alpha. It is multiplicative: divisor(2 * rank) = divisor(2) * divisor(rank)."""
         return float(rank)
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -58,7 +61,7 @@ class Lora(Method):
         return y + delta(dropped, leaves["lora_A"], leaves["lora_B"], scale) + frozen.bias
 
     def product(self, x: Float[Array, "B T i"], frozen: Frozen, leaves: Leaves, scale: Scale) -> Float[Array, "B T o"]:
-        """W x, for the weight that A and B are added to."""
+        """Returns W x, where W is the weight to which B A is added."""
         return frozen.product(x)
 
     def pair(self, leaves: Leaves, rank: int | None = None) -> tuple[Values, Values]:
@@ -107,7 +110,7 @@ class Lora(Method):
 
 
 def dropout(x: Float[Array, "B T i"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "B T i"]:
-    """x with a share of its entries zero and the rest made larger; x itself without a key."""
+    """Zeroes a share `rate` of x's entries and scales up the rest; returns x itself without a key."""
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -117,7 +120,7 @@ def dropout(x: Float[Array, "B T i"], rate: float, key: PRNGKeyArray | None) -> 
 def delta(
     x: Float[Array, "B T i"], a: Float[Values, "r i"], b: Float[Values, "o r"], scale: Scale
 ) -> Float[Array, "B T o"]:
-    """scale * B A x, in x's dtype; the scale acts before anything is rounded to it."""
+    """Returns scale * B A x in x's dtype. The scale is applied before A is rounded to that dtype."""
     low = jnp.einsum("BTi,ri->BTr", x, (scale * a).astype(x.dtype))
     return jnp.einsum("BTr,or->BTo", low, b.astype(x.dtype))
 
@@ -125,6 +128,6 @@ def delta(
 def added(
     weight: Float[Array, "o i"], a: Float[Values, "r i"], b: Float[Values, "o r"], *, scale: Scale
 ) -> Float[Array, "o i"]:
-    """W + scale * B A, computed in float32 and returned in the weight's dtype."""
+    """Returns W + scale * B A, computed in float32, in the weight's dtype."""
     product = jnp.einsum("or,ri->oi", b.astype(jnp.float32), a.astype(jnp.float32))
     return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)

@@ -1,7 +1,6 @@
-"""PiSSA: A and B start at the weight's principal components, and the rest of it is frozen (Meng et al. 2024,
-arXiv:2404.02948).
+"""PiSSA: trains the principal components of a weight and freezes the rest (Meng et al. 2024, arXiv:2404.02948).
 
-The base is never changed: a frozen pair A0, B0 holds the components, and its share is subtracted from W x.
+The base model stays unchanged: A and B start equal to a frozen pair A0 and B0, whose product is subtracted from W x.
 """
 
 from typing import Any
@@ -17,7 +16,7 @@ from jlora.common.errors import UserError
 
 
 class Pissa(Lora):
-    """LoRA that starts at the principal singular components. PEFT reads it as plain LoRA of twice the rank."""
+    """LoRA whose A and B start at the principal singular components. PEFT reads it as plain LoRA of twice the rank."""
 
     chosen_by, title = ("init_lora_weights", "pissa"), "PiSSA"
 
@@ -30,12 +29,15 @@ class Pissa(Lora):
         return {**started, "lora_A": jnp.copy(started["pissa_A"]), "lora_B": jnp.copy(started["pissa_B"])}
 
     def complete(self, leaves: Leaves, weight: Weight) -> Leaves:
-        """Computes the frozen pair from the base: the `rank` largest singular components of each layer."""
+        """Computes the frozen pair from the base model: the `rank` largest singular components of each layer."""
         layers, size, _ = leaves["pissa_A"].shape
         site = self.site(layers)
         if size > (most := min(weight.shape[1:])):
             name = self.module.split(".")[-1]
-            raise UserError(f"init_lora_weights=pissa: {name} has {most} components, so no rank of {size}")
+            raise UserError(
+                f"init_lora_weights=pissa: Found rank {size} for {name}, which has {most} singular components. Set a "
+                f"rank of at most {most}."
+            )
         a, b = principal(weight, jnp.array(site.ranks), jnp.array(site.scales, jnp.float32), size)
         return {**super().complete(leaves, weight), "pissa_A": a, "pissa_B": b}
 
@@ -43,14 +45,14 @@ class Pissa(Lora):
         return super().product(x, frozen, leaves, scale) - delta(x, leaves["pissa_A"], leaves["pissa_B"], scale)
 
     def pair(self, leaves: Leaves, rank: int | None = None) -> tuple[Values, Values]:
-        """[A; A0] and [B, -B0], of twice the rank."""
+        """Returns [A; A0] and [B, -B0], which have twice the rank."""
         a, b = super().pair(leaves, rank)
         frozen_a, frozen_b = leaves["pissa_A"][:rank], leaves["pissa_B"][:, :rank]
         return jnp.concatenate([a, frozen_a]), jnp.concatenate([b, -frozen_b], axis=1)
 
     @classmethod
     def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
-        """The fields for twice the rank, with alpha such that the scale is the same."""
+        """Returns the fields for twice the rank, with an alpha that keeps the scale."""
         fields, stronger = super().peft_fields(spec, tied=tied), cls.divisor(2)
         return {
             **fields,
@@ -65,7 +67,8 @@ class Pissa(Lora):
 def principal(
     weight: Any, ranks: Int[Array, " L"], scales: Float[Array, " L"], size: int
 ) -> tuple[Float[Array, "L r i"], Float[Array, "L o r"]]:
-    """A and B of each layer with scale * B A the sum of its first `ranks` singular components, zero up to `size`."""
+    """Returns A and B of each layer, such that scale * B A is the sum of its `ranks` largest singular components; zeros
+    fill them up to `size`."""
 
     def one(leaves: tuple[Any, Array, Array]) -> tuple[Array, Array]:
         weight, rank, scale = leaves

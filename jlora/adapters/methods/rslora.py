@@ -1,4 +1,4 @@
-"""rsLoRA: LoRA with alpha / sqrt(r), so that high ranks keep learning (Kalajdzievski 2023, arXiv:2312.03732)."""
+"""rsLoRA: LoRA scaled by alpha / sqrt(r), so that high ranks keep learning (Kalajdzievski 2023, arXiv:2312.03732)."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from jlora.adapters.spec import AdapterSpec
 
 
 class RsLora(Lora):
-    """Rank-stabilised LoRA."""
+    """Rank-stabilized LoRA, which divides alpha by the square root of the rank."""
 
     chosen_by, title = ("use_rslora", True), "rsLoRA"
 

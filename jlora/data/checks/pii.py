@@ -2,7 +2,7 @@
 
 `phonenumbers` validates phone numbers, and `python-stdnum` numbers with check digits. Legal text is full of article
 numbers, dates and amounts, so a bare number counts only if its check digits are valid, or if it is a phone number that
-can be dialled.
+can be dialed.
 """
 
 import re
@@ -82,7 +82,7 @@ def find(text: str, regions: tuple[str, ...], amounts: bool = False) -> list[Fin
     """Returns the personal data in a text, in order and without overlaps.
 
     Args:
-      regions: countries (two-letter ISO 3166 codes) whose phone numbers are recognised without their country code.
+      regions: countries (two-letter ISO 3166 codes) whose phone numbers are recognized without their country code.
       amounts: whether amounts of money count as personal data.
     """
     kept: list[Finding] = []
@@ -130,7 +130,7 @@ def _find_all(text: str, regions: tuple[str, ...], amounts: bool) -> Iterator[Fi
 
 
 def _is_phone_number(text: str, match: phonenumbers.PhoneNumberMatch) -> bool:
-    """Returns whether a valid phone number is used as one: bare digits must be a mobile number in no other context."""
+    """Returns whether a valid phone number is meant as one; bare digits must be a mobile number in no other context."""
     found = text[match.start : match.end]
     if found.startswith("+"):
         return True

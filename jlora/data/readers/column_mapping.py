@@ -1,8 +1,8 @@
 """Rows with named columns to conversations, for every format that has columns or keys.
 
 A row is a question and an answer (with context, system message and earlier turns if it has them), a list of turns, or a
-single text. Which column is which is inferred from the names, or set by the config's `columns`. Every column that has
-content and is not used is reported.
+single text. The part that a column holds is inferred from its name, or set by the config's `columns`. Unused columns
+that have content are reported.
 """
 
 import json
@@ -51,10 +51,10 @@ class RowConverter:
         self._speakers = {**SPEAKERS, **{prefix.strip().lower(): role for role, prefix in prefixes}}
 
     def parts(self, columns: tuple[str, ...]) -> Parts:
-        """Returns which columns are read, and as what.
+        """Returns the column of each part of a row.
 
         Raises:
-          UserError: that is not clear. The message lists the columns and the key to set, but not the place.
+          UserError: the columns are ambiguous. The message lists them and the key to set, but not the place.
         """
         if columns not in self._parts:
             self._parts[columns] = map_columns(columns, self._reading)
@@ -152,7 +152,7 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
             c for part, c in named.items() if c not in columns and part in ("prompt", "response", "messages", "text")
         ]
         if missing:
-            raise UserError(f"Key columns names the column {missing[0]!r}, which does not exist. {available}")
+            raise UserError(f"The key columns names the column {missing[0]!r}, which does not exist. {available}")
         return {part: column for part, column in named.items() if column in columns}
     plain = [column for column in columns if column.strip().lower() in (*WHAT, *NAMES["text"])]
     if options.plain:

@@ -19,7 +19,7 @@ BOMS = {  # longer byte order marks first: UTF-32's starts like UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 COMMON = re.compile(r"[\t\n\r -~\u00a0-\u024f\u0400-\u04ff\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uff60]")
-BINARY = {  # first bytes of files that are not text -> what the file is. What to do about it
+BINARY = {  # first bytes of files that are not text -> the rest of the error: the kind of file, and the fix
     b"PK\x03\x04": "a zip archive (.xlsx and .docx files are, too). Save the table as CSV, or the text as .txt.",
     b"\xd0\xcf\x11\xe0": "an old Office file. Save the table as CSV, or the text as .txt.",
     b"%PDF": "a PDF. Save its text as .txt.",

@@ -55,7 +55,7 @@ def iter_conversations(
       path: the file, the directory, or `tfds:NAME/SPLIT`.
       key: the config key that holds the path, for messages.
       options: how rows are written.
-      log: receives the lines about what was inferred or not used, after the last row.
+      log: receives one line for each thing that was inferred or left unused, after the last row.
 
     Raises:
       UserError: the path does not exist, or a file cannot be read; or, after the last row, there were unusable rows,
@@ -93,7 +93,7 @@ def data_files(path: str, key: str) -> list[Path]:
     """Returns the files that hold rows; hidden files, README and LICENSE are skipped.
 
     Raises:
-      UserError: the path does not exist, or leads to something other than a file: a broken or circular link, a pipe.
+      UserError: the path does not exist, or something in it is not a regular file: a broken or circular link, a pipe.
     """
     root = Path(path).expanduser()
     if not root.exists():

@@ -30,7 +30,7 @@ def read_json(file: Path, encoding: str, options: ReadOptions, notes: ReaderNote
                 try:
                     yield where, _decode(line)
                 except (ValueError, RecursionError) as error:
-                    yield where, UserError(f"{where}: Not valid JSON: {_reason(error)}")
+                    yield where, UserError(f"{where}: Not valid JSON: {_reason(error)}.")
         return
     yield from _JsonDocument(file, encoding, options, notes).rows()
 
@@ -101,7 +101,7 @@ class _JsonDocument:
                     yield where, self._value()
         if self._wanted and not self._lists:
             raise UserError(
-                f"{self._file}: Key columns sets rows to {self._wanted!r}, but no list of rows exists under that key."
+                f"{self._file}: The key columns sets rows to {self._wanted!r}, but no list of rows has that key."
             )
 
     def _elements(self) -> Iterator[Row]:
@@ -143,7 +143,7 @@ class _JsonDocument:
                 if inside and not value[key]:
                     del value[key]
             elif key in value:
-                raise UserError(f"{self._where()}: Not valid JSON: duplicate key {key!r}")
+                raise UserError(f"{self._where()}: Not valid JSON: duplicate key {key!r}.")
             else:
                 value[key] = self._value()
             if self._peek() != "}":
@@ -199,7 +199,7 @@ class _JsonDocument:
                 if self._ended or not incomplete:
                     self._move(max(at, self._at))
                     reason = getattr(error, "msg", _reason(error))
-                    raise UserError(f"{self._where()}: Not valid JSON: {reason}") from None
+                    raise UserError(f"{self._where()}: Not valid JSON: {reason}.") from None
             else:
                 if end < len(self._buffer) or self._ended:  # otherwise a number may continue in the next chunk
                     self._move(end)

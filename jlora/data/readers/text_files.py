@@ -1,7 +1,7 @@
 """Reads text files: lines that start with a role (`User: ...`), or plain text without roles, split at blank lines.
 
-Two passes over the file, neither of which holds it in memory: one finds the roles and what separates rows, the other
-makes the rows.
+The file is read twice, and never held in memory: the first pass finds the roles and the row separator, the second
+builds the rows.
 """
 
 import re
@@ -89,7 +89,7 @@ class _PrefixScan:
         self._after: dict[str, set[str]] = {"rule": set(), "blank": set()}  # prefixes right after a separator
 
     def add(self, number: int, line: str, name: str) -> None:
-        """Takes the next line."""
+        """Counts the prefix of the next line."""
         if not line.strip() or RULE.match(line):
             self._gap["rule" if line.strip() else "blank"] = True
             return
@@ -131,7 +131,7 @@ class _PrefixScan:
         if given:
             return given
         if self._question in ASSISTANT_NAMES:
-            raise UserError(f"{file}:{number}: This answer has no question before it: {line.strip()[:60]!r}")
+            raise UserError(f"{file}:{number}: This answer has no question before it: {line.strip()[:60]!r}.")
         often = [n for n, count in self._answers.items() if count == max(self._answers.values())]
         likely = [n for n in often if n in ASSISTANT_NAMES and len(n) > 1] or often
         askers = [n for n in self.counts if n in USER_NAMES - {self._question} and len(n) > 1]
