@@ -39,10 +39,10 @@ from jlora.export.exporter import export_adapter, verify_adapter
 from jlora.export.verify import Parity
 from jlora.serve.generator import Generator, compare_answers
 from jlora.serve.loading import Model, load_model
-from jlora.steps.compilation import keep_programs
+from jlora.steps.compilation import enable_compilation_cache
 from jlora.training.loop import overfitting_warning
+from jlora.training.run import TrainedRun, train
 from jlora.training.setup import choose_platform, find_devices
-from jlora.training.train import TrainedRun, train
 
 __all__ = [
     "Config",
@@ -110,7 +110,7 @@ def finetune(config: Config) -> Result:
     processes.connect(config.coordinator_address, config.num_processes, config.process_id)
     find_devices(config)
     processes.mute_all_but_first()
-    keep_programs()
+    enable_compilation_cache()
     with processes.exit_on_failure(), train(config) as trained:
         progress, step, adapter = trained.progress, int(trained.state.step), None
         if not trained.stopped:

@@ -26,7 +26,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     from jlora.data.tokenizer import end_tokens, load_tokenizer
     from jlora.models import hf_loader
     from jlora.models.families import read_config
-    from jlora.planning.data_pipeline import plan_run, read_examples, read_rows
+    from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows
     from jlora.training.setup import choose_compute
 
     wanted = [f"--config.max_steps={steps}", "--config.eval_data_dir=", "--config.eval_share=0.0"]
@@ -36,9 +36,9 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     rows, _ = read_rows(config)
     examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
-    _, batches, _ = plan_run(config, model, examples, [], jax.device_count())
+    _, batches, _ = make_run_batches(config, model, examples, [], jax.device_count())
     compute = choose_compute(config, jax.devices()[0])
-    _, _, shapes = hf_loader.abstract(model, spec_of(vars(config)), compute)
+    _, _, shapes = hf_loader.abstract_model(model, spec_of(vars(config)), compute)
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in leaves}
     layers = sum(size for path, size in sizes.items() if path.startswith("layers/") and path.endswith("_proj/weight"))

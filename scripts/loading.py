@@ -21,7 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jlora.adapters import hf_names
+from jlora.common import hf_names
 
 SHARDS = 4
 
@@ -62,14 +62,14 @@ def _leaves(directory: Path) -> list[tuple[tuple[str, ...], "np.ndarray"]]:
 def _shapes(directory: Path, quantize: str = "none") -> dict:
     import jax.numpy as jnp
 
-    from jlora.adapters.spec import NOTHING
+    from jlora.adapters.spec import NO_ADAPTER
     from jlora.models import hf_loader
     from jlora.models.compute import Compute
     from jlora.models.families import read_config
 
-    return hf_loader.abstract(read_config(directory), NOTHING, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize))[
-        2
-    ]
+    return hf_loader.abstract_model(
+        read_config(directory), NO_ADAPTER, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize)
+    )[2]
 
 
 def load(directory: Path, how: str) -> dict[str, float]:

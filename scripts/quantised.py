@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from jlora.adapters.spec import NOTHING
+from jlora.adapters.spec import NO_ADAPTER
 from jlora.bases.resolve import resolve_base
 from jlora.models import hf_loader
 from jlora.models.compute import Compute, default_dtype
@@ -31,7 +31,7 @@ def bytes_per_parameter(base_model: str, quantize: str) -> float:
     """Returns the bytes per parameter of the projections' weights."""
     dtype = default_dtype(jax.devices()[0])
     compute = Compute(dtype, dtype, quantize=quantize)
-    _, _, shapes = hf_loader.abstract(read_config(resolve_base(base_model)), NOTHING, compute)
+    _, _, shapes = hf_loader.abstract_model(read_config(resolve_base(base_model)), NO_ADAPTER, compute)
     weights = [module["weight"] for part in ("self_attn", "mlp") for module in shapes["layers"][part].values()]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     return size / sum(math.prod(weight.shape) for weight in weights)

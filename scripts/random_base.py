@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jlora.adapters import hf_names
-from jlora.adapters.spec import NOTHING
+from jlora.adapters.spec import NO_ADAPTER
+from jlora.common import hf_names
 from jlora.models import hf_loader
 from jlora.models.compute import Compute
 from jlora.models.families import read_config
@@ -27,7 +27,7 @@ def random_base(directory: Path, shape: str, tokenizer_of: Path) -> Path:
         if file.suffix in (".json", ".jinja") and file.name != "config.json" and "safetensors" not in file.name:
             shutil.copy(file, directory)
     shutil.copy(SHAPES / f"{shape}.json", directory / "config.json")
-    _, _, shapes = hf_loader.abstract(read_config(directory), NOTHING, Compute(jnp.bfloat16, jnp.bfloat16))
+    _, _, shapes = hf_loader.abstract_model(read_config(directory), NO_ADAPTER, Compute(jnp.bfloat16, jnp.bfloat16))
     tensors = {
         name: leaf.shape[1:] if path[0].key == "layers" else leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]

@@ -15,15 +15,15 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.common.errors import UserError
 from jlora.distributed.sharding import make_mesh
-from jlora.models import attention, kernel_choice, kernels
+from jlora.models import attention, attention_backend, flash_attention
 from jlora.models.compute import UNKNOWN, Packing
 from jlora.models.families import read_config
 
 
 @pytest.fixture(autouse=True)
 def interpret(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRET", True)
-    monkeypatch.setattr(kernels, "BLOCK", 128)
+    monkeypatch.setattr(flash_attention, "INTERPRET", True)
+    monkeypatch.setattr(flash_attention, "BLOCK", 128)
 
 
 def inputs(T, N, K, H, rows=1):
@@ -147,21 +147,23 @@ def test_kernel_on_eight_devices_equals_one_without_communication():  # splash: 
 
 
 class Wish:
-    """The arguments of kernel_choice.choose: by default for the tiny model on a TPU, in float32."""
+    """The arguments of attention_backend.choose_backend: by default for the tiny model on a TPU, in float32."""
 
     def __init__(self, directory):
         self.model = read_config(directory)
 
     def __call__(self, wish, platform="tpu", capability="8.0", dtype=jnp.bfloat16, longest=150, **changes):
         device = types.SimpleNamespace(platform=platform, device_kind="T4", compute_capability=capability)
-        return kernel_choice.choose(wish, device, dataclasses.replace(self.model, **changes), dtype, longest)
+        return attention_backend.choose_backend(
+            wish, device, dataclasses.replace(self.model, **changes), dtype, longest
+        )
 
 
 def test_kernel_is_chosen_only_if_it_agrees_with_xla(tiny, monkeypatch):
     wish = Wish(tiny)
     assert wish("auto", "cpu") == wish("xla") == ("xla", "")
     assert wish("auto") == wish("splash", sliding_window=64) == ("splash", "")
-    monkeypatch.setattr(kernels, "INTERPRET", False)  # a CPU cannot run it then
+    monkeypatch.setattr(flash_attention, "INTERPRET", False)  # a CPU cannot run it then
     name, why = wish("auto")
     assert name == "xla" and re.match(r"splash: it failed on this device \(.*interpret", why)
     with pytest.raises(UserError, match=r"attn_implementation='splash' cannot run here: it failed .* Set .* to 'xla'"):
@@ -171,7 +173,7 @@ def test_kernel_is_chosen_only_if_it_agrees_with_xla(tiny, monkeypatch):
         places = {"q_segments": segments.clip(1, 1), "k_segments": segments.clip(1, 1), "q_start": 0}
         return attention.attention(q, k, v, **places, window=window, backend="xla", mesh=None)
 
-    monkeypatch.setitem(kernels.KERNELS, "splash", leaking)
+    monkeypatch.setitem(flash_attention.KERNELS, "splash", leaking)
     assert re.match(r"splash: its results differ from XLA's by \d", wish("auto")[1])
 
 
@@ -217,7 +219,7 @@ def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
 
 
 def test_gpu_kernel_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRET", False)
+    monkeypatch.setattr(flash_attention, "INTERPRET", False)
     text = grad("pallas", 128, 8, 2, 300, jnp.bfloat16).lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 3  # forward, and two of the backward pass
     assert "2x384x2x128xbf16" in text and "2x300x8x300" not in text
@@ -227,8 +229,8 @@ def test_gpu_kernel_lowers_for_cuda(monkeypatch):
 @pytest.mark.slow
 def test_splash_compiles_for_a_tpu(monkeypatch):
     """By libtpu, without a TPU: the head sizes of SmolLM2 and Llama 3, and a window."""
-    monkeypatch.setattr(kernels, "INTERPRET", False)
-    monkeypatch.setattr(kernels, "BLOCK", 512)
+    monkeypatch.setattr(flash_attention, "INTERPRET", False)
+    monkeypatch.setattr(flash_attention, "BLOCK", 512)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     for H, N, K, T, window in [(64, 9, 3, 1100, None), (128, 8, 2, 600, 256)]:

@@ -13,12 +13,13 @@ import pytest
 from conftest import run_program, short_run
 from safetensors.numpy import load_file, save_file
 
-from jlora.adapters import hf_names, peft_config, peft_io, portable, provenance
+from jlora.adapters import peft_config, peft_io, plain_lora, provenance
 from jlora.cli.export import main
+from jlora.common import hf_names
 from jlora.common.errors import UserError, VerificationError
 from jlora.export import exporter, verify
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.training.checkpoint import read_record
@@ -110,9 +111,9 @@ def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkey
     parity = json.loads((tmp_path / "alone" / peft_io.PARITY).read_text())
     assert parity["without_peft"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
     assert peft_config.read_config_file(tmp_path / "alone")["use_rslora"]
-    scaling = portable.to_portable
+    scaling = plain_lora.to_plain_lora
     monkeypatch.setattr(
-        portable, "to_portable", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0))
+        plain_lora, "to_plain_lora", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0))
     )
     with pytest.raises(VerificationError, match="does not compute what was trained"):
         main(["--run", str(other), "--for", "sglang"])
@@ -136,7 +137,7 @@ def read(directory, run):
     """Reads the adapter in a directory for the base model of a run."""
     base = read_config(Path(read_record(run, "--run")["base"]["directory"]))
     spec = peft_config.read_spec(directory, base.num_hidden_layers)
-    _, shapes, _ = hf_loader.abstract(base, spec, FLOAT32)
+    _, shapes, _ = hf_loader.abstract_model(base, spec, FLOAT32_COMPUTE)
     return peft_io.read_adapter(directory, spec, shapes, tied=True)
 
 

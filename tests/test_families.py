@@ -19,7 +19,7 @@ from jlora.adapters.peft_io import tensors, write_adapter
 from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import FAMILIES, read_config
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
@@ -231,7 +231,7 @@ def test_every_config_field_changes_the_output_or_the_shapes(models, case):
             new = (not value) if isinstance(value, bool) else doubled
             others = [(field.name, dataclasses.replace(config, **{field.name: new}))]
         for name, other in others:
-            graphdef, _, shapes = hf_loader.abstract(other, SPEC, FLOAT32)
+            graphdef, _, shapes = hf_loader.abstract_model(other, SPEC, FLOAT32_COMPUTE)
             if jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, base):
                 assert np.abs(eager_logits(graphdef, adapter, base, TOKENS) - want).max() > 1e-3, name
 

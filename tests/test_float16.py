@@ -37,12 +37,12 @@ def test_loss_scale_follows_torch_grad_scaler(monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
     theirs = torch.amp.GradScaler("cpu", growth_interval=3)
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer, ours, skipped = torch.optim.SGD([parameter], lr=1.0), loss_scale.first(), 0
+    optimizer, ours, skipped = torch.optim.SGD([parameter], lr=1.0), loss_scale.init_loss_scale(), 0
     for finite in [1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]:
         parameter.grad = theirs.scale(torch.ones(1)) * (1 if finite else torch.inf)
         theirs.step(optimizer)
         theirs.update()
-        ours, skipped = loss_scale.after(ours, jnp.array(bool(finite))), skipped + 1 - finite
+        ours, skipped = loss_scale.update_loss_scale(ours, jnp.array(bool(finite))), skipped + 1 - finite
         assert float(ours.scale) == theirs.get_scale() and int(ours.skipped) == skipped
 
 
@@ -53,7 +53,7 @@ class Run(Trains):
         model = dataclasses.replace(read_config(tiny), vocab_size=300, num_hidden_layers=2)
         config = dataclasses.replace(Config(), warmup_ratio=0.0, learning_rate=5e-3, **changes)
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        graphdef, shapes, base = hf_loader.abstract(model, SPEC, Compute(dtype, dtype, mesh=mesh))
+        graphdef, shapes, base = hf_loader.abstract_model(model, SPEC, Compute(dtype, dtype, mesh=mesh))
         keys = iter(jax.random.split(jax.random.key(0), 99))
         base = jax.tree_util.tree_map_with_path(
             lambda path, x: (0.08 * jax.random.normal(next(keys), x.shape) + ("norm" in str(path))).astype(dtype), base

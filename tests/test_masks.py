@@ -165,9 +165,9 @@ def test_only_answers_and_their_end_tokens_are_trained(kind, name, answer, syste
 
 
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
-@pytest.mark.parametrize("kind_of", KINDS.values(), ids=KINDS)
-def test_special_tokens_may_absorb_adjacent_spaces(kind_of, side):
-    backend = kind_of()
+@pytest.mark.parametrize("method_class", KINDS.values(), ids=KINDS)
+def test_special_tokens_may_absorb_adjacent_spaces(method_class, side):
+    backend = method_class()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, **{side: True}) for token in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     for name in TEMPLATES:

@@ -14,7 +14,7 @@ from jlora.config.files import load_config
 from jlora.data.batches import Shape
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.steps import compilation, optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
@@ -29,11 +29,13 @@ def temporaries(smollm):
     spec, mesh = spec_of(dataclasses.asdict(config)), sharding.make_mesh(jax.devices()[:1])
 
     def of(length, remat):
-        graphdef, adapter, base = hf_loader.abstract(model, spec, dataclasses.replace(FLOAT32, remat=remat, mesh=mesh))
+        graphdef, adapter, base = hf_loader.abstract_model(
+            model, spec, dataclasses.replace(FLOAT32_COMPUTE, remat=remat, mesh=mesh)
+        )
         optimizer = optim.make_optimizer(config, spec, 100)
         programs = Programs(graphdef, placed_shapes(base, mesh, "base"), optimizer, mesh, dropout=False, seed=0)
         batch = batch_shapes(1, 1, Shape(length, length), mesh)
-        state = state_shapes(adapter, optimizer, mesh, FLOAT32.compute_dtype)
+        state = state_shapes(adapter, optimizer, mesh, FLOAT32_COMPUTE.compute_dtype)
         program = programs.compile_training(state, batch, lambda line: None)
         return program.memory_analysis().temp_size_in_bytes
 
@@ -72,10 +74,10 @@ def faults():
 
 faults()
 print(faults())
-malloc.keep_freed()
+malloc.retain_freed_memory()
 faults()
 print(faults())
-malloc.give_back()
+malloc.trim()
 print(faults())
 """
 

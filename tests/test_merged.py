@@ -14,7 +14,7 @@ from conftest import run_program
 from safetensors.numpy import load_file
 from test_families import CASES, make
 
-from jlora.adapters import tree
+from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.spec import AdapterSpec
@@ -23,7 +23,7 @@ from jlora.common.errors import UserError
 from jlora.data.templates import TEMPLATES
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 
 SPEC = AdapterSpec(
@@ -86,9 +86,9 @@ def test_a_merge_equals_pefts(tmp_path, form, case, dtype):
     base, spec = halved(make(tmp_path / "base", *CASES[case]), dtype), FORMS[form]
     config = read_config(base)
     tied = config.tie_word_embeddings
-    _, shapes, base_shapes = hf_loader.abstract(config, spec, FLOAT32)
+    _, shapes, base_shapes = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
     frozen = hf_loader.load_base(base, base_shapes, make_mesh(jax.devices()[:1]))
-    adapter = tree.start(spec, shapes, frozen, jax.random.key(0))
+    adapter = params.start(spec, shapes, frozen, jax.random.key(0))
     adapter = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapter)
     write_adapter(adapter, spec, peft_config(spec, str(base), None, tied=tied), "", tmp_path / "adapter")
     main(["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
@@ -139,9 +139,9 @@ def test_a_run_is_merged_by_one_command(tiny, config_file, tmp_path):
 
 def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     bases = {case: make(tmp_path / case, *CASES[case]) for case in ("llama-2-gqa", "qwen2")}
-    _, shapes, _ = hf_loader.abstract(read_config(bases["qwen2"]), SPEC, FLOAT32)
+    _, shapes, _ = hf_loader.abstract_model(read_config(bases["qwen2"]), SPEC, FLOAT32_COMPUTE)
     config = peft_config(SPEC, str(bases["qwen2"]), None, tied=True)
-    write_adapter(tree.init(shapes, jax.random.key(0)), SPEC, config, "", tmp_path / "adapter")
+    write_adapter(params.init(shapes, jax.random.key(0)), SPEC, config, "", tmp_path / "adapter")
     arguments = ["--merged", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match="belongs to another base"):
         main([*arguments, "--base", str(bases["llama-2-gqa"])])

@@ -16,13 +16,13 @@ from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
 from jlora.data.examples import Example
 from jlora.distributed import sharding
-from jlora.models import hf_loader, kernels
+from jlora.models import flash_attention, hf_loader
 from jlora.models.compute import Packing
 from jlora.models.families import read_config
 from jlora.planning import collectives
 from jlora.steps import optim
 from jlora.steps.programs import Programs, fresh_state
-from jlora.training import setup, train
+from jlora.training import run, setup
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 2}, {"fsdp": 2, "tensor": 4}]
 MORE = {"use_dora": True, "gradient_accumulation_steps": 2}
@@ -51,7 +51,7 @@ class Run(Trains):
             examples,
             batch_size=config.batch_size,
             micro_batches=config.gradient_accumulation_steps,
-            devices=sharding.row_ways(self.mesh),
+            devices=sharding.data_parallel_size(self.mesh),
             steps=10,
             seed=0,
             linear_cost=1e4,
@@ -63,10 +63,10 @@ class Run(Trains):
         kernel = config.attn_implementation.replace("auto", "xla")
         compute = setup.choose_compute(config, jax.devices()[0])
         compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, packing=Packing(*self.batches.packing))
-        graphdef, shapes, base_shapes = hf_loader.abstract(model, spec, compute)
+        graphdef, shapes, base_shapes = hf_loader.abstract_model(model, spec, compute)
         self.base = hf_loader.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, spec, 10)
-        adapter = train.first_adapter(config, spec, shapes, self.base, tied=False)
+        adapter = run.first_adapter(config, spec, shapes, self.base, tied=False)
         self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
         self.programs = Programs(graphdef, self.base, optimizer, self.mesh, dropout=spec.draws, seed=1)
         self.curve = self.losses(10)
@@ -97,7 +97,7 @@ def alone(heads):
     ids=str,
 )
 def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
-    monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(flash_attention, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.curve, many.curve)).max() < 1e-5
     assert one.curve[-1] < one.curve[0] - 0.1  # it learns, so the bound is meaningful

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.adapters import peft_io, portable, tree
-from jlora.adapters.methods import AXES, LEAVES, METHODS, kind_of, method_of, rates_of
+from jlora.adapters import params, peft_io, plain_lora
+from jlora.adapters.methods import AXES, LEAVES, METHODS, make_method, method_class, training_labels
 from jlora.adapters.methods.method import FROZEN, Frozen
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.spec import AdapterSpec
 from jlora.config.schema import CHOICES, Config
-from jlora.distributed.sharding import spec_of as sharding_of
+from jlora.distributed.sharding import partition_spec
 
 L, SIZES = 3, {"self_attn.q_proj": (8, 12), "mlp.down_proj": (12, 8)}  # inputs, outputs
 PLAIN = AdapterSpec(
@@ -50,7 +50,7 @@ def combinations():
 @pytest.fixture(scope="module")
 def base():
     random = np.random.RandomState(0)
-    return tree.build(
+    return params.build(
         {
             ("layers", *name.split(".")): {
                 "weight": random.standard_normal((L, outputs, inputs)).astype(np.float32),
@@ -67,11 +67,11 @@ class Case:
     def __init__(self, spec, base):
         self.spec, self.base = spec, base
         shapes = self.shapes_of(spec)
-        self.first = jax.jit(lambda base: tree.start(spec, shapes, base, jax.random.key(0)))(base)
+        self.first = jax.jit(lambda base: params.start(spec, shapes, base, jax.random.key(0)))(base)
         self.adapter, random = jax.tree.map(np.array, self.first), np.random.RandomState(1)
-        for path, leaves in tree.modules(self.adapter):
-            for leaf in method_of(spec, tree.projection(path)).leaves():
-                for layer, rank in enumerate(spec.ranks(tree.projection(path), L)):
+        for path, leaves in params.modules(self.adapter):
+            for leaf in make_method(spec, params.projection(path)).leaves():
+                for layer, rank in enumerate(spec.ranks(params.projection(path), L)):
                     if rank and leaf.rate != FROZEN:
                         own = leaf.cut(leaves[leaf.name][layer], rank)
                         own += 0.3 * random.standard_normal(own.shape).astype(np.float32)
@@ -80,10 +80,10 @@ class Case:
     def shapes_of(spec):
         made = {}
         for name, sizes in SIZES.items():
-            method = method_of(spec, name)
+            method = make_method(spec, name)
             shapes = method.shapes(max(method.site(L).ranks), *sizes).items()
             made["layers", *name.split(".")] = {leaf: np.zeros((L, *shape), np.float32) for leaf, shape in shapes}
-        return jax.eval_shape(lambda: tree.build(made))
+        return jax.eval_shape(lambda: params.build(made))
 
     def outputs(self, adapter):
         """Returns the output with the adapter, by projection and layer."""
@@ -130,8 +130,8 @@ def inputs(method):
 
 def places(spec, adapter):
     """Every projection of every layer: method, leaves, layer, scale."""
-    for path, leaves in sorted(tree.modules(adapter)):
-        method = method_of(spec, tree.projection(path))
+    for path, leaves in sorted(params.modules(adapter)):
+        method = make_method(spec, params.projection(path))
         for layer, scale in enumerate(method.site(L).scales):
             yield method, {name: values[layer] for name, values in leaves.items()}, layer, scale
 
@@ -145,13 +145,13 @@ def differences(one, other):
     return [np.abs(a - b).max() for a, b in zip(one, other, strict=True)]
 
 
-@pytest.fixture(scope="module", params=sorted(combinations(), key=str), ids=lambda spec: kind_of(spec).__name__)
+@pytest.fixture(scope="module", params=sorted(combinations(), key=str), ids=lambda spec: method_class(spec).__name__)
 def case(request, base):
     return Case(request.param, base)
 
 
 def test_initial_and_neutral_values_change_nothing(case):
-    off = jax.jit(tree.neutral)(case.adapter, case.base)
+    off = jax.jit(params.neutral)(case.adapter, case.base)
     for adapter in (case.first, off):
         assert max(differences(case.outputs(adapter), case.base_outputs())) < 1e-4
 
@@ -174,14 +174,14 @@ def test_peft_files_round_trip(case, tmp_path):
 
 
 def test_portable_form_is_equal_or_refused(case):
-    assert bool(portable.beyond_portable(case.spec)) != kind_of(case.spec).portable
-    if kind_of(case.spec).portable:
-        adapter, spec = portable.to_portable(case.adapter, case.spec)
+    assert bool(plain_lora.unsupported_as_lora(case.spec)) != method_class(case.spec).portable
+    if method_class(case.spec).portable:
+        adapter, spec = plain_lora.to_plain_lora(case.adapter, case.spec)
         assert max(differences(case.merged_outputs(case.adapter), case.merged_outputs(adapter, spec))) < 1e-4
 
 
 def test_every_array_that_trains_has_a_gradient(case):
-    rates = rates_of(case.spec)
+    rates = training_labels(case.spec)
 
     def loss(adapter):
         return sum(
@@ -189,20 +189,20 @@ def test_every_array_that_trains_has_a_gradient(case):
             for method, leaves, layer, scale in places(case.spec, adapter)
         )
 
-    for path, leaves in tree.modules(jax.jit(jax.grad(loss))(case.adapter)):
-        for layer, rank in enumerate(case.spec.ranks(tree.projection(path), L)):
+    for path, leaves in params.modules(jax.jit(jax.grad(loss))(case.adapter)):
+        for layer, rank in enumerate(case.spec.ranks(params.projection(path), L)):
             taken = {name for name, gradient in leaves.items() if np.any(np.asarray(gradient[layer]) != 0)}
             trains = {name for name in leaves if rates[name] != FROZEN}
             assert (trains <= taken) if rank else not taken
 
 
 def test_leaf_names_and_config_keys_are_consistent(case):
-    method = kind_of(case.spec)
+    method = method_class(case.spec)
     keys = {field.name for field in dataclasses.fields(Config)}
     assert method.chosen_by[0] in keys and set(method.unused) <= keys
     for leaf in method.leaves():  # a name has one meaning, whatever methods have such an array
         assert (leaf.axes, leaf.draw) == (LEAVES[leaf.name].axes, LEAVES[leaf.name].draw)
         for projection, axis in (("layers/self_attn/q_proj", "o"), ("layers/self_attn/o_proj", "i")):
-            split = sharding_of(f"state/{projection}/{leaf.name}", AXES)
+            split = partition_spec(f"state/{projection}/{leaf.name}", AXES)
             assert [part == "tensor" for part in split][1:] == [own == axis for own in leaf.axes if axis in leaf.axes]
     assert all(value in CHOICES[key] for key, value in (m.chosen_by for m in METHODS) if key in CHOICES)

@@ -11,25 +11,25 @@ import transformers
 from conftest import make_model
 from flax import nnx
 
-from jlora.adapters import tree
-from jlora.adapters.methods.lora import added
+from jlora.adapters import params
+from jlora.adapters.methods.lora import merged_weight
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed import sharding
 from jlora.models import attention, hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
-from jlora.models.llama import empty_cache
+from jlora.models.llama import empty_kv_cache
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries
 
 
-def load(directory, spec=SPEC, compute=FLOAT32):
+def load(directory, spec=SPEC, compute=FLOAT32_COMPUTE):
     """Graph, zero-B adapter and base of a model directory, float32."""
     config = read_config(directory)
-    graphdef, adapter, base = hf_loader.abstract(config, spec, compute)
+    graphdef, adapter, base = hf_loader.abstract_model(config, spec, compute)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    return graphdef, tree.init(adapter, jax.random.key(0)), hf_loader.load_base(directory, base, mesh)
+    return graphdef, params.init(adapter, jax.random.key(0)), hf_loader.load_base(directory, base, mesh)
 
 
 def logits(graphdef, adapter, base, tokens, segments=None, positions=None):
@@ -85,7 +85,7 @@ def test_zero_b_gives_the_base_logits_and_adapter_equals_merge(tiny):
     for module, projections in adapter["layers"].items():
         for name, ab in projections.items():
             weight = merged["layers"][module][name]["weight"]
-            merge = jax.vmap(lambda w, a, b: added(w, a, b, scale=SPEC.alpha / SPEC.rank))
+            merge = jax.vmap(lambda w, a, b: merged_weight(w, a, b, scale=SPEC.alpha / SPEC.rank))
             merged["layers"][module][name]["weight"] = merge(weight, ab["lora_A"], ab["lora_B"])
     got, want = logits(graphdef, adapter, base, tokens), logits(no_adapter, {}, merged, tokens)
     assert np.abs(got - want).max() < 1e-4
@@ -154,9 +154,9 @@ def test_cache_gives_the_same_logits_token_by_token(tiny):
     graphdef, adapter, base = load(tiny)
     adapter, tokens = full(adapter), TOKENS[:, :20]
     want = logits(graphdef, adapter, base, tokens)
-    trained, _, _ = load(tiny, compute=dataclasses.replace(FLOAT32, attention="splash"))  # runs on no CPU
+    trained, _, _ = load(tiny, compute=dataclasses.replace(FLOAT32_COMPUTE, attention="splash"))  # runs on no CPU
     step = jax.jit(lambda *inputs, cache: _step(trained, adapter, base, *inputs, cache=cache))
-    cache = empty_cache(read_config(tiny), jnp.float32, 2, 32)
+    cache = empty_kv_cache(read_config(tiny), jnp.float32, 2, 32)
     pad = np.zeros((2, 4), np.int32)  # left padding, as the generator lays a prompt
     start = np.concatenate([pad, tokens[:, :10]], axis=1)
     segments = (np.arange(14) >= 4).astype(np.int32)[None].repeat(2, 0)
@@ -181,7 +181,7 @@ def test_remat_keeps_the_gradient_and_saves_memory(tiny):
     tokens = jnp.asarray(TOKENS[:, :64])
 
     def compiled(remat):
-        graphdef, adapter, base = load(tiny, compute=dataclasses.replace(FLOAT32, remat=remat))
+        graphdef, adapter, base = load(tiny, compute=dataclasses.replace(FLOAT32_COMPUTE, remat=remat))
 
         def loss(adapter):
             model = nnx.merge(graphdef, adapter, base)

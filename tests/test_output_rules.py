@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jlora.common.errors import UserError
 from jlora.serve.output_rules import filtered, read_rules
 
-RULES = """\
+PARTITION_RULES = """\
 - replace: '\\b[0-9]{4,}\\b'
   with: '[number]'
 - replace: 'Article (1|2)'
@@ -23,7 +23,7 @@ REFUSAL = "- refuse: '(?is)promise.*win'\n  say: I cannot say.\n"
 def test_output_rules_do_not_depend_on_how_the_answer_is_cut(tmp_path_factory, pieces):
     file = tmp_path_factory.getbasetemp() / "rules.yaml"
     whole = "".join(pieces)
-    for text in (RULES, REFUSAL + RULES):
+    for text in (PARTITION_RULES, REFUSAL + PARTITION_RULES):
         file.write_text(text)
         rules = read_rules(file)
         shown = "".join(filtered(pieces, rules))
@@ -36,7 +36,7 @@ def test_output_rules_do_not_depend_on_how_the_answer_is_cut(tmp_path_factory, p
 
 
 def test_rules_show_complete_lines_and_hide_refused_answers(tmp_path):
-    (tmp_path / "rules.yaml").write_text(RULES)
+    (tmp_path / "rules.yaml").write_text(PARTITION_RULES)
     seen = []
 
     def pieces():

@@ -15,7 +15,7 @@ from jlora.common.errors import UserError
 from jlora.config import files
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
-from jlora.models.compute import FLOAT32, UNKNOWN
+from jlora.models.compute import FLOAT32_COMPUTE, UNKNOWN
 from jlora.models.families import read_config
 from jlora.planning import collectives, search, targets
 from jlora.planning.forecast import forecast, make_job
@@ -97,7 +97,7 @@ def job_of(file, target, length=128, **changes):
         return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), UNKNOWN
 
     config = dataclasses.replace(Config(), **{"batch_size": 8, "mesh": {}, **changes})
-    return make_job(config, read_config(file), FLOAT32, target, layout), layout
+    return make_job(config, read_config(file), FLOAT32_COMPUTE, target, layout), layout
 
 
 def test_memory_is_reported_by_part(small):

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.adapters import provenance
 from jlora.adapters.provenance import WEIGHTS
-from jlora.bases import identity
+from jlora.bases import hashes
 from jlora.cli.export import main
 from jlora.common.errors import UserError
-from jlora.config.schema import NOT_TRAINING
+from jlora.config.schema import MAY_CHANGE_ON_RESUME
 from jlora.data.conversation import Message
 from jlora.data.readers import files
 from jlora.data.templates import TEMPLATES
@@ -53,7 +53,7 @@ def plain(run, base):
     other = shutil.copytree(run, base.parent / "plain")
     record = json.loads((other / "config.json").read_text())
     record["config"] |= {"chat_template": "", "system_prompt": ""}
-    record["data"]["template"] = identity.template_source_hash(load_tokenizer(base, ""))
+    record["data"]["template"] = hashes.template_source_hash(load_tokenizer(base, ""))
     (other / "config.json").write_text(json.dumps(record))
     export_adapter(other, other / "one", 1)
     return other / "one"
@@ -67,7 +67,7 @@ def test_metadata_and_card_match_the_run(run, plain, pairs):
     assert (noted[provenance.STEP], noted[provenance.VERSION]) == ("2", jlora.__version__)
     assert noted[provenance.DATA] == files.hash_files(str(pairs), "train_data_dir")
     settings = json.loads(noted[provenance.CONFIG])
-    assert settings == {key: value for key, value in record["config"].items() if key not in NOT_TRAINING}
+    assert settings == {key: value for key, value in record["config"].items() if key not in MAY_CHANGE_ON_RESUME}
     card = (run / "adapter/README.md").read_text()
     assert (
         f"Held-out loss: {losses[0]:.4f} for the base model, {losses[2]:.4f} with the adapter (nats per token)." in card
@@ -156,7 +156,7 @@ def test_the_template_hash_depends_on_the_rendered_text_but_not_the_date(base):
 
     def rendered(template):
         tokenizer.chat_template = template
-        return identity.template_hash(tokenizer)
+        return hashes.rendered_template_hash(tokenizer)
 
     loop = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     assert rendered(loop) == rendered("{# the same #}" + loop.replace("m.role", "m['role']")) != ""
@@ -166,7 +166,7 @@ def test_the_template_hash_depends_on_the_rendered_text_but_not_the_date(base):
     )
     assert rendered("{{ strftime_now('%d %b') }}" + loop) == rendered("%d %b" + loop)
     assert rendered("") == ""
-    assert identity.tokenizer_hash(tokenizer) == identity.tokenizer_hash(load_tokenizer(base, ""))
+    assert hashes.tokenizer_hash(tokenizer) == hashes.tokenizer_hash(load_tokenizer(base, ""))
 
 
 def test_an_adapter_from_peft_is_checked_by_its_shapes(base, smollm, tmp_path, capsys):

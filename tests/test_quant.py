@@ -18,17 +18,18 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jlora.adapters import hf_names, tree
+from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.spec import AdapterSpec
 from jlora.cli import generate
+from jlora.common import hf_names
 from jlora.common.errors import UserError, VerificationError
 from jlora.data.batches import Batch
 from jlora.distributed import sharding
 from jlora.export import exporter, verify
 from jlora.models import hf_loader, quant
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.steps.loss import CROSS_ENTROPY
 from jlora.steps.step import loss_sum
@@ -133,8 +134,8 @@ TOKENS = np.random.default_rng(1).integers(0, 1000, (2, 12), dtype=np.int32)
 
 def load(directory, quantize, spec=SPEC, devices=1):
     """Returns the structure of the model, the shapes of the adapter, and the base model."""
-    compute = dataclasses.replace(FLOAT32, quantize=quantize)
-    graphdef, adapter, shapes = hf_loader.abstract(read_config(directory), spec, compute)
+    compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=quantize)
+    graphdef, adapter, shapes = hf_loader.abstract_model(read_config(directory), spec, compute)
     return graphdef, adapter, hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:devices]))
 
 
@@ -189,12 +190,12 @@ def test_weights_that_cannot_be_quantised_are_reported(tiny, tmp_path):
 def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, name):
     spec = dataclasses.replace(SPEC, **KINDS[name])
     graphdef, shapes, base = load(tiny, kind, spec)
-    start = tree.start(spec, shapes, base, jax.random.key(0))
-    before = logits(graphdef, tree.neutral(start, base), base)
+    start = params.start(spec, shapes, base, jax.random.key(0))
+    before = logits(graphdef, params.neutral(start, base), base)
     np.testing.assert_allclose(logits(graphdef, start, base), before, atol=1e-4)
     adapter = jax.tree.map(lambda leaf: leaf * 1.1 + 0.01, start)
     if name == "pissa":  # its frozen pair is the base's
-        adapter = tree.complete(spec, adapter, base)
+        adapter = params.complete(spec, adapter, base)
     write_adapter(adapter, spec, peft_config(spec, str(tiny), None, tied=True), "", tmp_path / "adapter")
 
     def theirs(dense):
@@ -206,7 +207,7 @@ def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, na
             return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
 
     ours = logits(graphdef, adapter, base)
-    np.testing.assert_allclose(ours, theirs(hf_loader.dense(base)), atol=2e-4)
+    np.testing.assert_allclose(ours, theirs(hf_loader.dequantized_weights(base)), atol=2e-4)
     assert np.abs(ours - before).max() > 0.1 and np.abs(ours - theirs(())).max() > 1e-2
 
 
@@ -217,7 +218,9 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     batch = Batch(*map(jnp.asarray, (TOKENS, ones, places, places[:, :-1], TOKENS[:, 1:], ones[:, 1:] * 1.0)))
 
     config = dataclasses.replace(read_config(tiny), num_hidden_layers=16, vocab_size=1000)
-    graphdef, adapter, base = hf_loader.abstract(config, SPEC, dataclasses.replace(FLOAT32, quantize="nf4"))
+    graphdef, adapter, base = hf_loader.abstract_model(
+        config, SPEC, dataclasses.replace(FLOAT32_COMPUTE, quantize="nf4")
+    )
 
     def temporaries():
         def loss(adapter, base):

@@ -15,7 +15,7 @@ import transformers
 from conftest import command, make_model, process_options, run_program
 from flax import nnx
 
-from jlora.adapters import mixing, tree
+from jlora.adapters import mixing, params
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
 from jlora.adapters.spec import AdapterSpec
@@ -24,7 +24,7 @@ from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.serve.repl import Chat, side_by_side
@@ -60,11 +60,11 @@ def places(tmp_path_factory, small):
     """Name -> PEFT directory of adapters that all change the answers."""
     root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
     for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
-        _, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
+        _, shapes, base = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
         frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
-        adapter = tree.start(spec, shapes, frozen, jax.random.key(number))
-        for path, leaves in tree.modules(adapter):
-            ranks = np.array(spec.ranks(tree.projection(path), 3))
+        adapter = params.start(spec, shapes, frozen, jax.random.key(number))
+        for path, leaves in params.modules(adapter):
+            ranks = np.array(spec.ranks(params.projection(path), 3))
             noise = np.random.RandomState(number).randn(*leaves["lora_B"].shape).astype(np.float32)
             within = np.arange(noise.shape[2])[None, None] < ranks[:, None, None]
             leaves["lora_B"] = leaves["lora_B"] + np.where(within, 0.3 * noise, 0.0)
@@ -82,7 +82,7 @@ def alone(small, place, prompt):
     """Returns the last logits of a prompt with one adapter in its own form, without batch, padding or cache."""
     config = read_config(small)
     spec = read_spec(place, 3) if place else AdapterSpec(1, 1.0, 0.0, ())
-    graphdef, shapes, base = hf_loader.abstract(config, spec, FLOAT32)
+    graphdef, shapes, base = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
     frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
     model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
     ids = jnp.array([prompt])
@@ -186,11 +186,11 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp
 
 def test_a_sum_of_one_is_that_adapter(small, places):
     spec = read_spec(places["law"], 3)
-    _, shapes, _ = hf_loader.abstract(read_config(small), spec, FLOAT32)
+    _, shapes, _ = hf_loader.abstract_model(read_config(small), spec, FLOAT32_COMPUTE)
     adapter = read_adapter(places["law"], spec, shapes, tied=True)
     made, form = mixing.combine([(adapter, spec)], [1.0])
     assert (form.rank, form.alpha) == (4, 4.0)
-    for (_, mine), (_, theirs) in zip(tree.modules(made), tree.modules(adapter), strict=True):
+    for (_, mine), (_, theirs) in zip(params.modules(made), params.modules(adapter), strict=True):
         assert np.array_equal(mine["lora_A"], theirs["lora_A"])
         assert np.allclose(mine["lora_B"], 3.0 * theirs["lora_B"], atol=1e-7)
 

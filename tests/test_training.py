@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import Trains
 
-from jlora.adapters import tree
+from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.spec import spec_of
@@ -27,7 +27,7 @@ from jlora.models.families import read_config
 from jlora.planning import data_pipeline
 from jlora.steps import optim
 from jlora.steps.programs import Programs, fresh_state
-from jlora.training import setup, train
+from jlora.training import run, setup
 
 
 class Setup(Trains):
@@ -42,15 +42,15 @@ class Setup(Trains):
         rows, _ = data_pipeline.read_rows(self.config)
         self.examples = data_pipeline.read_examples(self.config, self.tokenizer, ends, rows, "training")
         self.mesh = sharding.make_mesh(jax.devices()[:devices], self.config.mesh)
-        ways = sharding.row_ways(self.mesh)
-        self.steps, batches, _ = data_pipeline.plan_run(self.config, self.model_config, self.examples, [], ways)
+        ways = sharding.data_parallel_size(self.mesh)
+        self.steps, batches, _ = data_pipeline.make_run_batches(self.config, self.model_config, self.examples, [], ways)
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = setup.choose_compute(self.config, jax.devices()[0])
         self.compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
-        _, self.shapes, base_shapes = hf_loader.abstract(self.model_config, self.spec, self.compute)
+        _, self.shapes, base_shapes = hf_loader.abstract_model(self.model_config, self.spec, self.compute)
         self.base = hf_loader.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.spec, self.steps)
-        adapter = train.first_adapter(
+        adapter = run.first_adapter(
             self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
         )
         self.state = fresh_state(adapter, self.optimizer, self.mesh, compute.compute_dtype)
@@ -59,7 +59,7 @@ class Setup(Trains):
     def lay(self, batches):
         """Switches to these batches, and compiles programs for them."""
         compute = dataclasses.replace(self.compute, packing=Packing(*batches.packing))
-        self.graphdef, *_ = hf_loader.abstract(self.model_config, self.spec, compute)
+        self.graphdef, *_ = hf_loader.abstract_model(self.model_config, self.spec, compute)
         self.batches = batches
         self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
 
@@ -175,7 +175,7 @@ def test_the_prefix_is_shared_only_if_results_stay_the_same(config_file):
 
     def prefixes(model=setup.model_config, **changes):
         config = dataclasses.replace(setup.config, **changes)
-        _, *both = data_pipeline.plan_run(config, model, setup.examples, setup.examples, 1)
+        _, *both = data_pipeline.make_run_batches(config, model, setup.examples, setup.examples, 1)
         return [batches.prefix for batches in both]
 
     prefix = setup.batches.prefix
@@ -259,7 +259,7 @@ def test_the_schedule_equals_transformers(config_file, kind):
 
 def test_initial_adapter_is_uniform_within_pefts_bound_and_b_is_zero():
     shapes = {part: jax.ShapeDtypeStruct((2, 8, 16), jnp.float32) for part in ("lora_A", "lora_B")}
-    initial = tree.init(shapes, jax.random.key(0))
+    initial = params.init(shapes, jax.random.key(0))
     assert not np.any(initial["lora_B"])
     assert 0.9 / 4 < np.abs(initial["lora_A"]).max() <= 1 / 4  # 1 / sqrt(16)
     assert not np.array_equal(initial["lora_A"][0], initial["lora_A"][1])

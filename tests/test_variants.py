@@ -19,8 +19,8 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jlora.adapters import hf_names, neftune, portable, tree
-from jlora.adapters.methods import method_of
+from jlora.adapters import neftune, params, plain_lora
+from jlora.adapters.methods import make_method
 from jlora.adapters.methods.lora import dropout
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.peft_io import read_adapter, write_adapter
@@ -28,6 +28,7 @@ from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import TARGETS, AdapterSpec, settings_of, spec_of
 from jlora.api import finetune
 from jlora.bases.gguf import _unpermute_rotary as half_rotation
+from jlora.common import hf_names
 from jlora.common.errors import UserError, VerificationError
 from jlora.config.files import load_config
 from jlora.config.schema import Config
@@ -35,9 +36,9 @@ from jlora.data.batches import Batch
 from jlora.distributed import sharding
 from jlora.export.exporter import load_adapter
 from jlora.export.gguf import FILE, check_gguf, side_by_side, write_gguf
-from jlora.export.servers import form_for
+from jlora.export.servers import convert_for_server
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.models.llama import Projection
 from jlora.serve import loading
@@ -129,7 +130,7 @@ class Ours:
     def __init__(self, directory, spec, **settings):
         self.directory, self.spec = directory, spec
         self.config = read_config(directory)
-        self.graphdef, self.shapes, base = hf_loader.abstract(self.config, spec, FLOAT32)
+        self.graphdef, self.shapes, base = hf_loader.abstract_model(self.config, spec, FLOAT32_COMPUTE)
         self.base = hf_loader.load_base(directory, base, sharding.make_mesh(jax.devices()[:1]))
         fixed = {"weight_decay": 0.1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
         self.settings = Config(**{"learning_rate": 1e-2, **fixed, **settings})
@@ -147,7 +148,7 @@ class Ours:
 
     def read(self, directory):
         adapter = read_adapter(directory, self.spec, self.shapes, tied=self.config.tie_word_embeddings)
-        return tree.complete(self.spec, adapter, self.base)
+        return params.complete(self.spec, adapter, self.base)
 
     def write(self, adapter, directory):
         config = peft_config(self.spec, str(self.directory), None, tied=self.config.tie_word_embeddings)
@@ -240,7 +241,7 @@ def test_a_variant_is_pefts_own_in_training_files_and_logits(models, tmp_path, n
         loaded = peft.PeftModel.from_pretrained(torch_base(directory), tmp_path / "written")
         mine = ours.logits(state.lora, TOKENS[0])
         assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
-        assert np.abs(mine - ours.logits(tree.neutral(state.lora, ours.base), TOKENS[0])).max() > 0.05
+        assert np.abs(mine - ours.logits(params.neutral(state.lora, ours.base), TOKENS[0])).max() > 0.05
         assert np.array_equal(before, ours.base["layers"]["mlp"]["up_proj"]["weight"])
 
         model.save_pretrained(tmp_path / "theirs")
@@ -273,8 +274,8 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
     tied, fields = EVERYWHERE[name]
     spec = AdapterSpec(4, 8.0, 0.0, TARGETS, **fields)
     ours = Ours(models[tied], spec)
-    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    for i, (_, leaves) in enumerate(tree.modules(adapter)):
+    adapter = params.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for i, (_, leaves) in enumerate(params.modules(adapter)):
         for part in leaves.keys() - {"lora_A", "pissa_A", "pissa_B"}:
             there = jnp.any(leaves["lora_A"] != 0, axis=2)[:, None] if part == "lora_B" else True
             moved = leaves[part] + 0.05 * jax.random.normal(jax.random.key(i), leaves[part].shape)
@@ -287,7 +288,7 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
     assert adapted == set(TARGETS)
     mine = ours.logits(adapter, TOKENS[0])
     assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
-    assert np.abs(mine - ours.logits(tree.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
+    assert np.abs(mine - ours.logits(params.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
 
 
 @pytest.mark.slow
@@ -307,7 +308,7 @@ def test_a_variant_on_every_target_is_loaded_by_peft_without_a_warning(models, t
 def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models, changes):
     spec = AdapterSpec(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj", "up_proj"), **changes})
     ours = Ours(models[True], spec)
-    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    adapter = params.start(spec, ours.shapes, ours.base, jax.random.key(0))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), adapter) == jax.tree.map(
         lambda a: (a.shape, a.dtype), ours.shapes
     )
@@ -317,18 +318,18 @@ def test_a_new_adapter_does_nothing_yet_and_what_a_layer_lacks_stays_zero(models
     for tokens in TOKENS[:3]:
         state, _ = ours.train(state, tokens)
     assert np.abs(ours.logits(state.lora, TOKENS[0]) - want).max() > 1e-2
-    for path, leaves in tree.modules(state.lora):
+    for path, leaves in params.modules(state.lora):
         if "lora_A" not in leaves:
             continue
-        for layer, rank in enumerate(spec.ranks(tree.projection(path), 3)):
+        for layer, rank in enumerate(spec.ranks(params.projection(path), 3)):
             assert not np.any(leaves["lora_A"][layer, rank:]) and not np.any(leaves["lora_B"][layer, :, rank:])
         if spec.init_lora_weights == "pissa":
-            (frozen,) = [old for other, old in tree.modules(adapter) if other == path]
+            (frozen,) = [old for other, old in params.modules(adapter) if other == path]
             assert np.array_equal(frozen["pissa_A"], leaves["pissa_A"])
     moments = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
     assert moments == 2 * sum(
         leaf.size
-        for _, leaves in tree.modules(adapter)
+        for _, leaves in params.modules(adapter)
         for part, leaf in leaves.items()
         if not part.startswith("pissa")
     )
@@ -347,16 +348,16 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
         layers_to_transform=(0, 2),
     )
     ours = Ours(models[True], spec)
-    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    for path, leaves in tree.modules(adapter):
+    adapter = params.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for path, leaves in params.modules(adapter):
         within = jnp.any(leaves["lora_A"] != 0, axis=2)[:, None]
         leaves["lora_B"] = jnp.where(
             within, 0.05 * jax.random.normal(jax.random.key(len(path)), leaves["lora_B"].shape), 0
         )
-    plain, form = portable.to_portable(adapter, spec)
+    plain, form = plain_lora.to_plain_lora(adapter, spec)
     assert form == AdapterSpec(6, 6.0, 0.0, form.target_modules)
     assert set(form.target_modules) == {"q_proj", "v_proj", "down_proj"}
-    assert portable.is_plain(form) and not portable.is_plain(spec)
+    assert plain_lora.is_uniform_lora(form) and not plain_lora.is_uniform_lora(spec)
     other = Ours(models[True], form)
     want = ours.logits(adapter, TOKENS[0])
     assert np.abs(other.logits(plain, TOKENS[0]) - want).max() < 1e-6 * np.abs(want).max()
@@ -368,7 +369,7 @@ def test_the_portable_form_computes_the_same(models, tmp_path):
     original = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "original")
     exact, other_form = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
     assert exact.dtype == np.float64 and np.abs(other_form - exact).max() < 1e-6
-    nothing = ours.logits(tree.neutral(adapter, ours.base), TOKENS[0])
+    nothing = ours.logits(params.neutral(adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
 
 
@@ -384,10 +385,10 @@ def test_a_gguf_adapter_changes_every_weight_as_trained(models, tmp_path, smollm
         init_lora_weights="pissa",
     )
     ours = Ours(models[True], spec)
-    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
-    for _, leaves in tree.modules(adapter):
+    adapter = params.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    for _, leaves in params.modules(adapter):
         leaves["lora_B"] = 1.5 * leaves["lora_B"]
-    form = form_for("llama.cpp", adapter, spec, 0)
+    form = convert_for_server("llama.cpp", adapter, spec, 0)
     sentence = write_gguf((adapter, spec), form, models[True], tmp_path / "made")
     assert "each of 21 weights" in sentence
     reader = gguf.GGUFReader(tmp_path / "made" / FILE)
@@ -424,8 +425,8 @@ def test_rows_are_in_the_order_of_a_real_gguf_file(smollm):
 def test_what_a_server_refuses_is_said_before_anything_is_written(changes, max_rank, message):
     spec = AdapterSpec(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ("q_proj",), **changes})
     with pytest.raises(UserError, match=message):
-        form_for("vllm", {}, spec, max_rank)
-    assert form_for("peft", {}, spec, 0) == ({}, spec)
+        convert_for_server("vllm", {}, spec, max_rank)
+    assert convert_for_server("peft", {}, spec, 0) == ({}, spec)
 
 
 @pytest.mark.slow
@@ -466,7 +467,7 @@ def test_a_run_of_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     generator, voices = loading.load_model(str(tiny), {"adapter": tmp_path / "whole/adapter"})
     adapter = voices.adapters["adapter"]
     trained, spec = load_adapter(tmp_path / "whole", 4)
-    graphdef, _, _ = hf_loader.abstract(read_config(tiny), spec, FLOAT32)
+    graphdef, _, _ = hf_loader.abstract_model(read_config(tiny), spec, FLOAT32_COMPUTE)
     same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
     assert list(generator.generate_tokens(adapter, [1, 2, 3], 8)) == list(same.generate_tokens(trained, [1, 2, 3], 8))
     bare = loading.load_model(str(tiny)).generator
@@ -477,12 +478,12 @@ def test_pissa_of_more_ranks_than_components_is_refused(models):
     spec = AdapterSpec(65, 8.0, 0.0, ("k_proj",), init_lora_weights="pissa")
     ours = Ours(models[True], spec)
     with pytest.raises(UserError, match="rank 65 for k_proj, which has only 64 singular components"):
-        tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
+        params.start(spec, ours.shapes, ours.base, jax.random.key(0))
 
 
 def test_doras_dropout_is_pefts():
     spec = AdapterSpec(4, 8.0, 0.5, ("q_proj",), use_dora=True)
-    ours = Projection("self_attn.q_proj", 16, 24, spec, FLOAT32, bias=True, layers=1)
+    ours = Projection("self_attn.q_proj", 16, 24, spec, FLOAT32_COMPUTE, bias=True, layers=1)
     theirs = torch.nn.Linear(16, 24)
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, use_dora=True, init_lora_weights=False)
     layer = peft.tuners.lora.layer.Linear(theirs, "default", config, r=4, lora_alpha=8)
@@ -521,7 +522,7 @@ def test_noise_is_within_its_bound_by_example_and_only_in_training(models):
         assert abs(part.mean()) < 0.1 * bound
     spec = AdapterSpec(4, 8.0, 0.0, ("q_proj",), neftune_noise_alpha=5.0)
     ours = Ours(models[True], spec)
-    adapter = tree.start(spec, ours.shapes, ours.base, jax.random.key(0))
+    adapter = params.start(spec, ours.shapes, ours.base, jax.random.key(0))
     noisy = jax.jit(make_train_step(ours.graphdef, CROSS_ENTROPY, ours.optimizer, dropout=True, devices=1))
     losses = [float(ours.train(ours.state(adapter), TOKENS[0])[1].loss)]
     losses += [
@@ -536,7 +537,7 @@ def test_sites_follow_pefts_rule_of_patterns():
         8, 16.0, 0.0, TARGETS, rank_pattern=(("proj", 1), ("layers.1.self_attn.q_proj", 2), ("q_proj", 3))
     )
     assert spec.ranks("self_attn.q_proj", 3) == (3, 2, 3)
-    assert method_of(spec, "self_attn.q_proj").site(3).scales == (16 / 3, 8.0, 16 / 3)
+    assert make_method(spec, "self_attn.q_proj").site(3).scales == (16 / 3, 8.0, 16 / 3)
     assert spec.ranks("mlp.up_proj", 3) == (8, 8, 8)
     wrong = dataclasses.replace(spec, layers_to_transform=(3,))
     assert wrong.problems(hf_names.projections(), 3) == ["layers_to_transform has 3: Expected layers from 0 to 2."]

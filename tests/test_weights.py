@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from test_families import SIZES
 
-from jlora.adapters import hf_names
 from jlora.adapters.spec import AdapterSpec
+from jlora.common import hf_names
 from jlora.common.errors import UserError
 from jlora.distributed import sharding
 from jlora.models import hf_loader
@@ -41,7 +41,7 @@ def sharded(tmp_path):
 
 
 def load(directory, dtype=jnp.float32, progress=lambda size: None):
-    _, _, shapes = hf_loader.abstract(read_config(directory), NONE, Compute(dtype, dtype))
+    _, _, shapes = hf_loader.abstract_model(read_config(directory), NONE, Compute(dtype, dtype))
     return hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:1]), progress)
 
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jlora.adapters import portable, tree
+from jlora.adapters import params, plain_lora
 from jlora.adapters.methods.method import Leaves
+from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
-from jlora.adapters.tree import Adapter
 from jlora.common.errors import UserError
 
 Form = tuple[Adapter, AdapterSpec]
 
 
-def check_mixable(name: str, spec: AdapterSpec) -> None:
+def check_summable(name: str, spec: AdapterSpec) -> None:
     """Raises a UserError if an adapter cannot be combined with others; the message says what to do instead."""
-    for what in portable.beyond_portable(spec):
+    for what in plain_lora.unsupported_as_lora(spec):
         raise UserError(
             f"Adapter {name} uses {what}, which is not a low-rank sum, so it cannot be mixed or switched with others. "
             "Use it alone, or merge it into the base model (python -m jlora.export --merged) and pass the result as "
@@ -40,7 +40,7 @@ def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], AdapterSpec
             "lora_B": jnp.pad(leaves["lora_B"], [(0, 0), (0, 0), (0, missing)]),
         }
 
-    made = [tree.build({path: padded(leaves) for path, leaves in modules.items()}) for modules in found]
+    made = [params.build({path: padded(leaves) for path, leaves in modules.items()}) for modules in found]
     return made, AdapterSpec(rank, float(rank), 0.0, targets)
 
 
@@ -59,7 +59,7 @@ def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
             "lora_B": jnp.concatenate([w * part["lora_B"] for w, part in zip(weights, parts, strict=True)], axis=2),
         }
     rank = next(iter(made.values()))["lora_A"].shape[1]
-    return tree.build(made), AdapterSpec(rank, float(rank), 0.0, targets)
+    return params.build(made), AdapterSpec(rank, float(rank), 0.0, targets)
 
 
 def read_weight(word: str) -> tuple[str, float]:
@@ -82,7 +82,7 @@ def read_weight(word: str) -> tuple[str, float]:
 
 def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], Leaves]], tuple[str, ...]]:
     """Returns each portable form by module, with zeros for modules that only others adapt; and all target modules."""
-    found = [dict(tree.modules(portable.to_portable(adapter, spec)[0])) for adapter, spec in adapters]
+    found = [dict(params.modules(plain_lora.to_plain_lora(adapter, spec)[0])) for adapter, spec in adapters]
     every = {path: leaves for modules in found for path, leaves in modules.items()}
     for modules in found:
         rank = next(iter(modules.values()))["lora_A"].shape[1]
@@ -119,6 +119,6 @@ class AdapterSet:
         if len(weights) == 1 and weights[0][1] == 1:
             return self.by_name[weights[0][0]]
         for name, _ in weights:
-            check_mixable(name, self.spec)
+            check_summable(name, self.spec)
         forms = [(self.by_name[name], self.spec) for name, _ in weights]
         return combine(forms, [weight for _, weight in weights])[0]

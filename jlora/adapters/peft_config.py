@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import hf_names
-from jlora.adapters.methods import METHODS, choices, core_of, kind_of
-from jlora.adapters.spec import NOTHING, TABLES, TARGETS, AdapterSpec
+from jlora.adapters.methods import METHODS, base_method, choices, method_class
+from jlora.adapters.spec import EMBEDDINGS, NO_ADAPTER, TARGETS, AdapterSpec
+from jlora.common import hf_names
 from jlora.common.errors import UserError
 
 CONFIG = "adapter_config.json"
@@ -40,7 +40,7 @@ def peft_config(spec: AdapterSpec, base: str, revision: str | None, *, tied: boo
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        **kind_of(spec).peft_fields(spec, tied=tied),
+        **method_class(spec).peft_fields(spec, tied=tied),
     }
 
 
@@ -91,8 +91,8 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
     if config.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
         problems.append(f"layers_pattern={config['layers_pattern']!r} (expected none)")
     saved = config.get("modules_to_save") or []
-    problems += [f"modules_to_save has {table!r}" for table in saved if table.split(".")[-1] not in TABLES]
-    if saved and kind in kinds and "modules_to_save" in core_of(kind).unused:
+    problems += [f"modules_to_save has {table!r}" for table in saved if table.split(".")[-1] not in EMBEDDINGS]
+    if saved and kind in kinds and "modules_to_save" in base_method(kind).unused:
         problems.append(f"modules_to_save with peft_type={kind}")
     forward = config.get("feedforward_modules") or []
     if not isinstance(forward, list) or not set(forward) <= set(TARGETS):
@@ -102,10 +102,10 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
         problems.append(f"target_modules={config.get('target_modules')!r} (expected some of {', '.join(TARGETS)})")
     if problems:
         raise UserError(f"Adapter {directory} has settings that jlora does not support: {'; '.join(problems)}.")
-    if not config.keys() >= set(core_of(kind).required):
-        raise UserError(f"Adapter {directory}: {CONFIG} must set {' and '.join(core_of(kind).required)}.")
-    spec = dataclasses.replace(NOTHING, target_modules=targets, **_chosen(config, kind))
-    return dataclasses.replace(spec, **kind_of(spec).read_fields(config))
+    if not config.keys() >= set(base_method(kind).required):
+        raise UserError(f"Adapter {directory}: {CONFIG} must set {' and '.join(base_method(kind).required)}.")
+    spec = dataclasses.replace(NO_ADAPTER, target_modules=targets, **_chosen(config, kind))
+    return dataclasses.replace(spec, **method_class(spec).read_fields(config))
 
 
 def _chosen(config: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from jlora.adapters import hf_names, tree
-from jlora.adapters.methods import TABLE, method_of
+from jlora.adapters import params
+from jlora.adapters.methods import TABLE, make_method
 from jlora.adapters.methods.method import Leaves, Method
+from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import CONFIG, read_config_file
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import AdapterSpec
-from jlora.adapters.tree import Adapter
+from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
@@ -38,13 +39,13 @@ class Place(NamedTuple):
 
 def _places(adapter: Adapter, spec: AdapterSpec) -> Iterator[Place]:
     """Yields every module that a PEFT file stores."""
-    for path, leaves in tree.modules(adapter):
+    for path, leaves in params.modules(adapter):
         size = next(iter(leaves.values())).shape[0]
         names = [name.removesuffix(".weight") for name in hf_names.tensor_names((*path, "weight"), (size,))]
-        if not (projection := tree.projection(path)):
+        if not (projection := params.projection(path)):
             yield Place(PREFIX + names[0], leaves, None, 0, None)
             continue
-        method = method_of(spec, projection)
+        method = make_method(spec, projection)
         for layer, (name, rank) in enumerate(zip(names, method.site(size).ranks, strict=True)):
             if rank:
                 yield Place(PREFIX + name, leaves, layer, rank, method)
@@ -119,7 +120,7 @@ def _in_order(file: bytes) -> bytes:
 
 
 def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: bool) -> Adapter:
-    """Reads a PEFT directory's tensors into the adapter's tree; PiSSA's frozen pair stays zero (see `tree.complete`).
+    """Reads a PEFT directory's tensors into the adapter's tree; PiSSA's frozen pair stays zero (see `params.complete`).
 
     Args:
       spec: the adapter's spec, from `peft_config.read_spec`.

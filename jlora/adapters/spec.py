@@ -5,7 +5,7 @@ import re
 from typing import Any, TypeVar
 
 LAYER = "model.layers.{i}."  # Hugging Face's prefix of a projection, such as "self_attn.q_proj"
-TABLES = ("embed_tokens", "lm_head")  # tables that `modules_to_save` may train in full
+EMBEDDINGS = ("embed_tokens", "lm_head")  # tables that `modules_to_save` may train in full
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = ("all-linear",)
 T = TypeVar("T")
@@ -15,7 +15,7 @@ T = TypeVar("T")
 class AdapterSpec:
     """An adapter in PEFT's terms. By default it is plain LoRA with one rank and one alpha.
 
-    `methods.kind_of` returns the method that computes it.
+    `methods.method_class` returns the method that computes it.
     """
 
     rank: int
@@ -29,7 +29,7 @@ class AdapterSpec:
     rank_pattern: tuple[tuple[str, int], ...] = ()  # the first pattern that matches a module decides its rank
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () is all
-    modules_to_save: tuple[str, ...] = ()  # of TABLES
+    modules_to_save: tuple[str, ...] = ()  # of EMBEDDINGS
     feedforward_modules: tuple[str, ...] = ()  # the targets whose input IA3 scales, not their output
     neftune_noise_alpha: float = 0.0  # noise on embeddings in training (Jain et al. 2023, arXiv:2310.05914)
 
@@ -56,7 +56,7 @@ class AdapterSpec:
         return chosen and any(name.endswith(f".{target}") for target in self.target_modules)
 
     def saves(self, table: str, *, tied: bool) -> bool:
-        """Returns whether a table of TABLES is trained in full; tied tables are one."""
+        """Returns whether a table of EMBEDDINGS is trained in full; tied tables are one."""
         return bool(self.modules_to_save) if tied else table in self.modules_to_save
 
     def problems(self, modules: list[str], layers: int) -> list[str]:
@@ -92,7 +92,7 @@ def _first(entries: tuple[tuple[str, T], ...], name: str, default: T) -> T:
 
 
 # An adapter that changes no module: the base model alone.
-NOTHING = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
+NO_ADAPTER = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
 
 # Field of the spec -> key of the config, if their names differ.
 KEYS = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}

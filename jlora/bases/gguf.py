@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Stored
 
-from jlora.adapters.hf_names import NAMES, tensor_names
 from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.common.errors import UserError
+from jlora.common.hf_names import NAMES, tensor_names
 from jlora.common.plural import plural
 from jlora.models.families import FAMILIES
 from jlora.models.rope import Llama3Rope, plain_frequencies
@@ -50,7 +50,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{file} cannot be read as GGUF: {reason}. Check that it was downloaded completely.") from None
     try:
-        config = read_config(field, stored)
+        config = config_from_gguf(field, stored)
         names = _tensor_names(field["general.architecture"], config["num_hidden_layers"], stored)
         _write_json(directory / "config.json", config)
         _write_json(directory / "generation_config.json", _generation(field))
@@ -77,7 +77,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
         raise UserError(f"{file} uses an unsupported quantization: {error}.") from None
 
 
-def read_config(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+def config_from_gguf(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of config.json.
 
     Raises:

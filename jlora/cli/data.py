@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     held_out: SizedExamples | list[Example] = []
     if held_out_rows:
         held_out = data_pipeline.read_examples(config, tokenizer, ends, held_out_rows, "held out", log)
-    steps, batches, _ = data_pipeline.plan_run(config, read_config(directory), examples, held_out, devices=1)
+    steps, batches, _ = data_pipeline.make_run_batches(config, read_config(directory), examples, held_out, devices=1)
     for line in preview.length_histogram(examples.sizes[:, 0]):
         log(line)
     log(f"On one device: {preview.batch_summary(batches, steps)}")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from jlora import export_adapter, verify_adapter
 from jlora.bases.resolve import resolve_base
-from jlora.export.compatibility import check
+from jlora.export.base_match import check_base_match
 from jlora.export.exporter import default_output, find_step, merge_directory, merge_run
-from jlora.export.servers import LOADERS
+from jlora.export.servers import SERVERS
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="load it with PEFT, and compare logits and answers")
     parser.add_argument(
-        "--for", dest="loader", choices=LOADERS, default="", help="the server; verifies the adapter too"
+        "--for", dest="loader", choices=SERVERS, default="", help="the server; verifies the adapter too"
     )
     parser.add_argument("--max_lora_rank", type=int, default=0, help="vLLM's --max-lora-rank; default: 16")
     parser.add_argument("--merged", action="store_true", help="write base model and adapter as one model, RUN/merged")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if arguments.check:
         if not arguments.base or arguments.run or arguments.merged:
             parser.error("--check ADAPTER requires --base, and no other option.")
-        print(check(arguments.check, resolve_base(arguments.base)))
+        print(check_base_match(arguments.check, resolve_base(arguments.base)))
         return
     run, loader, merged = arguments.run, arguments.loader, arguments.merged
     if not (run or merged):

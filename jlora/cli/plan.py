@@ -18,13 +18,13 @@ from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.sharding import describe
-from jlora.models import kernel_choice
+from jlora.models import attention_backend
 from jlora.models.compute import UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.llama import LlamaConfig
 from jlora.planning.data_pipeline import read_examples, read_rows
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
-from jlora.planning.search import changed_settings, describe_shortfall, find_fastest, first_fit, suggest_fix
+from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
 from jlora.planning.targets import EXAMPLES, GIB, Target, find_target
 from jlora.training.setup import choose_compute, choose_platform, find_devices
 
@@ -45,9 +45,11 @@ def main(argv: list[str]) -> None:
     layout, lengths = _layout(config, directory, model, arguments.tokens)
     compute, here = choose_compute(config, target.devices[0]), arguments.target == "here"
     wish, dtype = "auto" if target.simulation_note else config.attn_implementation, compute.compute_dtype
-    attention, _ = kernel_choice.choose(wish, target.devices[0], model, dtype, config.max_seq_length, here=here)
+    attention, _ = attention_backend.choose_backend(
+        wish, target.devices[0], model, dtype, config.max_seq_length, here=here
+    )
     compute = dataclasses.replace(compute, attention=attention)
-    forecast, _ = first_fit(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
+    forecast, _ = choose_remat(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
     fits = forecast.fits(target.limit)
     for line in report(forecast, target, lengths):
         print(line)

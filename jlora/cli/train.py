@@ -11,11 +11,11 @@ from pathlib import Path
 
 import jax
 
-from jlora.adapters.portable import is_plain
+from jlora.adapters.plain_lora import is_uniform_lora
 from jlora.adapters.spec import spec_of
 from jlora.api import Config, Result, finetune, load_config
 from jlora.config.files import config_parser
-from jlora.export.servers import LOADERS
+from jlora.export.servers import SERVERS
 from jlora.training import resume
 from jlora.training.checkpoint import read_record
 
@@ -37,10 +37,10 @@ def main(argv: list[str]) -> None:
 def _next_steps(run: Path, adapter: Path, step: int, system_prompt: str) -> str:
     """Returns the commands that ask the adapter a question, verify it, and write it for a server."""
     which = [] if adapter.name == "adapter" else ["--step", str(step)]
-    spec, vllm = spec_of(read_record(run, "--run")["config"]), LOADERS["vllm"]
+    spec, vllm = spec_of(read_record(run, "--run")["config"]), SERVERS["vllm"]
     ranks = [rank for rank in vllm.ranks if rank >= max(spec.rank, vllm.usual)]
     form = ["--merged"]
-    if is_plain(spec) and ranks:
+    if is_uniform_lora(spec) and ranks:
         form = ["--for", "vllm", *(["--max_lora_rank", str(ranks[0])] if ranks[0] > vllm.usual else [])]
     system = ["--system", system_prompt] if system_prompt else []
     output = ["--output", str(adapter)] if which else []
@@ -57,14 +57,14 @@ def _next_steps(run: Path, adapter: Path, step: int, system_prompt: str) -> str:
 
 def _how_to_continue(result: Result, config: Config, file: str, overrides: list[str]) -> str:
     """Returns what to do with a run that a signal stopped: the commands that continue and export it."""
-    replaced = tuple(f"--config.{key}=" for key in (resume.KEY, "process_id"))
+    replaced = tuple(f"--config.{key}=" for key in (resume.RESUME_KEY, "process_id"))
     kept = [word for word in overrides if not word.startswith(replaced)]
     if config.process_id >= 0:
         kept.append("--config.process_id=N")
     everywhere = " in every process" if jax.process_count() > 1 else ""
     return (
         f"Stopped after step {result.step} of {result.steps} and saved. To continue, run{everywhere}:\n"
-        f"  {_command('train', '--config', file, *kept, f'--config.{resume.KEY}=auto')}\n"
+        f"  {_command('train', '--config', file, *kept, f'--config.{resume.RESUME_KEY}=auto')}\n"
         "To export the adapter as it is now, run:\n"
         f"  {_command('export', '--run', str(result.run), '--step', 'latest')}"
     )

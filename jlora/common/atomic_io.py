@@ -31,12 +31,12 @@ def new_directory(target: Path) -> Iterator[Path]:
     """
     with unnamed_directory(target.parent) as made:
         yield made
-        give_name(made, target)
+        publish_directory(made, target)
 
 
 @contextmanager
 def unnamed_directory(parent: Path) -> Iterator[Path]:
-    """Yields an empty directory to fill and then move into `parent` with `give_name`; otherwise it is removed."""
+    """Yields an empty directory for `publish_directory` to move into `parent`; removes it if that does not happen."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as scratch:
         made = Path(scratch) / "new"
@@ -44,7 +44,7 @@ def unnamed_directory(parent: Path) -> Iterator[Path]:
         yield made
 
 
-def give_name(made: Path, target: Path) -> None:
+def publish_directory(made: Path, target: Path) -> None:
     """Renames a filled directory to `target`.
 
     Raises:

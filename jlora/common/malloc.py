@@ -7,7 +7,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None  # None: another C library
 
 
-def keep_freed() -> None:
+def retain_freed_memory() -> None:
     """Makes malloc keep freed blocks of any size in the main heap instead of returning them to the system.
 
     The temporary memory of a step is one block of hundreds of MB. By default, glibc maps a new block for each step, and
@@ -19,7 +19,7 @@ def keep_freed() -> None:
         GLIBC.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Returns the free memory of all heaps to the system."""
     if GLIBC:
         GLIBC.malloc_trim(0)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jlora.adapters import methods
-from jlora.adapters.spec import ALL_LINEAR, TABLES, TARGETS
+from jlora.adapters.spec import ALL_LINEAR, EMBEDDINGS, TARGETS
 from jlora.bases.resolve import is_hub_id
 from jlora.data.conversation import PARTS, ROLES, names_complete_row
 from jlora.data.readers.encoding import is_encoding
-from jlora.distributed.sharding import AXES
+from jlora.distributed.sharding import MESH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Config:
 
 
 # Settings that may change when a run is continued, because they do not affect the numbers of training.
-NOT_TRAINING = frozenset(
+MAY_CHANGE_ON_RESUME = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
     "sample_questions device mesh attn_implementation remat coordinator_address num_processes process_id "
     "max_loss_spike".split()
@@ -198,9 +198,9 @@ def validate(config: Config) -> list[str]:
     if config.eval_data_dir and config.eval_share:
         problems.append("eval_data_dir and eval_share are both set. Remove one of them.")
     problems += [
-        f"mesh has {axis!r}: {size!r}. Expected a number of devices, or -1 for one axis, under {', '.join(AXES)}."
+        f"mesh has {axis!r}: {size!r}. Expected a number of devices, or -1 for one axis, under {', '.join(MESH_AXES)}."
         for axis, size in config.mesh.items()
-        if axis not in AXES or type(size) is not int or not (size > 0 or size == -1)
+        if axis not in MESH_AXES or type(size) is not int or not (size > 0 or size == -1)
     ]
     if list(config.mesh.values()).count(-1) > 1:
         problems.append(f"mesh={config.mesh!r}: Only one axis can be -1, which takes all remaining devices.")
@@ -228,7 +228,7 @@ def _adapter_problems(config: Config) -> list[str]:
     problems = []
     if not config.target_modules:
         problems.append(f"target_modules=(): Expected one or more of {', '.join(TARGETS)}, or all-linear.")
-    known = {"target_modules": TARGETS, "feedforward_modules": TARGETS, "modules_to_save": TABLES}
+    known = {"target_modules": TARGETS, "feedforward_modules": TARGETS, "modules_to_save": EMBEDDINGS}
     problems += [
         f"{key} has {name!r}. Did you mean {suggest_nearest(name, names)}?"
         for key, names in known.items()
@@ -249,7 +249,7 @@ def _adapter_problems(config: Config) -> list[str]:
     if config.peft_type in CHOICES["peft_type"]:
         problems += [
             f"{key}={getattr(config, key)!r} has no effect with peft_type={config.peft_type}. Remove it."
-            for key in methods.core_of(config.peft_type).unused
+            for key in methods.base_method(config.peft_type).unused
             if key not in HARMLESS and getattr(config, key) != getattr(Config(), key)
         ]
     if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jlora.common.atomic_io import give_name, unnamed_directory
+from jlora.common.atomic_io import publish_directory, unnamed_directory
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.data.conversation import Conversation
@@ -95,7 +95,7 @@ def load_or_tokenize(
                 )
             directory = cache / f"{first}-{fingerprint}"
             with contextlib.suppress(FileExistsError):  # another process has written it in the meantime
-                give_name(made, directory)
+                publish_directory(made, directory)
     except OSError as error:
         raise UserError(
             f"Tokenized data cannot be written to {cache}: {error}. Free some space, or set XDG_CACHE_HOME to another "

@@ -1,4 +1,4 @@
-"""The device mesh, and RULES: the one table of which array axis is split over which mesh axis.
+"""The device mesh, and PARTITION_RULES: the one table of which array axis is split over which mesh axis.
 
 Mesh axes: `data` copies the base model and splits the rows of a batch. `fsdp` splits the rows too, and the base model,
 whose layers are gathered one at a time when they are computed (Rajbhandari et al. 2020, arXiv:1910.02054, stage 3).
@@ -18,14 +18,14 @@ from jaxtyping import Array, Float
 
 from jlora.common.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # mesh axes that split the rows of a batch
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # mesh axes that split the rows of a batch
 # Projections whose output `tensor` splits, and projections that take such a split input and sum over devices.
 SPLIT_OUT, SPLIT_IN = r".*/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)", r".*/(self_attn/o_proj|mlp/down_proj)"
 QUANTIZED = "weight/(codes|scales)"  # transposed: codes [L, in or in/2, out], scales [L, in/64, out]
 
 # Path -> spec; the first match wins. Optimizer moments are sharded as the adapter is: their paths end the same way.
-RULES: tuple[tuple[str, P], ...] = (
+PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (rf"base/{SPLIT_OUT}/weight", P(None, "tensor", "fsdp")),  # [L, out, in]
     (rf"base/{SPLIT_IN}/weight", P(None, "fsdp", "tensor")),
     (rf"base/{SPLIT_OUT}/{QUANTIZED}", P(None, "fsdp", "tensor")),
@@ -39,7 +39,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"base/.*norm/weight", P()),
     (r"state/.*/modules_to_save", P("tensor", "fsdp")),  # [V, D]
     (r"state/.*", P()),
-    (r"batch/.*", P(None, ROWS, None)),  # [A, R, T] or [A, R, S]
+    (r"batch/.*", P(None, BATCH_AXES, None)),  # [A, R, T] or [A, R, S]
 )
 
 
@@ -64,18 +64,18 @@ def make_mesh(devices: list[Any] | None = None, sizes: Mapping[str, int] | None 
             f"mesh: {product} does not match {count}. The product of the sizes must be {len(devices)}, so use sizes "
             f"from {', '.join(map(str, divisors))}, or -1 on one axis for all remaining devices."
         )
-    shape = [len(devices) // fixed if wanted[axis] == -1 else wanted[axis] for axis in AXES]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = [len(devices) // fixed if wanted[axis] == -1 else wanted[axis] for axis in MESH_AXES]
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def row_ways(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
     """Returns the number of devices over which the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises a UserError that suggests the nearest batch sizes if `batch_size` does not divide over the devices."""
-    ways = row_ways(mesh)
+    ways = data_parallel_size(mesh)
     if batch_size % ways:
         below, above = batch_size // ways * ways, -(-batch_size // ways) * ways
         sizes = f"{below} or {above}" if below else str(above)
@@ -85,7 +85,7 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 def own_rows(mesh: Mesh, rows: int) -> frozenset[int]:
     """Returns the rows of a batch that the devices of this process hold."""
-    places = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
+    places = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((rows,)).values()
     return frozenset(row for place in places if place for row in range(*place[0].indices(rows)))
 
 
@@ -107,7 +107,7 @@ def describe(mesh: Mesh) -> str:
     return " x ".join(sizes or ["data=1"])
 
 
-def spec_of(name: str, axes: Mapping[str, str] | None = None) -> P:
+def partition_spec(name: str, axes: Mapping[str, str] | None = None) -> P:
     """Looks up the partition spec of an array by its path; an adapter's arrays are split as their weight is.
 
     Args:
@@ -121,7 +121,7 @@ def spec_of(name: str, axes: Mapping[str, str] | None = None) -> P:
     for projections, split in ((SPLIT_OUT, "o"), (SPLIT_IN, "i")):
         if split in own and re.fullmatch(rf"state/{projections}/\w+", name):
             return P(None, *("tensor" if axis == split else None for axis in own))
-    for pattern, spec in RULES:
+    for pattern, spec in PARTITION_RULES:
         if re.fullmatch(pattern, name):
             return spec
     raise ValueError(f"No sharding rule matches {name}.")
@@ -131,7 +131,7 @@ def shardings(tree: Any, mesh: Mesh, root: str, axes: Mapping[str, str] | None =
     """Returns a NamedSharding for every leaf of `tree`, whose paths start with `root` ("base", "state", "batch").
 
     Args:
-      axes: of the adapter's arrays, as for `spec_of`; for "state".
+      axes: of the adapter's arrays, as for `partition_spec`; for "state".
 
     Raises:
       ValueError: no rule matches a path, or an axis does not divide over the devices.
@@ -139,7 +139,7 @@ def shardings(tree: Any, mesh: Mesh, root: str, axes: Mapping[str, str] | None =
 
     def leaf(path: tuple[Any, ...], array: Any) -> NamedSharding:
         name = "/".join([root, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
-        sharding = NamedSharding(mesh, spec_of(name, axes))
+        sharding = NamedSharding(mesh, partition_spec(name, axes))
         try:
             sharding.shard_shape(np.shape(array))
         except ValueError as error:
@@ -149,11 +149,11 @@ def shardings(tree: Any, mesh: Mesh, root: str, axes: Mapping[str, str] | None =
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def split_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
+def constrain_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
     """Constrains activations inside a program: B is split as the rows of a batch are, the other axes are whole."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
-def whole_rows(table: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
+def constrain_table(table: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
     """Constrains an embedding table inside a program: V is split over `tensor`, D is whole."""
     return table if mesh is None else jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor")))

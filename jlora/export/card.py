@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jlora.adapters import provenance
-from jlora.adapters.methods import core_of
-from jlora.bases.identity import base_hash, template_hash, tokenizer_hash
-from jlora.config.schema import NOT_TRAINING, Config
+from jlora.adapters.methods import base_method
+from jlora.bases.hashes import rendered_template_hash, tokenizer_hash, weights_hash
+from jlora.config.schema import MAY_CHANGE_ON_RESUME, Config
 
 HASHES = {
     provenance.BASE: "base model weights (the first values of each tensor)",
@@ -28,7 +28,7 @@ def card(config: dict[str, Any], metadata: dict[str, str], *, own_template: bool
       metadata: the metadata of its file, from `provenance_metadata`.
       own_template: it was trained with another chat template than the base model's, and includes it.
     """
-    kind = core_of(config["peft_type"]).described(config)
+    kind = base_method(config["peft_type"]).described(config)
     settings = json.loads(metadata[provenance.CONFIG])
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
@@ -121,11 +121,11 @@ def provenance_metadata(
       base_loss, loss: held-out losses without and with the adapter; None if not measured.
       tokenizer: with the chat template of training.
     """
-    settings = {key: value for key, value in record["config"].items() if key not in NOT_TRAINING}
+    settings = {key: value for key, value in record["config"].items() if key not in MAY_CHANGE_ON_RESUME}
     entries = {
-        provenance.BASE: base_hash(Path(record["base"]["directory"])),
+        provenance.BASE: weights_hash(Path(record["base"]["directory"])),
         provenance.TOKENIZER: tokenizer_hash(tokenizer),
-        provenance.TEMPLATE: template_hash(tokenizer),
+        provenance.TEMPLATE: rendered_template_hash(tokenizer),
         provenance.DATA: record["data"]["train"],
         provenance.HELD_OUT: record["data"]["held_out"],
         provenance.VERSION: record["versions"]["jlora"],

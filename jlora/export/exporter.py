@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import NOTHING, AdapterSpec, spec_of
-from jlora.adapters.tree import Adapter
-from jlora.bases import identity
-from jlora.bases.identity import check_base
+from jlora.adapters.spec import NO_ADAPTER, AdapterSpec, spec_of
+from jlora.bases import hashes
+from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
 from jlora.data.templates import find_template
@@ -23,10 +23,10 @@ from jlora.data.tokenizer import load_tokenizer
 from jlora.export.card import card, provenance_metadata
 from jlora.export.gguf import write_gguf
 from jlora.export.merged import write_merged
-from jlora.export.servers import form_for
+from jlora.export.servers import convert_for_server
 from jlora.export.verify import Parity, verify
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.training.checkpoint import Checkpoints, read_record
 
@@ -40,7 +40,7 @@ def export_adapter(
       run: the run's output_dir.
       output: a new directory; None: RUN/adapter, RUN/adapter-STEP, RUN/adapter-SERVER or RUN/adapter-SERVER-STEP.
       step: "best", "latest", or a step that has a checkpoint.
-      server: a key of servers.LOADERS: write the form that it reads, and verify it first; "": PEFT, not verified.
+      server: a key of servers.SERVERS: write the form that it reads, and verify it first; "": PEFT, not verified.
       max_rank: the maximum rank that the server is started with; 0: the server's default.
 
     Raises:
@@ -82,7 +82,7 @@ def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> N
     trained = adapter, spec = load_adapter(run, step)
     tokenizer = trained_tokenizer(record)
     if loader:
-        adapter, spec = form_for(loader, adapter, spec, max_rank)
+        adapter, spec = convert_for_server(loader, adapter, spec, max_rank)
     if loader == "llama.cpp":
         print(write_gguf(trained, (adapter, spec), Path(record["base"]["directory"]), target))
         return
@@ -110,7 +110,7 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:
     record = read_record(run, "--run")
     spec = spec_of(record["config"])
     model_config = read_config(Path(record["base"]["directory"]))
-    _, shapes, _ = hf_loader.abstract(model_config, spec, FLOAT32)
+    _, shapes, _ = hf_loader.abstract_model(model_config, spec, FLOAT32_COMPUTE)
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         adapter = jax.tree.map(jnp.asarray, checkpoints.restore_adapter(step, shapes))
     return adapter, spec
@@ -119,7 +119,7 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:
 def trained_tokenizer(record: dict[str, Any]) -> Any:
     """Loads a run's tokenizer and chat template; raises a UserError if they or the base model changed since then."""
     tokenizer = load_tokenizer(Path(record["base"]["directory"]), record["config"]["chat_template"])
-    identity.check_unchanged(record, tokenizer)
+    hashes.check_unchanged(record, tokenizer)
     return tokenizer
 
 
@@ -155,7 +155,7 @@ def merge_run(run: Path, step: int, target: Path) -> None:
 
 def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
     """Writes a base model, with the adapter of a PEFT directory merged into it if one is given, as one model."""
-    revision, template, spec = "", "", NOTHING
+    revision, template, spec = "", "", NO_ADAPTER
     if adapter and not base:
         base, revision = base_of(adapter)
     directory = resolve_base(base, revision)
@@ -163,7 +163,7 @@ def merge_directory(adapter: Path | None, base: str, target: Path) -> None:
     if adapter:
         check_base(adapter / WEIGHTS, directory)
         spec = read_spec(adapter, config.num_hidden_layers)
-        _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
+        _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
         weights = read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings)
         template = find_template(str(adapter / TEMPLATE)) if (adapter / TEMPLATE).is_file() else ""
     write_merged(directory, weights, spec, target, template)

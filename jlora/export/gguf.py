@@ -11,11 +11,12 @@ import gguf
 import jax
 import numpy as np
 
-from jlora.adapters import hf_names, tree
-from jlora.adapters.methods import method_of
+from jlora.adapters import params
+from jlora.adapters.methods import make_method
 from jlora.adapters.methods.method import Leaves
+from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
-from jlora.adapters.tree import Adapter
+from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError, VerificationError
 from jlora.models.families import FAMILIES, read_config
@@ -59,7 +60,7 @@ def write_gguf(
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string("adapter.type", "lora")
             writer.add_float32("adapter.lora.alpha", spec.alpha)
-            for path, leaves in tree.modules(adapter):
+            for path, leaves in params.modules(adapter):
                 for name, a, b in zip(_names(path, leaves), leaves["lora_A"], leaves["lora_B"], strict=True):
                     b = side_by_side(b, heads[path[-1]]) if path[-1] in heads else b
                     writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
@@ -97,8 +98,8 @@ def check_gguf(file: Path, trained: tuple[Adapter, AdapterSpec], heads: dict[str
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     adapter, spec = jax.device_get(trained[0]), trained[1]
     largest, count = 0.0, 0
-    for path, leaves in tree.modules(adapter):
-        method = method_of(spec, tree.projection(path))
+    for path, leaves in params.modules(adapter):
+        method = make_method(spec, params.projection(path))
         site = method.site(len(leaves["lora_A"]))
         by_layer = zip(_names(path, leaves), site.ranks, site.scales, strict=True)
         for layer, (name, rank, scale) in enumerate(by_layer):

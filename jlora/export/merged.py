@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters import hf_names, tree
-from jlora.adapters.methods import TABLE, method_of
+from jlora.adapters import params
+from jlora.adapters.methods import TABLE, make_method
 from jlora.adapters.methods.method import Values
-from jlora.adapters.spec import TABLES, AdapterSpec
-from jlora.adapters.tree import Adapter
+from jlora.adapters.params import Adapter
+from jlora.adapters.spec import EMBEDDINGS, AdapterSpec
+from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.models.safetensors_files import DTYPES, INDEX, write_weights
 
@@ -31,7 +32,7 @@ def write_merged(base: Path, adapter: Adapter, spec: AdapterSpec, target: Path, 
 
     Args:
       base: the directory of the base model.
-      adapter: leaves as in hf_loader.abstract; {}: the base model alone.
+      adapter: leaves as in hf_loader.abstract_model; {}: the base model alone.
       spec: the adapter's settings.
       target: the new directory, written atomically.
       template: the chat template to write instead of the base model's; "": keep the base model's.
@@ -42,7 +43,7 @@ def write_merged(base: Path, adapter: Adapter, spec: AdapterSpec, target: Path, 
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites. Choose another directory with --output.")
     config = read_config(base)
-    _, _, shapes = hf_loader.abstract(config, spec, FLOAT32)
+    _, _, shapes = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
     weights, changes = hf_loader.open_base(base, shapes), dict(_changes(adapter, spec, tied=config.tie_word_embeddings))
 
     def read(name: str) -> np.ndarray:
@@ -67,12 +68,12 @@ def _changes(
     adapter: Adapter, spec: AdapterSpec, *, tied: bool
 ) -> Iterator[tuple[str, Callable[[jax.Array], jax.Array]]]:
     """Yields the name of each tensor that the adapter changes, and the function that changes it."""
-    for path, leaves in tree.modules(adapter):
-        if not (name := tree.projection(path)):
-            for table in TABLES if tied else path:
+    for path, leaves in params.modules(adapter):
+        if not (name := params.projection(path)):
+            for table in EMBEDDINGS if tied else path:
                 yield hf_names.NAMES[table, "weight"], partial(_replaced, leaves[TABLE.name])
             continue
-        layers, method = len(next(iter(leaves.values()))), method_of(spec, name)
+        layers, method = len(next(iter(leaves.values()))), make_method(spec, name)
         site = method.site(layers)
         weights, biases = (hf_names.tensor_names((*path, part), (layers,)) for part in ("weight", "bias"))
         for layer, (rank, scale) in enumerate(zip(site.ranks, site.scales, strict=True)):

@@ -7,14 +7,14 @@ supports DoRA, IA3 or trained embedding tables.
 
 import dataclasses
 
-from jlora.adapters import portable
+from jlora.adapters import plain_lora
+from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
-from jlora.adapters.tree import Adapter
 from jlora.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Loader:
+class Server:
     """A program that loads adapters."""
 
     title: str
@@ -23,34 +23,34 @@ class Loader:
     usual: int = 0  # its default maximum rank; 0: no maximum
 
 
-LOADERS = {
-    "peft": Loader("PEFT", plain=False),
-    "vllm": Loader("vLLM", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
-    "sglang": Loader("SGLang", plain=True),
-    "lorax": Loader("LoRAX", plain=True),
-    "llama.cpp": Loader("llama.cpp", plain=True),
+SERVERS = {
+    "peft": Server("PEFT", plain=False),
+    "vllm": Server("vLLM", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
+    "sglang": Server("SGLang", plain=True),
+    "lorax": Server("LoRAX", plain=True),
+    "llama.cpp": Server("llama.cpp", plain=True),
 }
 MERGE = "Merge it into the base model instead, with --merged."
 
 
-def form_for(name: str, adapter: Adapter, spec: AdapterSpec, max_rank: int) -> tuple[Adapter, AdapterSpec]:
+def convert_for_server(name: str, adapter: Adapter, spec: AdapterSpec, max_rank: int) -> tuple[Adapter, AdapterSpec]:
     """Returns the adapter and its spec in a form that a server loads correctly: unchanged, or as plain LoRA.
 
     Args:
-      name: a key of LOADERS.
+      name: a key of SERVERS.
       adapter, spec: the trained adapter.
       max_rank: the maximum rank that the server is started with; 0: its default.
 
     Raises:
       UserError: the server does not support such an adapter, or its rank.
     """
-    loader = LOADERS[name]
+    loader = SERVERS[name]
     if not loader.plain:
         return adapter, spec
-    for what in portable.beyond_portable(spec):
+    for what in plain_lora.unsupported_as_lora(spec):
         raise UserError(f"--for {name}: {loader.title} does not support {what}. {MERGE}")
-    if not portable.is_plain(spec):
-        adapter, spec = portable.to_portable(adapter, spec)
+    if not plain_lora.is_uniform_lora(spec):
+        adapter, spec = plain_lora.to_plain_lora(adapter, spec)
     largest = max_rank or loader.usual
     if loader.ranks and (largest not in loader.ranks or spec.rank > largest):
         fits = [size for size in loader.ranks if size >= spec.rank]

@@ -14,10 +14,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import jlora
+from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import NOTHING, AdapterSpec
-from jlora.adapters.tree import Adapter
+from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.common.errors import VerificationError
 from jlora.common.plural import plural
 from jlora.data.conversation import ReadOptions
@@ -25,7 +25,7 @@ from jlora.data.readers.files import read_conversations
 from jlora.data.tokenizer import encode_prompt, end_tokens, load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32, Compute
+from jlora.models.compute import FLOAT32_COMPUTE, Compute
 from jlora.models.families import read_config
 from jlora.serve.generator import Generator
 
@@ -69,7 +69,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
     asked = [row.messages[:-1] or row.messages for row in rows]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
-    compute = dataclasses.replace(FLOAT32, quantize=record["config"]["quantize_base"])
+    compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=record["config"]["quantize_base"])
     without_peft = not all(map(importlib.util.find_spec, ("torch", "peft")))
     peft_warnings: list[str] = []
     if without_peft:
@@ -102,7 +102,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
 
 
 def _base(directory: Path, compute: Compute) -> dict[str, Any]:
-    _, _, shapes = hf_loader.abstract(read_config(directory), NOTHING, compute)
+    _, _, shapes = hf_loader.abstract_model(read_config(directory), NO_ADAPTER, compute)
     return hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
 
 
@@ -111,7 +111,7 @@ def _read_back(
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     config = read_config(directory)
     spec = read_spec(exported, config.num_hidden_layers)
-    _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
+    _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
     adapter = read_adapter(exported, spec, shapes, tied=config.tie_word_embeddings)
     return _jlora(adapter, spec, directory, tokenizer, prompts, compute)
 
@@ -128,7 +128,7 @@ def _peft(
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         if compute.quantize != "none":  # take the dequantized weights, not those in the files
             with torch.no_grad():
-                for name, values in hf_loader.dense(_base(directory, compute)):
+                for name, values in hf_loader.dequantized_weights(_base(directory, compute)):
                     base.get_parameter(name).copy_(torch.tensor(values))
         model = PeftModel.from_pretrained(base, exported).eval()
     peft_warnings = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
@@ -148,7 +148,7 @@ def _jlora(
     adapter: Adapter, spec: AdapterSpec, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
-        graphdef, _, _ = hf_loader.abstract(read_config(directory), spec, compute)
+        graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
         base = _base(directory, compute)
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jlora.models.compute import ATTENTION_OUTPUT, UNKNOWN, Packing
-from jlora.models.kernels import flash
-from jlora.models.slots import make_slots
+from jlora.models.flash_attention import flash
+from jlora.models.unpack import make_slots
 
 BLOCK = 512  # queries computed at a time: the largest array is [B, N, BLOCK, S]
 # Slots are used only if their scores are fewer than this share of a block's: moving the examples has a cost too.

@@ -29,7 +29,7 @@ class Compute:
       compute_dtype: dtype of activations. Norms, rotary angles and softmax are computed in float32.
       remat: what the backward pass recomputes in a layer: "none"; "dots", everything except products with weights and
         the output of attention; or "full".
-      attention: "xla", or a kernel that `kernel_choice.choose` found to work on the device.
+      attention: "xla", or a kernel that `attention_backend.choose_backend` found to work on the device.
       mesh: splits the rows of activations; None leaves them where they are.
       quantize: "nf4" or "int8" stores the projections' weights in 4 or 8 bits and all others in `param_dtype`; "none"
         stores all in `param_dtype`.
@@ -45,7 +45,7 @@ class Compute:
     packing: Packing = UNKNOWN
 
 
-FLOAT32 = Compute(jnp.float32, jnp.float32)
+FLOAT32_COMPUTE = Compute(jnp.float32, jnp.float32)
 
 ATTENTION_OUTPUT = "attention_output"  # checkpoint_name of the results that attention's backward pass reuses
 

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jlora.adapters.hf_names import tensor_names
 from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
+from jlora.common.hf_names import tensor_names
 from jlora.distributed.sharding import shardings
 from jlora.models.compute import Compute
 from jlora.models.llama import Llama, LlamaConfig
@@ -25,7 +25,7 @@ from jlora.models.quant import BLOCK, is_quantized
 from jlora.models.safetensors_files import DTYPES, Weights
 
 
-def abstract(
+def abstract_model(
     config: LlamaConfig,
     spec: AdapterSpec,
     compute: Compute,
@@ -148,7 +148,7 @@ def load_base(
     return base
 
 
-def dense(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def dequantized_weights(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the quantized weights of a base model, dequantized to float32, with their names on disk."""
     layer_of = jax.jit(lambda stack, layer: jax.tree.map(itemgetter(layer), stack).astype(jnp.float32))
     for path, leaf in jax.tree_util.tree_flatten_with_path(base, is_leaf=is_quantized)[0]:

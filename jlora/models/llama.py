@@ -18,11 +18,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters.methods import method_of
+from jlora.adapters.methods import make_method
 from jlora.adapters.methods.method import FROZEN, Frozen
 from jlora.adapters.neftune import noise
 from jlora.adapters.spec import AdapterSpec
-from jlora.distributed.sharding import split_rows, whole_rows
+from jlora.distributed.sharding import constrain_rows, constrain_table
 from jlora.models.attention import attention
 from jlora.models.compute import REMAT_POLICIES, UNKNOWN, Compute
 from jlora.models.quant import linear, zeros
@@ -56,7 +56,7 @@ class LlamaConfig:
         return self.hidden_size * (heads + 3 * self.intermediate_size)
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of the tokens so far, for decoding."""
 
     k: Float[Array, "L B S K H"]
@@ -65,7 +65,7 @@ class Cache(NamedTuple):
     fill: Int[Array, ""]  # number of positions written
 
 
-class LayerCache(NamedTuple):
+class LayerKVCache(NamedTuple):
     """One layer's part of the cache; `segments` already includes the tokens that this step writes at `fill`."""
 
     k: Float[Array, "B S K H"]
@@ -89,7 +89,7 @@ class Projection(nnx.Module):
         self.biased = bias
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), compute.param_dtype))
-        self.method = method_of(spec, name)
+        self.method = make_method(spec, name)
         self.site = self.method.site(layers)
         self.adapted = any(self.site.ranks)
         if self.adapted:
@@ -146,8 +146,8 @@ class Attention(nnx.Module):
         segments: Int[Array, "B T"],
         layer: Int[Array, ""],
         keys: list[PRNGKeyArray | None],
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        cache: LayerKVCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerKVCache | None]:
         B, T, _ = x.shape
         q = self.q_proj(x, layer, keys[0]).reshape(B, T, -1, self.config.head_dim)
         k = self.k_proj(x, layer, keys[1]).reshape(B, T, -1, self.config.head_dim)
@@ -209,8 +209,8 @@ class Layer(nnx.Module):
         segments: Int[Array, "B T"],
         layer: Int[Array, ""],
         key: PRNGKeyArray | None,
-        cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        cache: LayerKVCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerKVCache | None]:
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
         attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, segments, layer, keys[:4], cache)
         x = x + attended
@@ -257,8 +257,8 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"],
         *,
         key: PRNGKeyArray | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns hidden states after the final norm, and the cache with these tokens added.
 
         Args:
@@ -274,7 +274,7 @@ class Llama(nnx.Module):
             key, noise_key = jax.random.split(key)
             x = noise(x, segments, self.noise, noise_key)
         if cache is None:
-            x = split_rows(x, self.compute.mesh)
+            x = constrain_rows(x, self.compute.mesh)
         graphdef, layers = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
         if cache is not None:
@@ -283,7 +283,7 @@ class Llama(nnx.Module):
 
         def layer(x: Array, leaves: tuple[Any, Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
             state, index, key, kv = leaves
-            past = None if cache is None else LayerCache(kv[0], kv[1], cache.segments, cache.fill)
+            past = None if cache is None else LayerKVCache(kv[0], kv[1], cache.segments, cache.fill)
             x, past = nnx.merge(graphdef, state)(x, cos_sin, segments, index, key, past)
             return x, None if past is None else (past.k, past.v)
 
@@ -292,7 +292,7 @@ class Llama(nnx.Module):
         kv = None if cache is None else (cache.k, cache.v)
         x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
         if cache is not None and kv is not None:
-            cache = Cache(kv[0], kv[1], cache.segments, cache.fill + tokens.shape[1])
+            cache = KVCache(kv[0], kv[1], cache.segments, cache.fill + tokens.shape[1])
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
@@ -302,7 +302,7 @@ class Llama(nnx.Module):
     def head(self) -> Float[Array, "V D"]:
         """Returns the output embedding, gathered from all devices that hold a part of it."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return whole_rows(head.table(), self.compute.mesh)
+        return constrain_table(head.table(), self.compute.mesh)
 
 
 def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
@@ -310,9 +310,9 @@ def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Ar
     return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def empty_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, length: int) -> Cache:
+def empty_kv_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, length: int) -> KVCache:
     """Returns an empty cache for `batch` rows of up to `length` tokens."""
     c = config
     shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
     segments = jnp.zeros((batch, length), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))

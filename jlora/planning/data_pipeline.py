@@ -122,7 +122,7 @@ def _prompt_mismatch(tokenizer: Any, rows: Iterable[Conversation], examples: Siz
     return ""
 
 
-def plan_run(
+def make_run_batches(
     config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
 ) -> tuple[int, Batches, Batches | None]:
     """Returns the optimizer steps of the run, its batches, and the held-out batches.

@@ -14,13 +14,13 @@ from jlora.adapters.spec import spec_of
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.data.examples import Example
-from jlora.distributed.sharding import check_batch, make_mesh, row_ways
+from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh
 from jlora.models import hf_loader
 from jlora.models.attention import BLOCK, in_slots
 from jlora.models.compute import Compute, Packing
 from jlora.models.llama import LlamaConfig
 from jlora.planning import collectives
-from jlora.planning.data_pipeline import plan_run
+from jlora.planning.data_pipeline import make_run_batches
 from jlora.planning.targets import Target
 from jlora.steps import optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
@@ -95,7 +95,7 @@ def layout_from_examples(model: LlamaConfig, examples: Sequence[Example]) -> Lay
     """Returns a layout whose batches hold these examples."""
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
-        _, batches, _ = plan_run(config, model, examples, [], ways)
+        _, batches, _ = make_run_batches(config, model, examples, [], ways)
         return batches.micro_batches, batches.rows, batches.shapes[-1], Packing(*batches.packing)
 
     return layout
@@ -110,7 +110,7 @@ def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Targe
     mesh = make_mesh(target.devices, config.mesh)
     check_batch(mesh, config.batch_size)
     remat = "none" if config.remat == "auto" else config.remat
-    micro_batches, rows, shape, packing = layout(config, row_ways(mesh))
+    micro_batches, rows, shape, packing = layout(config, data_parallel_size(mesh))
     compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh, packing=packing)
     return Job(config, model, compute, micro_batches, rows, shape)
 
@@ -130,10 +130,10 @@ class Forecast:
         return self.memory is not None and (limit is None or self.needed <= limit)
 
 
-def make_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
+def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
     """Returns the job's programs, not yet compiled, and its state as shapes; `steps` is the length of the whole run."""
     spec = spec_of(dataclasses.asdict(job.config))
-    graphdef, adapter, base = hf_loader.abstract(job.model, spec, job.compute)
+    graphdef, adapter, base = hf_loader.abstract_model(job.model, spec, job.compute)
     optimizer, base = optim.make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
     programs = Programs(graphdef, base, optimizer, job.mesh, dropout=spec.draws, seed=job.config.seed + 1)
     return programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype)
@@ -141,7 +141,7 @@ def make_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
 
 def forecast(job: Job) -> Forecast:
     """Compiles the job's training step, without weights and without data, and returns its forecast."""
-    return compile_and_forecast(job, *make_programs(job, 1000), lambda line: None)
+    return compile_and_forecast(job, *make_run_programs(job, 1000), lambda line: None)
 
 
 def compile_and_forecast(job: Job, programs: Programs, state: TrainState, log: Callable[[str], None]) -> Forecast:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora.adapters.spec import spec_of
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
-from jlora.distributed.sharding import row_ways
+from jlora.distributed.sharding import data_parallel_size
 from jlora.models import hf_loader
 from jlora.planning.forecast import (
     Forecast,
@@ -21,7 +21,7 @@ from jlora.planning.forecast import (
     count_work,
     forecast,
     make_job,
-    make_programs,
+    make_run_programs,
 )
 from jlora.planning.targets import GIB, TPUS, Target
 from jlora.steps.programs import Programs, placed_shapes
@@ -30,12 +30,12 @@ REMATS = ("none", "dots", "full")  # fastest first
 MAX_COMPILATIONS = 4  # a large model takes a minute per compilation
 
 
-def first_fit(job: Job, target: Target, steps: int, log: Callable[[str], None]) -> tuple[Forecast, Programs]:
+def choose_remat(job: Job, target: Target, steps: int, log: Callable[[str], None]) -> tuple[Forecast, Programs]:
     """Compiles the training step. With remat="auto", tries the fastest first until one fits; else returns the last."""
     on_cpu = target.devices[0].platform == "cpu"  # there, "none" is not faster than "dots"
     for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
         attempt = job.with_remat(remat)
-        programs, state = make_programs(attempt, steps)
+        programs, state = make_run_programs(attempt, steps)
         current = compile_and_forecast(attempt, programs, state, log)
         if current.fits(target.limit):
             break
@@ -112,7 +112,7 @@ def find_fastest(current: Forecast, target: Target, layout: Layout, log: Callabl
     for config in alternative_configs(job):
         try:
             other = make_job(config, job.model, job.compute, target, layout)
-            _, _, base = hf_loader.abstract(other.model, spec_of(dataclasses.asdict(config)), other.compute)
+            _, _, base = hf_loader.abstract_model(other.model, spec_of(dataclasses.asdict(config)), other.compute)
         except UserError:  # the mesh or the batch does not divide
             continue
         base = placed_shapes(base, other.mesh, "base")
@@ -136,7 +136,7 @@ def _activations(job: Job) -> float:
     kept = model.hidden_size
     if remat != "full":
         kept += (2 * heads + 2 * keys + 2 * model.intermediate_size) // job.mesh.shape["tensor"]
-    tokens = job.rows // row_ways(job.mesh) * job.shape.length
+    tokens = job.rows // data_parallel_size(job.mesh) * job.shape.length
     return float(tokens * model.num_hidden_layers * kept * jnp.dtype(job.compute.compute_dtype).itemsize)
 
 

@@ -15,15 +15,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters import tree
-from jlora.adapters.tree import Adapter
+from jlora.adapters import params
+from jlora.adapters.params import Adapter
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import encode_prompt, end_tokens
 from jlora.models.families import read_config
-from jlora.models.llama import Cache, Llama, empty_cache
+from jlora.models.llama import KVCache, Llama, empty_kv_cache
 
 ROUND = 64  # prompts and caches are padded to multiples of this many tokens, so that few programs are compiled
-BY_ROW = Cache._make((0, 0, 0, None))  # the row axis of the caches; all rows write at the same position
+BY_ROW = KVCache._make((0, 0, 0, None))  # the row axis of the caches; all rows write at the same position
 
 
 class Generator:
@@ -49,8 +49,8 @@ class Generator:
         self._config, self._dtype = read_config(directory), compute_dtype
 
         def row(
-            adapter: Adapter, base: Any, tokens: Array, segments: Array, positions: Array, cache: Cache
-        ) -> tuple[Float[Array, " V"], Cache | None]:
+            adapter: Adapter, base: Any, tokens: Array, segments: Array, positions: Array, cache: KVCache
+        ) -> tuple[Float[Array, " V"], KVCache | None]:
             model = nnx.merge(graphdef, adapter, base)
             hidden, cache_after = model(tokens[None], segments[None], positions[None], cache=cache)
             return model.logits(hidden[0, -1]), cache_after
@@ -62,7 +62,7 @@ class Generator:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter of the same shapes that has no effect: with it, the base model answers."""
-        return jax.jit(tree.neutral)(adapter, self.base)
+        return jax.jit(params.neutral)(adapter, self.base)
 
     def generate_tokens(
         self,
@@ -120,10 +120,10 @@ class Generator:
 
     def _pad(
         self, prompts: Sequence[list[int]], max_new_tokens: int
-    ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Cache]:
+    ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], KVCache]:
         """Pads prompts on the left to one length; returns tokens, segments, positions, and an empty cache."""
         length = -(-max(map(len, prompts)) // ROUND) * ROUND
-        one = empty_cache(self._config, self._dtype, 1, length + -(-max_new_tokens // ROUND) * ROUND)
+        one = empty_kv_cache(self._config, self._dtype, 1, length + -(-max_new_tokens // ROUND) * ROUND)
         cache = jax.vmap(lambda _: one, out_axes=BY_ROW)(jnp.arange(len(prompts)))
         pads = np.array([length - len(prompt) for prompt in prompts])[:, None]
         ids = np.array([[0] * (length - len(prompt)) + prompt for prompt in prompts], np.int32)

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jlora.adapters import mixing, tree
+from jlora.adapters import mixing, params
 from jlora.adapters.mixing import AdapterSet
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
-from jlora.adapters.portable import beyond_portable
+from jlora.adapters.plain_lora import unsupported_as_lora
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import NOTHING
-from jlora.bases.identity import check_base
+from jlora.adapters.spec import NO_ADAPTER
+from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
@@ -21,7 +21,7 @@ from jlora.data.templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32, Compute, default_dtype
+from jlora.models.compute import FLOAT32_COMPUTE, Compute, default_dtype
 from jlora.models.families import read_config
 from jlora.serve.generator import Generator
 
@@ -78,13 +78,13 @@ def load_model(
     config, dtype = read_config(directory), default_dtype(jax.devices()[0])
     compute = Compute(dtype, dtype, quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
-    _, _, base_shapes = hf_loader.abstract(config, NOTHING, compute)
+    _, _, base_shapes = hf_loader.abstract_model(config, NO_ADAPTER, compute)
     frozen = hf_loader.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
-    forms = [(tree.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
-    weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NOTHING
-    if forms and not beyond_portable(spec):
+    forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
+    weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NO_ADAPTER
+    if forms and not unsupported_as_lora(spec):
         weights, spec = mixing.to_common_form(forms)
-    graphdef, _, _ = hf_loader.abstract(config, spec, compute)
+    graphdef, _, _ = hf_loader.abstract_model(config, spec, compute)
     tokenizer = load_tokenizer(directory, template)
     generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
     return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
@@ -100,9 +100,9 @@ def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Fo
     for name, place in directories.items():
         spec = read_spec(place, config.num_hidden_layers)
         if len(directories) > 1:
-            mixing.check_mixable(name, spec)
+            mixing.check_summable(name, spec)
         check_base(place / WEIGHTS, base)
-        _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
+        _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
         found[name] = read_adapter(place, spec, shapes, tied=config.tie_word_embeddings), spec
     return found
 

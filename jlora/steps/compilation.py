@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, str | bool]] = {
 LARGEST = 2 << 30  # bytes of cached programs; the least recently used are evicted
 
 
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """Caches compiled programs in the user's cache directory, unless JAX already has a setting for that.
 
     Does nothing for several processes on GPUs: they autotune together, and a process with a cached program would not
@@ -53,7 +53,7 @@ class Compiler:
         start = time.perf_counter()
         program = self._compiled(lower())
         self._seconds = time.perf_counter() - start
-        malloc.give_back()
+        malloc.trim()
         say(f"Compiled in {self._seconds:.1f} s")
         return program
 

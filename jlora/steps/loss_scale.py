@@ -21,12 +21,12 @@ class LossScale(NamedTuple):
     skipped: Int[Array, ""]  # number of skipped steps
 
 
-def first() -> LossScale:
+def init_loss_scale() -> LossScale:
     """Returns the state before the first step."""
     return LossScale(jnp.full((), 2.0**16, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def after(before: LossScale, finite: Bool[Array, ""]) -> LossScale:
+def update_loss_scale(before: LossScale, finite: Bool[Array, ""]) -> LossScale:
     """Returns the state after a step; `finite` tells whether all its gradients were finite."""
     grows = finite & (before.good + 1 == GROWTH_INTERVAL)
     factor = jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
@@ -34,7 +34,7 @@ def after(before: LossScale, finite: Bool[Array, ""]) -> LossScale:
     return LossScale(before.scale * factor, good, before.skipped + ~finite)
 
 
-def hint(scaling: LossScale | None) -> str:
+def overflow_advice(scaling: LossScale | None) -> str:
     """Returns the end of an error message about NaN or infinity: a suggestion, if the run uses float16."""
     if scaling is None:
         return ""

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from jlora.adapters.methods import rates_of
+from jlora.adapters.methods import training_labels
 from jlora.adapters.methods.method import FAST, FROZEN, TRAINS
+from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
-from jlora.adapters.tree import Adapter
 from jlora.config.schema import Config
 
 State = optax.OptState
@@ -40,7 +40,7 @@ def make_optimizer(config: Config, spec: AdapterSpec, steps: int) -> optax.Gradi
 
     LoRA+ gives some arrays a higher learning rate, as PEFT does (Hayou et al. 2024, arXiv:2402.12354).
     """
-    rate, by_name = schedule(config, steps), rates_of(spec)
+    rate, by_name = schedule(config, steps), training_labels(spec)
 
     def adamw(ratio: float) -> optax.GradientTransformation:
         return optax.adamw(

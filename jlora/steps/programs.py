@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from jlora.adapters import tree
+from jlora.adapters import params
 from jlora.adapters.methods import AXES
-from jlora.adapters.tree import Adapter
+from jlora.adapters.params import Adapter
 from jlora.data.batches import Batch, Batches, Shape
-from jlora.distributed.sharding import place, places_of, row_ways, shardings
+from jlora.distributed.sharding import data_parallel_size, place, places_of, shardings
 from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim
 from jlora.steps.compilation import Compiler
@@ -34,7 +34,7 @@ def fresh_state(
 
 
 def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
-    scaling = loss_scale.first() if compute_dtype == jnp.float16 else None
+    scaling = loss_scale.init_loss_scale() if compute_dtype == jnp.float16 else None
     return TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
 
 
@@ -85,8 +85,10 @@ class Programs:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._seed = seed
-        self._train_step = make_train_step(graphdef, loss, optimizer, dropout=dropout, devices=row_ways(mesh))
-        self._eval = jax.jit(make_eval_step(graphdef, loss, devices=row_ways(mesh)), out_shardings=self._everywhere)
+        self._train_step = make_train_step(graphdef, loss, optimizer, dropout=dropout, devices=data_parallel_size(mesh))
+        self._eval = jax.jit(
+            make_eval_step(graphdef, loss, devices=data_parallel_size(mesh)), out_shardings=self._everywhere
+        )
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
         self.after_compiling: Callable[[], None] = lambda: None
@@ -109,7 +111,7 @@ class Programs:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
-        return jax.jit(tree.neutral, out_shardings=places_of(adapter))(adapter, self.base)
+        return jax.jit(params.neutral, out_shardings=places_of(adapter))(adapter, self.base)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters.tree import Adapter
+from jlora.adapters.params import Adapter
 from jlora.data.batches import Batch
 from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim
@@ -99,7 +99,7 @@ def make_train_step(
         if scaling is not None:
             finite, before = jnp.isfinite(grad_norm), (state.lora, state.optimizer)
             lora, opt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (lora, opt), before)
-            scaling = loss_scale.after(scaling, finite)
+            scaling = loss_scale.update_loss_scale(scaling, finite)
         metrics = Metrics(mean, grad_norm, optax.tree.norm(lora), jnp.sum(batch.weights), scaling)
         return TrainState(lora, opt, state.step + 1, scaling), metrics
 

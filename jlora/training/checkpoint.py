@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora.adapters.tree import Adapter
+from jlora.adapters.params import Adapter
 from jlora.common.atomic_io import UNFINISHED, new_directory, replace_text
 from jlora.common.errors import UserError
 from jlora.config.files import typed

@@ -16,7 +16,7 @@ from jlora.data.batches import Batches
 from jlora.distributed import processes
 from jlora.distributed.processes import StopSignal
 from jlora.steps import optim
-from jlora.steps.loss_scale import hint
+from jlora.steps.loss_scale import overflow_advice
 from jlora.steps.programs import Programs
 from jlora.steps.step import Metrics, TrainState
 from jlora.training import base_loss_cache
@@ -136,7 +136,7 @@ class TrainingLoop:
             raise UserError(
                 f"{problem}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}, adapter norm "
                 f"{metrics.adapter_norm:g}. The batch contains {rows}. This step was not saved; {saved}. Check these "
-                f"rows, or lower learning_rate={self.config.learning_rate:g}{hint(metrics.scaling)}.{advice}"
+                f"rows, or lower learning_rate={self.config.learning_rate:g}{overflow_advice(metrics.scaling)}.{advice}"
             )
 
     def _evaluate_start(self, state: TrainState) -> None:
@@ -150,7 +150,7 @@ class TrainingLoop:
                 if not math.isfinite(loss):
                     raise UserError(
                         f"The base model's held-out loss is {_not_finite(loss)} before training starts. Check the "
-                        f"files of the base model and the held-out rows{hint(state.scaling)}."
+                        f"files of the base model and the held-out rows{overflow_advice(state.scaling)}."
                     )
             if processes.is_first():
                 base_loss_cache.write_loss(file, loss)
@@ -167,7 +167,7 @@ class TrainingLoop:
         loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.print_line)
         with processes.fail_together():
             if not math.isfinite(loss):
-                rate = f"{self.config.learning_rate:g}{hint(state.scaling)}"
+                rate = f"{self.config.learning_rate:g}{overflow_advice(state.scaling)}"
                 raise UserError(
                     f"The held-out loss after step {done} is {_not_finite(loss)}. Lower learning_rate={rate}."
                 )

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters.spec import NOTHING, settings_of
+from jlora.adapters.spec import NO_ADAPTER, settings_of
 from jlora.common.atomic_io import finished_names
 from jlora.common.errors import UserError
-from jlora.config.schema import NOT_TRAINING, Config
+from jlora.config.schema import MAY_CHANGE_ON_RESUME, Config
 from jlora.training.checkpoint import Checkpoints, read_record
 
 try:
@@ -17,8 +17,8 @@ try:
 except ImportError:  # Windows has no flock, so two runs in one directory go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
-KEY = "resume_from_checkpoint"
-ADAPTER_KEYS = [key for key in settings_of(NOTHING) if key != "lora_dropout"]  # a warm start cannot change these
+RESUME_KEY = "resume_from_checkpoint"
+ADAPTER_KEYS = [key for key in settings_of(NO_ADAPTER) if key != "lora_dropout"]  # a warm start cannot change these
 # Files that a run writes before its first checkpoint.
 EARLY_FILES = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
 
@@ -47,7 +47,7 @@ def check_output(config: Config) -> None:
         if (output / "config.json").exists():
             raise UserError(
                 f"output_dir={output} already contains a run, and jlora never overwrites one. To continue it, add "
-                f"--config.{KEY}=auto. To start a new run, set another output_dir."
+                f"--config.{RESUME_KEY}=auto. To start a new run, set another output_dir."
             )
         raise UserError(f"output_dir={output} already contains files, and jlora never overwrites. Set another one.")
 
@@ -103,14 +103,15 @@ def decide_start(config: Config, record: dict[str, Any]) -> StartPoint:
     if _contains_files(output):
         raise UserError(
             f"output_dir={output} is not empty, but a warm start is a new run and needs its own directory. Set another "
-            f"output_dir. To continue the run in {output} instead, set --config.{KEY}=auto."
+            f"output_dir. To continue the run in {output} instead, set --config.{RESUME_KEY}=auto."
         )
     source, step = _find_checkpoint(Path(wanted).expanduser())
-    changes = _changes(read_record(source, KEY), record)
+    changes = _changes(read_record(source, RESUME_KEY), record)
     conflicts = [changes[key] for key in (*ADAPTER_KEYS, "base") if key in changes]
     if conflicts:
         raise UserError(
-            f"The adapter of {KEY}={wanted} does not fit this config: {'; '.join(conflicts)}. Undo these changes."
+            f"The adapter of {RESUME_KEY}={wanted} does not fit this config: {'; '.join(conflicts)}. "
+            "Undo these changes."
         )
     listed = f" ({'; '.join(changes.values())})" if changes else ""
     start = f"Warm start from the adapter of {source}, step {step}, with a fresh learning rate schedule{listed}"
@@ -122,15 +123,15 @@ def _continue_in_place(output: Path, record: dict[str, Any]) -> StartPoint:
     if not _contains_files(output):
         if (output / "checkpoints").exists() and not record["config"]["init_adapter"]:
             raise UserError(
-                f"The warm start in {output} was killed before it was recorded. Start it again with the {KEY} that it "
-                "was first started with."
+                f"The warm start in {output} was killed before it was recorded. Start it again with the "
+                f"{RESUME_KEY} that it was first started with."
             )
         return StartPoint("", 0, False, f"Starting a new run: {output} contains nothing to continue")
-    old = read_record(output, f"{KEY}=auto, output_dir")
+    old = read_record(output, f"{RESUME_KEY}=auto, output_dir")
     if changes := _changes(old, record):
         raise UserError(
             f"The run in {output} cannot continue exactly: {'; '.join(changes.values())}. Undo these changes. Or start "
-            f"a new run from its adapter (a warm start): set another output_dir and --config.{KEY}={output}."
+            f"a new run from its adapter (a warm start): set another output_dir and --config.{RESUME_KEY}={output}."
         )
     with contextlib.closing(Checkpoints(output)) as checkpoints:
         steps, damaged = checkpoints.intact_steps()
@@ -165,10 +166,11 @@ def _find_checkpoint(path: Path) -> tuple[Path, int]:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(
-                f"{KEY}={path} contains no checkpoints. Expected the output_dir of a run, or RUN/checkpoints/STEP."
+                f"{RESUME_KEY}={path} contains no checkpoints. Expected the output_dir of a run, or "
+                "RUN/checkpoints/STEP."
             )
         if step and (not step.isdigit() or int(step) not in steps):
-            raise UserError(f"{KEY}={path} does not exist. Available steps: {', '.join(map(str, steps))}.")
+            raise UserError(f"{RESUME_KEY}={path} does not exist. Available steps: {', '.join(map(str, steps))}.")
         if step:
             return run, int(step)
         best = checkpoints.best()
@@ -180,7 +182,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     changes = {}
     before, now = old["config"], new["config"]
     data_keys = {"train_data_dir", "eval_data_dir", "base_model", "revision"}  # compared by content, below
-    for key in sorted(now.keys() - NOT_TRAINING - data_keys):
+    for key in sorted(now.keys() - MAY_CHANGE_ON_RESUME - data_keys):
         if before[key] != now[key]:
             changes[key] = f"{key} changed from {before[key]!r} to {now[key]!r}"
     parts = {"train": "the training data", "held_out": "the held-out set"}

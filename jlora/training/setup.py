@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora.adapters import hf_names
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import settings_of, spec_of
-from jlora.bases.identity import check_base, fingerprint, template_source_hash, tokenizer_hash
+from jlora.bases.hashes import check_base, fingerprint, template_source_hash, tokenizer_hash
 from jlora.bases.resolve import hub_commit, is_hub_id, resolve_base
+from jlora.common import hf_names
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data.batches import Batches
@@ -25,13 +25,13 @@ from jlora.data.examples import SizedExamples
 from jlora.data.readers import files
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed import processes
-from jlora.distributed.sharding import check_batch, make_mesh, own_rows, row_ways
+from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh, own_rows
 from jlora.distributed.sharding import describe as describe_mesh
-from jlora.models import kernel_choice
+from jlora.models import attention_backend
 from jlora.models.compute import Compute, Packing, default_dtype
 from jlora.models.families import read_config
 from jlora.models.llama import LlamaConfig
-from jlora.planning.data_pipeline import plan_run, read_examples, read_rows
+from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows
 from jlora.training import resume
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -78,7 +78,7 @@ def prepare_run(config: Config) -> RunSetup:
             lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out")
         )
     config = resolve_adapter_settings(config, directory, model)
-    steps, batches, eval_batches = plan_run(config, model, examples, held_out, row_ways(mesh))
+    steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))
     both = [some for some in (batches, eval_batches) if some]
     longest = max(shape.length for some in both for shape in some.shapes)
     packing = Packing(*(max(of) for of in zip(*(some.packing for some in both), strict=True)))
@@ -88,7 +88,7 @@ def prepare_run(config: Config) -> RunSetup:
     device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
     attention, why = processes.broadcast_from_first(
-        lambda: kernel_choice.choose(wish, device, model, compute.compute_dtype, longest)
+        lambda: attention_backend.choose_backend(wish, device, model, compute.compute_dtype, longest)
     )
     compute = dataclasses.replace(compute, attention=attention, mesh=mesh, packing=packing)
     words = f"{attention}{why and f' (not {why})'}"
@@ -115,7 +115,9 @@ def prepare_run(config: Config) -> RunSetup:
 
 def choose_platform(config: Config) -> None:
     """Configures JAX for `device`; call it before JAX is first used."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # malloc.keep_freed needs steps on the main thread
+    jax.config.update(
+        "jax_cpu_enable_async_dispatch", False
+    )  # malloc.retain_freed_memory needs steps on the main thread
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
 

@@ -24,15 +24,15 @@ LEAVES = {TABLE.name: TABLE, **{leaf.name: leaf for method in METHODS for leaf i
 AXES = {name: leaf.axes for name, leaf in LEAVES.items()}
 
 
-def parts_of(spec: AdapterSpec) -> tuple[type[Method], ...]:
+def component_methods(spec: AdapterSpec) -> tuple[type[Method], ...]:
     """Returns the methods that a spec combines, in the registry's order."""
     mine = (method for method in METHODS if method.peft_type == spec.peft_type)
     return tuple(method for method in mine if getattr(spec, method.chosen_by[0]) == method.chosen_by[1])
 
 
-def kind_of(spec: AdapterSpec) -> type[Method]:
+def method_class(spec: AdapterSpec) -> type[Method]:
     """Returns the method of a spec: its only one, or a class that inherits from all of them, the last one first."""
-    return _combined(parts_of(spec))
+    return _combined(component_methods(spec))
 
 
 @functools.cache
@@ -41,22 +41,22 @@ def _combined(parts: tuple[type[Method], ...]) -> type[Method]:
     return parts[0] if len(parts) == 1 else cast(type[Method], type(names, tuple(reversed(parts)), {}))
 
 
-def method_of(spec: AdapterSpec, module: str) -> Method:
+def make_method(spec: AdapterSpec, module: str) -> Method:
     """Returns the method at one projection, such as "self_attn.q_proj"."""
-    return kind_of(spec)(spec, module)
+    return method_class(spec)(spec, module)
 
 
-def rates_of(spec: AdapterSpec) -> dict[str, str]:
+def training_labels(spec: AdapterSpec) -> dict[str, str]:
     """Returns how each array of an adapter trains, by name: TRAINS, FAST or FROZEN."""
-    return {leaf.name: leaf.rate for leaf in (TABLE, *kind_of(spec).leaves())}
+    return {leaf.name: leaf.rate for leaf in (TABLE, *method_class(spec).leaves())}
 
 
-def follows_from_base(spec: AdapterSpec) -> bool:
+def needs_base_weights(spec: AdapterSpec) -> bool:
     """Returns whether PEFT's file lacks arrays that `Method.complete` must compute from the base model's weights."""
-    return not all(leaf.tensor for leaf in kind_of(spec).leaves())
+    return not all(leaf.tensor for leaf in method_class(spec).leaves())
 
 
-def core_of(peft_type: str) -> type[Method]:
+def base_method(peft_type: str) -> type[Method]:
     """Returns the method that a `peft_type` selects on its own."""
     return next(method for method in METHODS if method.chosen_by == ("peft_type", peft_type))
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.adapters.methods.lora import Lora, added, delta, dropout
+from jlora.adapters.methods.lora import Lora, delta, dropout, merged_weight
 from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Scale, Values, Weight
 from jlora.adapters.spec import AdapterSpec
 
 
-def norms(values: Values, weight: Weight) -> Float[Array, "L o"]:
+def initial_magnitude(values: Values, weight: Weight) -> Float[Array, "L o"]:
     """Returns the norm of each output's weights."""
     return jax.lax.map(lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=-1), weight)
 
@@ -24,7 +24,7 @@ class Dora(Lora):
     @classmethod
     def leaves(cls) -> tuple[Leaf, ...]:
         name = "lora_magnitude_vector"
-        return (*super().leaves(), Leaf(name, "o", f".{name}", rate=FAST, neutral=norms))
+        return (*super().leaves(), Leaf(name, "o", f".{name}", rate=FAST, neutral=initial_magnitude))
 
     def apply(
         self, x: Float[Array, "B T i"], frozen: Frozen, leaves: Leaves, scale: Scale, key: PRNGKeyArray | None
@@ -32,20 +32,20 @@ class Dora(Lora):
         y = self.product(x, frozen, leaves, scale)
         dropped = dropout(x, self.spec.dropout, key)
         change = delta(dropped, leaves["lora_A"], leaves["lora_B"], scale)
-        factor = self.factor(frozen.weight, leaves, scale)[None, None]
+        factor = self.magnitude_over_norm(frozen.weight, leaves, scale)[None, None]
         direction = y if dropped is x else self.product(dropped, frozen, leaves, scale)
         return y + ((factor - 1.0) * direction + factor * change).astype(x.dtype) + frozen.bias
 
-    def factor(self, weight: Weight, leaves: Leaves, scale: Scale) -> Float[Array, " o"]:
+    def magnitude_over_norm(self, weight: Weight, leaves: Leaves, scale: Scale) -> Float[Array, " o"]:
         """Returns magnitude / ||W + scale * B A|| by output, float32. No gradient flows through the norm (section 4.3).
 
         The factor is 1 in a layer without an adapter, whose scale is 0.
         """
-        norm = jnp.linalg.norm(added(weight.astype(jnp.float32), *self.pair(leaves), scale=scale), axis=1)
+        norm = jnp.linalg.norm(merged_weight(weight.astype(jnp.float32), *self.pair(leaves), scale=scale), axis=1)
         return jnp.where(scale == 0, 1.0, leaves["lora_magnitude_vector"] / jax.lax.stop_gradient(norm))
 
     def merge(self, weight: Float[Array, "o i"], leaves: Leaves, scale: Scale) -> Float[Array, "o i"]:
-        factor = self.factor(weight, leaves, scale)[:, None]
+        factor = self.magnitude_over_norm(weight, leaves, scale)[:, None]
         return (super().merge(weight.astype(jnp.float32), leaves, scale) * factor).astype(weight.dtype)
 
     @classmethod

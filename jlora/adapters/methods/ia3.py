@@ -9,7 +9,7 @@ from jlora.adapters.methods.method import Frozen, Leaf, Leaves, Method, Scale, V
 from jlora.adapters.spec import AdapterSpec
 
 
-def one(values: Values, weight: Weight) -> Array:
+def ones_like(values: Values, weight: Weight) -> Array:
     """Returns factors of 1, which change nothing."""
     return jnp.ones_like(values)
 
@@ -27,7 +27,7 @@ class Ia3(Method):
 
     @classmethod
     def leaves(cls) -> tuple[Leaf, ...]:
-        return (Leaf("ia3_l", "c", ".ia3_l", neutral=one),)
+        return (Leaf("ia3_l", "c", ".ia3_l", neutral=ones_like),)
 
     @property
     def scales_input(self) -> bool:

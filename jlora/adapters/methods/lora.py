@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Method, Scale, Values, Weight
-from jlora.adapters.spec import TABLES, AdapterSpec
+from jlora.adapters.spec import EMBEDDINGS, AdapterSpec
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -68,7 +68,7 @@ class Lora(Method):
         return leaves["lora_A"][:rank], leaves["lora_B"][:, :rank]
 
     def merge(self, weight: Float[Array, "o i"], leaves: Leaves, scale: Scale) -> Float[Array, "o i"]:
-        return added(weight, *self.pair(leaves), scale=scale)
+        return merged_weight(weight, *self.pair(leaves), scale=scale)
 
     def to_peft(self, leaves: Leaves, rank: int) -> Leaves:
         a, b = self.pair(leaves, rank)
@@ -101,7 +101,7 @@ class Lora(Method):
             "rank_pattern": tuple((config.get("rank_pattern") or {}).items()),
             "alpha_pattern": tuple((k, float(v)) for k, v in (config.get("alpha_pattern") or {}).items()),
             "layers_to_transform": (only,) if isinstance(only, int) else tuple(only or ()),
-            "modules_to_save": tuple(t for t in TABLES if any(t == name.split(".")[-1] for name in saved)),
+            "modules_to_save": tuple(t for t in EMBEDDINGS if any(t == name.split(".")[-1] for name in saved)),
         }
 
     @classmethod
@@ -125,7 +125,7 @@ def delta(
     return jnp.einsum("BTr,or->BTo", low, b.astype(x.dtype))
 
 
-def added(
+def merged_weight(
     weight: Float[Array, "o i"], a: Float[Values, "r i"], b: Float[Values, "o r"], *, scale: Scale
 ) -> Float[Array, "o i"]:
     """Returns W + scale * B A, computed in float32, in the weight's dtype."""

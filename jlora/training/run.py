@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 
-from jlora.adapters import tree
+from jlora.adapters import params
 from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.spec import AdapterSpec, spec_of
 from jlora.common import malloc
 from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.distributed import processes
-from jlora.distributed.sharding import describe, place, places_of, row_ways
+from jlora.distributed.sharding import data_parallel_size, describe, place, places_of
 from jlora.models import hf_loader
 from jlora.planning.forecast import Job, bytes_per_device, layout_from_examples
-from jlora.planning.search import ensure_fits, first_fit
+from jlora.planning.search import choose_remat, ensure_fits
 from jlora.planning.targets import find_target
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
 from jlora.steps.step import TrainState
@@ -84,7 +84,7 @@ def train(config: Config) -> Iterator[TrainedRun]:
         yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
 
 
-def load(setup: RunSetup) -> tuple[Programs, tree.Adapter]:
+def load(setup: RunSetup) -> tuple[Programs, params.Adapter]:
     """Returns the programs, with the base model loaded and the training step compiled, and the adapter of step 0.
 
     Raises:
@@ -92,7 +92,7 @@ def load(setup: RunSetup) -> tuple[Programs, tree.Adapter]:
     """
     config, mesh, batches = setup.config, setup.mesh, setup.batches
     spec = spec_of(setup.record["config"])
-    _, shapes, base_shapes = hf_loader.abstract(setup.model, spec, setup.compute)
+    _, shapes, base_shapes = hf_loader.abstract_model(setup.model, spec, setup.compute)
     here, layout = (
         find_target("here", mesh.devices.flatten().tolist()),
         layout_from_examples(setup.model, setup.examples),
@@ -100,7 +100,7 @@ def load(setup: RunSetup) -> tuple[Programs, tree.Adapter]:
     here = here._replace(limit=processes.minimum(here.limit))
     job = Job(config, setup.model, setup.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
     with ThreadPoolExecutor(1) as background:  # the step compiles while the base model is read
-        fitted = background.submit(first_fit, job, here, setup.steps, print)
+        fitted = background.submit(choose_remat, job, here, setup.steps, print)
         size = bytes_per_device(placed_shapes(base_shapes, mesh, "base"))
         if here.limit is not None and size > here.limit:
             with processes.fail_together():
@@ -112,18 +112,20 @@ def load(setup: RunSetup) -> tuple[Programs, tree.Adapter]:
         ensure_fits(forecast, here, layout, print)
     programs.base, setup.record["runtime"]["remat"] = base, forecast.job.compute.remat
     if jax.default_backend() == "cpu":
-        malloc.keep_freed()
+        malloc.retain_freed_memory()
     return programs, first_adapter(config, spec, shapes, base, tied=setup.model.tie_word_embeddings)
 
 
-def first_adapter(config: Config, spec: AdapterSpec, shapes: tree.Adapter, base: Any, *, tied: bool) -> tree.Adapter:
+def first_adapter(
+    config: Config, spec: AdapterSpec, shapes: params.Adapter, base: Any, *, tied: bool
+) -> params.Adapter:
     """Returns the adapter of step 0: `init_adapter`, or a fresh one that does not change the base model yet."""
     if not config.init_adapter:
-        return jax.jit(lambda base: tree.start(spec, shapes, base, jax.random.key(config.seed)))(base)
+        return jax.jit(lambda base: params.start(spec, shapes, base, jax.random.key(config.seed)))(base)
     given = processes.broadcast_arrays_from_first(
         lambda: read_adapter(Path(config.init_adapter), spec, shapes, tied=tied), shapes
     )
-    return jax.jit(lambda adapter, base: tree.complete(spec, adapter, base))(given, base)
+    return jax.jit(lambda adapter, base: params.complete(spec, adapter, base))(given, base)
 
 
 def base_loss_file(setup: RunSetup) -> Path:
@@ -161,7 +163,7 @@ def outline(setup: RunSetup) -> list[str]:
     """Describes what is about to run, and where."""
     mesh, sizes = setup.mesh, len(setup.batches.shapes)
     shapes = f"{sizes} batch shapes, each compiled on first use" if sizes > 1 else "1 batch shape"
-    axes = "" if row_ways(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
+    axes = "" if data_parallel_size(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
     many = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind.replace("cpu", "CPU")
     shared = setup.batches.prefix_note()

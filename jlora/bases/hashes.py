@@ -21,7 +21,7 @@ NO_DATE = "{% macro strftime_now(form) %}{{ form }}{% endmacro %}{{ '' }}"  # fo
 CHATS = [[USER], [USER, ASSISTANT, USER], [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]]
 
 
-def base_hash(directory: Path) -> str:
+def weights_hash(directory: Path) -> str:
     """Hashes the name, shape and first values of each tensor, as bfloat16; file layout and dtype do not matter."""
     weights, digest = Weights(directory), hashlib.sha256()
     for name in sorted(weights.names()):
@@ -39,7 +39,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-def template_hash(tokenizer: Any) -> str:
+def rendered_template_hash(tokenizer: Any) -> str:
     """Hashes the chat template's output for a few conversations, without today's date; "" without a template."""
     if not tokenizer.chat_template:
         return ""
@@ -96,7 +96,7 @@ def template_source_hash(tokenizer: Any) -> str:
 def check_base(weights: Path, base: Path) -> None:
     """Raises a UserError if an adapter file records a base model other than the one in `base`."""
     expected = metadata(weights).get(BASE)
-    if expected and expected != (actual := base_hash(base)):
+    if expected and expected != (actual := weights_hash(base)):
         raise UserError(
             f"Adapter {weights.parent} was trained on other weights than those in {base} (expected hash "
             f"{expected[:12]}, found {actual[:12]}). Pass the base model that it was trained on."

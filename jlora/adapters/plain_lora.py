@@ -4,29 +4,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapters import tree
-from jlora.adapters.methods import Lora, method_of, parts_of
+from jlora.adapters import params
+from jlora.adapters.methods import Lora, component_methods, make_method
 from jlora.adapters.methods.method import Leaves
+from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
-from jlora.adapters.tree import Adapter
 
 
-def is_plain(spec: AdapterSpec) -> bool:
+def is_uniform_lora(spec: AdapterSpec) -> bool:
     """Returns whether `r` and `lora_alpha` alone describe the adapter, in every layer and for whole module types."""
     varied = spec.rank_pattern or spec.alpha_pattern or spec.layers_to_transform or spec.modules_to_save
-    return parts_of(spec) == (Lora,) and not varied and not any("." in target for target in spec.target_modules)
+    return (
+        component_methods(spec) == (Lora,) and not varied and not any("." in target for target in spec.target_modules)
+    )
 
 
-def beyond_portable(spec: AdapterSpec) -> tuple[str, ...]:
+def unsupported_as_lora(spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the features of an adapter that the portable form cannot express, by their names in messages."""
     tables = (f"modules_to_save={','.join(spec.modules_to_save)}",) if spec.modules_to_save else ()
-    return (*(part.title for part in parts_of(spec) if not part.portable), *tables)
+    return (*(part.title for part in component_methods(spec) if not part.portable), *tables)
 
 
-def to_portable(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSpec]:
+def to_plain_lora(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSpec]:
     """Converts an adapter to LoRA with one rank and scale 1: folds scales into B, pads ranks and layers with zeros."""
-    methods = {path: method_of(spec, tree.projection(path)) for path, _ in tree.modules(adapter)}
-    pairs = {path: jax.vmap(methods[path].pair)(leaves) for path, leaves in tree.modules(adapter)}
+    methods = {path: make_method(spec, params.projection(path)) for path, _ in params.modules(adapter)}
+    pairs = {path: jax.vmap(methods[path].pair)(leaves) for path, leaves in params.modules(adapter)}
     rank = max(a.shape[1] for a, _ in pairs.values())
     made: dict[tuple[str, ...], Leaves] = {}
     for path, (a, b) in pairs.items():
@@ -37,4 +39,4 @@ def to_portable(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSp
             "lora_A": jnp.pad(a, [(0, 0), (0, missing), (0, 0)]),
             "lora_B": jnp.pad(jnp.asarray(folded, b.dtype), [(0, 0), (0, 0), (0, missing)]),
         }
-    return tree.build(made), AdapterSpec(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))
+    return params.build(made), AdapterSpec(rank, float(rank), spec.dropout, tuple(path[-1] for path in pairs))

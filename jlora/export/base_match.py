@@ -6,12 +6,12 @@ from jlora.adapters import provenance
 from jlora.adapters.peft_config import read_config_file, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.provenance import WEIGHTS
-from jlora.bases import identity
+from jlora.bases import hashes
 from jlora.common.errors import UserError
 from jlora.data.templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32
+from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 
 PARTS = {  # part -> its key in the adapter's metadata, and what to do if it differs
@@ -21,7 +21,7 @@ PARTS = {  # part -> its key in the adapter's metadata, and what to do if it dif
 }
 
 
-def check(adapter: Path, base: Path) -> str:
+def check_base_match(adapter: Path, base: Path) -> str:
     """Compares an adapter with a base model; returns a line for each part.
 
     Args:
@@ -33,14 +33,14 @@ def check(adapter: Path, base: Path) -> str:
     """
     read_config_file(adapter)  # first, for a clear error if `adapter` is not an adapter
     recorded, own = provenance.metadata(adapter / WEIGHTS), adapter / TEMPLATE
-    here, served = {provenance.BASE: identity.base_hash(base)}, ""
+    here, served = {provenance.BASE: hashes.weights_hash(base)}, ""
     if provenance.TOKENIZER in recorded:
         tokenizer = load_tokenizer(base, "")
-        served = identity.template_hash(tokenizer)
+        served = hashes.rendered_template_hash(tokenizer)
         if own.is_file():
             tokenizer.chat_template = find_template(str(own))
-        here[provenance.TOKENIZER] = identity.tokenizer_hash(tokenizer)
-        here[provenance.TEMPLATE] = identity.template_hash(tokenizer)
+        here[provenance.TOKENIZER] = hashes.tokenizer_hash(tokenizer)
+        here[provenance.TEMPLATE] = hashes.rendered_template_hash(tokenizer)
     lines, match = [], True
     for part, (key, advice) in PARTS.items():
         if key not in recorded:
@@ -68,5 +68,5 @@ def _check_shapes(adapter: Path, base: Path) -> None:
     """Reads the adapter for this base model; raises a UserError if the shapes differ."""
     config = read_config(base)
     spec = read_spec(adapter, config.num_hidden_layers)
-    _, shapes, _ = hf_loader.abstract(config, spec, FLOAT32)
+    _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
     read_adapter(adapter, spec, shapes, tied=config.tie_word_embeddings)

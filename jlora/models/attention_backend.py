@@ -10,14 +10,14 @@ from jaxtyping import Array
 from jlora.common.errors import UserError
 from jlora.models.attention import attention
 from jlora.models.compute import compute_capability
-from jlora.models.kernels import BLOCK
+from jlora.models.flash_attention import BLOCK
 from jlora.models.llama import LlamaConfig
 
 KERNEL_OF = {"tpu": "splash", "gpu": "pallas"}  # by jax.Device.platform
 TOLERANCE = 0.02  # relative error: several times bfloat16's rounding, far below the effect of a leak or a wrong mask
 
 
-def choose(
+def choose_backend(
     setting: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int, *, here: bool = True
 ) -> tuple[str, str]:
     """Chooses the backend for `attention.attention`.

@@ -4,7 +4,7 @@ The kernels are part of JAX: splash on TPU, Pallas-Triton on GPU. The axes are t
 
 Tested with jax 0.10.2: the numbers, forward and backward, in Pallas's interpreter on a CPU (a test); splash compiled
 for TPU v5e with libtpu (a test); the GPU kernel compiled for A100, RTX 3090, 4090, 5090 and H100 with XLA's CUDA
-compiler, without a card (by hand; a test lowers it). Neither kernel has run on an accelerator, so kernel_choice.py
+compiler, without a card (by hand; a test lowers it). Neither kernel has run on an accelerator, so attention_backend.py
 tries it on the device before a run uses it.
 
 cuDNN (jax.nn.dot_product_attention) is not used: it takes no segment ids, only a mask [B, 1, T, T] in memory, and does
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlora.distributed.sharding import ROWS
+from jlora.distributed.sharding import BATCH_AXES
 from jlora.models.compute import Packing
 
 LANES = 128  # the block size is a multiple
@@ -59,7 +59,7 @@ def flash(
         return KERNELS[kernel](q, k, v, segments, window, block)
 
     if mesh is not None and mesh.size > 1:
-        split, rows = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
+        split, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
         specs = (split, split, split, rows)
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return attend(pad(q), pad(k), pad(v), pad(segments))[:, copies:T]
@@ -127,7 +127,7 @@ def _pallas(
     from jax.experimental.pallas.ops.gpu import attention as gpu
 
     B, T, N, H = q.shape
-    assert window is None, "kernel_choice.py selects no kernel without windows for a model with one"
+    assert window is None, "attention_backend.py selects no kernel without windows for a model with one"
     # These blocks fit into the 99 KiB of shared memory of an RTX 3090 at H = 128.
     sizes = gpu.BlockSizes(block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=64, block_q_dq=64, block_kv_dq=32)
 

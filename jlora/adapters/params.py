@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from jlora.adapters.methods import LEAVES, method_of
+from jlora.adapters.methods import LEAVES, make_method
 from jlora.adapters.methods.method import Leaves, Method, Values, Weight
 from jlora.adapters.spec import AdapterSpec
 
@@ -94,7 +94,7 @@ def _by_method(
     made = dict(modules(adapter))
     for path, leaves in made.items():
         if name := projection(path):
-            made[path] = change(method_of(spec, name), leaves, _weight(base, path))
+            made[path] = change(make_method(spec, name), leaves, _weight(base, path))
     return build(made)
 
 
