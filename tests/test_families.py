@@ -269,7 +269,7 @@ def test_every_config_key_that_transformers_reads_is_handled():
 
 
 def read_config_class():
-    """LlamaConfig, by the function that makes it."""
+    """ModelConfig, by the function that makes it."""
     return read_config.__annotations__["return"]
 
 

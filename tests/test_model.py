@@ -18,7 +18,7 @@ from jlora.distributed import sharding
 from jlora.models import attention, hf_loader
 from jlora.models.compute import FLOAT32_COMPUTE
 from jlora.models.families import read_config
-from jlora.models.llama import empty_kv_cache
+from jlora.models.kv_cache import empty_kv_cache
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries

@@ -21,7 +21,7 @@ from jlora.distributed.sharding import describe
 from jlora.models import attention_backend
 from jlora.models.compute import UNKNOWN, Packing
 from jlora.models.families import read_config
-from jlora.models.llama import LlamaConfig
+from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import read_examples, read_rows
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
@@ -77,7 +77,7 @@ def _find_target(name: str, config: Config) -> Target:
     return find_target(name, find_devices(config))
 
 
-def _layout(config: Config, directory: Path, model: LlamaConfig, tokens: int) -> tuple[Layout, str]:
+def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) -> tuple[Layout, str]:
     """Returns how batches are laid out, and a note on where the lengths of the examples come from."""
     if not tokens and directory.is_dir() and Path(config.train_data_dir).exists():
         tokenizer = load_tokenizer(directory, config.chat_template)

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jlora.models.compute import ATTENTION_OUTPUT, UNKNOWN, Packing
+from jlora.models.compute import UNKNOWN, Packing
 from jlora.models.flash_attention import flash
+from jlora.models.remat import ATTENTION_OUTPUT
 from jlora.models.unpack import make_slots
 
 BLOCK = 512  # queries computed at a time: the largest array is [B, N, BLOCK, S]

@@ -11,14 +11,14 @@ from jlora.common.errors import UserError
 from jlora.models.attention import attention
 from jlora.models.compute import compute_capability
 from jlora.models.flash_attention import BLOCK
-from jlora.models.llama import LlamaConfig
+from jlora.models.model_config import ModelConfig
 
 KERNEL_OF = {"tpu": "splash", "gpu": "pallas"}  # by jax.Device.platform
 TOLERANCE = 0.02  # relative error: several times bfloat16's rounding, far below the effect of a leak or a wrong mask
 
 
 def choose_backend(
-    setting: str, device: Any, model: LlamaConfig, dtype: DTypeLike, longest: int, *, here: bool = True
+    setting: str, device: Any, model: ModelConfig, dtype: DTypeLike, longest: int, *, here: bool = True
 ) -> tuple[str, str]:
     """Chooses the backend for `attention.attention`.
 
@@ -73,7 +73,7 @@ def _missing_requirement(kernel: str, device: Any, head_dim: int, window: int | 
     return ""
 
 
-def _try_kernel(kernel: str, model: LlamaConfig, window: int | None, dtype: DTypeLike, longest: int) -> str:
+def _try_kernel(kernel: str, model: ModelConfig, window: int | None, dtype: DTypeLike, longest: int) -> str:
     """Runs a kernel and XLA on one row with this model's heads and the run's block size, forward and backward.
 
     Returns:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -46,18 +45,6 @@ class Compute:
 
 
 FLOAT32_COMPUTE = Compute(jnp.float32, jnp.float32)
-
-ATTENTION_OUTPUT = "attention_output"  # checkpoint_name of the results that attention's backward pass reuses
-
-# `Compute.remat` -> policy that selects the activations to keep; None keeps all.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def compute_capability(device: Any) -> float:

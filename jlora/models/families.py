@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from jlora.common.errors import UserError
-from jlora.models.llama import LlamaConfig
+from jlora.models.model_config import ModelConfig
 from jlora.models.rope import KINDS, DefaultRope, yarn_attention_factor
 
 
@@ -84,7 +84,7 @@ REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_co
 ROPE_DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
-def read_config(directory: Path) -> LlamaConfig:
+def read_config(directory: Path) -> ModelConfig:
     """Reads config.json (in a directory, or the file itself) as transformers does.
 
     Raises:
@@ -116,14 +116,14 @@ def read_config(directory: Path) -> LlamaConfig:
     return config
 
 
-def _model_config(family: Family, given: dict[str, Any], problems: list[str]) -> LlamaConfig:
+def _model_config(family: Family, given: dict[str, Any], problems: list[str]) -> ModelConfig:
     """Returns the config of the network; appends unsupported settings to `problems`."""
 
     def decided(value: bool | str) -> bool:
         return given[value] if isinstance(value, str) else value
 
     heads = given["num_attention_heads"]
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=given["vocab_size"],
         hidden_size=given["hidden_size"],
         intermediate_size=given["intermediate_size"],

@@ -20,13 +20,14 @@ from jlora.common.errors import UserError
 from jlora.common.hf_names import tensor_names
 from jlora.distributed.sharding import shardings
 from jlora.models.compute import Compute
-from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.llama import Llama
+from jlora.models.model_config import ModelConfig
 from jlora.models.quant import BLOCK, is_quantized
 from jlora.models.safetensors_files import DTYPES, Weights
 
 
 def abstract_model(
-    config: LlamaConfig,
+    config: ModelConfig,
     spec: AdapterSpec,
     compute: Compute,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
@@ -43,7 +44,7 @@ def abstract_model(
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
-def _check_mesh(config: LlamaConfig, compute: Compute, mesh: Mesh) -> None:
+def _check_mesh(config: ModelConfig, compute: Compute, mesh: Mesh) -> None:
     """Raises a UserError that suggests sizes if an axis of the mesh does not divide the dimensions that it splits."""
     block = BLOCK if compute.quantize == "nf4" else 1  # a block of a quantized row cannot be split
     inner, hidden = config.intermediate_size // block, config.hidden_size // block

@@ -8,9 +8,8 @@ F feed-forward, V vocabulary, L layers, r rank. Weights have Hugging Face's layo
 Layers are stacked: every leaf under `layers` has a leading axis L, and `jax.lax.scan` runs the stack.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,54 +23,12 @@ from jlora.adapters.neftune import noise
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed.sharding import constrain_rows, constrain_table
 from jlora.models.attention import attention
-from jlora.models.compute import REMAT_POLICIES, UNKNOWN, Compute
+from jlora.models.compute import UNKNOWN, Compute
+from jlora.models.kv_cache import KVCache, LayerKVCache
+from jlora.models.model_config import ModelConfig
 from jlora.models.quant import linear, zeros
-from jlora.models.rope import DefaultRope, rotary_cos_sin, rotate
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Everything that decides the numbers, under config.json's names if it has them. No field has a default."""
-
-    vocab_size: int  # V
-    hidden_size: int  # D
-    intermediate_size: int  # F
-    num_hidden_layers: int  # L
-    num_attention_heads: int  # N
-    num_key_value_heads: int  # K
-    head_dim: int  # H
-    rms_norm_eps: float
-    rope: DefaultRope
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_window: int | None  # tokens that a query sees, including itself; None means no limit
-    tie_word_embeddings: bool
-
-    @property
-    def matrices(self) -> int:
-        """Number of parameters in a layer's seven projections, without biases."""
-        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
-        return self.hidden_size * (heads + 3 * self.intermediate_size)
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, for decoding."""
-
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-    segments: Int[Array, "B S"]  # 0 at empty positions and padding
-    fill: Int[Array, ""]  # number of positions written
-
-
-class LayerKVCache(NamedTuple):
-    """One layer's part of the cache; `segments` already includes the tokens that this step writes at `fill`."""
-
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
-    segments: Int[Array, "B S"]
-    fill: Int[Array, ""]
+from jlora.models.remat import REMAT_POLICIES
+from jlora.models.rope import rotary_cos_sin, rotate
 
 
 class Projection(nnx.Module):
@@ -125,7 +82,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
         self.compute = compute
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -180,7 +137,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
         D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
         self.gate_proj = Projection("mlp.gate_proj", D, F, spec, compute, bias=bias, layers=L)
         self.up_proj = Projection("mlp.up_proj", D, F, spec, compute, bias=bias, layers=L)
@@ -196,7 +153,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
         self.self_attn = Attention(config, spec, compute)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
@@ -220,7 +177,7 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """A token table [V, D] for the input, the head, or both if they are tied; with `trained`, also a trained copy."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, *, trained: bool) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, *, trained: bool) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self.weight, self.trained = nnx.Param(jnp.zeros(shape, dtype)), trained
         if trained:
@@ -240,7 +197,7 @@ class Llama(nnx.Module):
       compute: dtypes and other choices that do not change the model.
     """
 
-    def __init__(self, config: LlamaConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
@@ -308,11 +265,3 @@ class Llama(nnx.Module):
 def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
     """Returns logits of the next token; float32."""
     return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def empty_kv_cache(config: LlamaConfig, dtype: DTypeLike, batch: int, length: int) -> KVCache:
-    """Returns an empty cache for `batch` rows of up to `length` tokens."""
-    c = config
-    shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-    segments = jnp.zeros((batch, length), jnp.int32)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))

@@ -24,7 +24,7 @@ from jlora.data.length_limit import limit_length
 from jlora.data.readers import files
 from jlora.data.token_cache import load_or_tokenize
 from jlora.data.tokenizer import encode_prompt
-from jlora.models.llama import LlamaConfig
+from jlora.models.model_config import ModelConfig
 
 PROMPTS = 20  # rows whose prompt in training is compared with the served prompt
 
@@ -123,7 +123,7 @@ def _prompt_mismatch(tokenizer: Any, rows: Iterable[Conversation], examples: Siz
 
 
 def make_run_batches(
-    config: Config, model: LlamaConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
+    config: Config, model: ModelConfig, examples: Sequence[Example], held_out: Sequence[Example], devices: int
 ) -> tuple[int, Batches, Batches | None]:
     """Returns the optimizer steps of the run, its batches, and the held-out batches.
 

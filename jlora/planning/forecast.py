@@ -18,7 +18,7 @@ from jlora.distributed.sharding import check_batch, data_parallel_size, make_mes
 from jlora.models import hf_loader
 from jlora.models.attention import BLOCK, in_slots
 from jlora.models.compute import Compute, Packing
-from jlora.models.llama import LlamaConfig
+from jlora.models.model_config import ModelConfig
 from jlora.planning import collectives
 from jlora.planning.data_pipeline import make_run_batches
 from jlora.planning.targets import Target
@@ -69,7 +69,7 @@ class Job:
     """One training step to compile: a config and a base model on certain devices, with batches of one shape."""
 
     config: Config
-    model: LlamaConfig
+    model: ModelConfig
     compute: Compute
     micro_batches: int  # A
     rows: int  # R
@@ -91,7 +91,7 @@ class Job:
 Layout = Callable[[Config, int], tuple[int, int, Shape, Packing]]
 
 
-def layout_from_examples(model: LlamaConfig, examples: Sequence[Example]) -> Layout:
+def layout_from_examples(model: ModelConfig, examples: Sequence[Example]) -> Layout:
     """Returns a layout whose batches hold these examples."""
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
@@ -101,7 +101,7 @@ def layout_from_examples(model: LlamaConfig, examples: Sequence[Example]) -> Lay
     return layout
 
 
-def make_job(config: Config, model: LlamaConfig, compute: Compute, target: Target, layout: Layout) -> Job:
+def make_job(config: Config, model: ModelConfig, compute: Compute, target: Target, layout: Layout) -> Job:
     """Makes a job of a config and a target.
 
     Raises:

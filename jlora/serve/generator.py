@@ -20,7 +20,8 @@ from jlora.adapters.params import Adapter
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import encode_prompt, end_tokens
 from jlora.models.families import read_config
-from jlora.models.llama import KVCache, Llama, empty_kv_cache
+from jlora.models.kv_cache import KVCache, empty_kv_cache
+from jlora.models.llama import Llama
 
 ROUND = 64  # prompts and caches are padded to multiples of this many tokens, so that few programs are compiled
 BY_ROW = KVCache._make((0, 0, 0, None))  # the row axis of the caches; all rows write at the same position

@@ -30,7 +30,7 @@ from jlora.distributed.sharding import describe as describe_mesh
 from jlora.models import attention_backend
 from jlora.models.compute import Compute, Packing, default_dtype
 from jlora.models.families import read_config
-from jlora.models.llama import LlamaConfig
+from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows
 from jlora.training import resume
 
@@ -45,7 +45,7 @@ class RunSetup(NamedTuple):
     config: Config
     directory: Path  # of the base model
     tokenizer: Any
-    model: LlamaConfig
+    model: ModelConfig
     compute: Compute
     mesh: jax.sharding.Mesh
     attention: str  # the chosen kernel, and the reason if it is not the device's own
@@ -154,7 +154,7 @@ def choose_compute(config: Config, device: Any) -> Compute:
     return Compute(param, compute, quantize=config.quantize_base)
 
 
-def resolve_adapter_settings(config: Config, directory: Path, model: LlamaConfig) -> Config:
+def resolve_adapter_settings(config: Config, directory: Path, model: ModelConfig) -> Config:
     """Returns the config, with the adapter settings of `init_adapter` if that is set.
 
     Raises:
