@@ -39,10 +39,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     _, batches, _ = make_run_batches(config, model, examples, [], jax.device_count())
     compute = choose_compute(config, jax.devices()[0])
     _, _, shapes = hf_loader.abstract_model(model, spec_of(vars(config)), compute)
-    leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in leaves}
-    layers = sum(size for path, size in sizes.items() if path.startswith("layers/") and path.endswith("_proj/weight"))
-    head = sizes.get("lm_head/weight", sizes["embed_tokens/weight"])
+    layers, head = _parameters(shapes)
     chosen = [[examples[i] for i in batches.example_indices(step)] for step in range(int(steps))]
     device = jax.devices()[0]
     work = {
@@ -53,12 +50,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
         "device": f"{jax.device_count()} x {device.device_kind}",
         "device_name": device.device_kind.replace(" ", "-").lower(),
         "dtype": np.dtype(compute.param_dtype).name,
-        "settings": {
-            "base_model": str(directory),
-            "max_steps": int(steps),
-            "eval_data_dir": "",
-            "eval_share": 0.0,
-        },
+        "settings": {"base_model": str(directory), "max_steps": int(steps), "eval_data_dir": "", "eval_share": 0.0},
         "learning_rate": config.learning_rate,
         "warmup_ratio": config.warmup_ratio,
         "lr_scheduler_type": config.lr_scheduler_type,
@@ -76,14 +68,20 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
         "tokens_of_steps": [sum(len(e.tokens) for e in some) for some in chosen],
         "sizes_of_steps": [[example_sizes(e.loss_mask) for e in some] for some in chosen],
         "steps": [[{"tokens": e.tokens.tolist(), "trained": e.loss_mask.tolist()} for e in some] for some in chosen],
-        "lora": {
-            "r": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "target_modules": list(config.target_modules),
-        },
+        "lora": {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "target_modules": [*config.target_modules]},
     }
     Path(scratch, "work.json").write_text(json.dumps(work))
     first_adapter(work)
+
+
+def _parameters(shapes: dict[str, Any]) -> tuple[int, int]:
+    """Returns the number of parameters of all projections, and of the output embedding."""
+    import jax
+
+    leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    sizes = {"/".join(key.key for key in path): leaf.size for path, leaf in leaves}
+    layers = sum(size for path, size in sizes.items() if path.startswith("layers/") and path.endswith("_proj/weight"))
+    return layers, sizes.get("lm_head/weight", sizes["embed_tokens/weight"])
 
 
 def first_adapter(work: dict[str, Any]) -> None:

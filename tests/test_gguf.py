@@ -1,36 +1,21 @@
-"""GGUF files as base models: architectures and quantizations against transformers' reader, real tokenizers against
-their own libraries, and an error message for each kind of broken file."""
-
-import ast
-import base64
-import json
+"""GGUF files as base models: architectures and quantizations against transformers' reader, and
+an error message for each kind of broken file."""
 
 import gguf
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Q
-from sentencepiece import SentencePieceProcessor
 from test_families import SIZES
 from test_model import load, logits, torch_logits
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from jlora.bases.gguf import convert_gguf
-from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
 from jlora.models.families import read_config
 from jlora.models.rope import Llama3Rope
 from jlora.models.safetensors_files import Weights
-
-TEXTS = [
-    "Under Article 39, 12345 yuan; don't  pay.\n\n\tIt's 3.5%…",
-    "依据《劳动合同法》第47条，🙂 naïve Straße ΑΒΓ CamelCaseWords we'll SHOUT\r\n",
-    "   leading, trailing   \n \n\n x  ",
-    'a/b\\c: `code` // TODO(x): {"k": [1, 22, 333, 4444]}',
-]
 
 
 def values_of(kind, shape, random):
@@ -44,13 +29,42 @@ def values_of(kind, shape, random):
 SMALL = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
 
 
+def dimensions(sizes):
+    """D, F, N, K and H."""
+    names = "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split()
+    return [sizes[name] for name in names]
+
+
+def gguf_shapes(arch, sizes, tied):
+    """The shape of every tensor of a GGUF model with 300 tokens."""
+    D, F, N, K, H = dimensions(sizes)
+    shapes = {"token_embd.weight": (300, D), "output_norm.weight": (D,)}
+    if not tied:
+        shapes["output.weight"] = (300, D)
+    for i in range(sizes["num_hidden_layers"]):
+        layer = {
+            "attn_norm.weight": (D,),
+            "ffn_norm.weight": (D,),
+            "attn_q.weight": (N * H, D),
+            "attn_k.weight": (K * H, D),
+            "attn_v.weight": (K * H, D),
+            "attn_output.weight": (D, N * H),
+            "ffn_gate.weight": (F, D),
+            "ffn_up.weight": (F, D),
+            "ffn_down.weight": (D, F),
+        }
+        if arch == "qwen2":
+            layer |= {"attn_q.bias": (N * H,), "attn_k.bias": (K * H,), "attn_v.bias": (K * H,)}
+        if arch == "qwen3":
+            layer |= {"attn_q_norm.weight": (H,), "attn_k_norm.weight": (H,)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
 def write_gguf(file, arch, kind=Q.F32, drop=(), extra=None, tensors=None, tied=False, sizes=SMALL):
     """Writes a random GGUF model with a tokenizer like SmolLM2's, of 300 tokens."""
     random, writer = np.random.default_rng(0), gguf.GGUFWriter(file, arch)
-    D, F, N, K, H = (
-        sizes[name]
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    D, F, N, K, H = dimensions(sizes)
     fields = {
         "block_count": sizes["num_hidden_layers"],
         "context_length": 64,
@@ -87,26 +101,7 @@ def write_gguf(file, arch, kind=Q.F32, drop=(), extra=None, tensors=None, tied=F
             writer.add_float32(name, value)
         else:
             writer.add_uint32(name, value)
-    shapes = {"token_embd.weight": (300, D), "output_norm.weight": (D,)}
-    if not tied:
-        shapes["output.weight"] = (300, D)
-    for i in range(sizes["num_hidden_layers"]):
-        layer = {
-            "attn_norm.weight": (D,),
-            "ffn_norm.weight": (D,),
-            "attn_q.weight": (N * H, D),
-            "attn_k.weight": (K * H, D),
-            "attn_v.weight": (K * H, D),
-            "attn_output.weight": (D, N * H),
-            "ffn_gate.weight": (F, D),
-            "ffn_up.weight": (F, D),
-            "ffn_down.weight": (D, F),
-        }
-        if arch == "qwen2":
-            layer |= {"attn_q.bias": (N * H,), "attn_k.bias": (K * H,), "attn_v.bias": (K * H,)}
-        if arch == "qwen3":
-            layer |= {"attn_q_norm.weight": (H,), "attn_k_norm.weight": (H,)}
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+    shapes = gguf_shapes(arch, sizes, tied)
     for name, shape in shapes.items():
         if name in drop:
             continue
@@ -260,86 +255,3 @@ def test_files_are_converted_once_and_again_after_a_change(tmp_path, monkeypatch
     write_gguf(file, "llama", Q.Q8_0)
     assert resolve_base(str(file)) != first
     assert not list(first.parent.glob(".unfinished*"))
-
-
-def pattern_in(source):
-    """Returns the splitting expression in a package's own tokenizer."""
-    for node in ast.walk(ast.parse(source.read_text())):
-        names = [getattr(target, "id", "").lower() for target in getattr(node, "targets", [])]
-        if names == ["pat_str"]:
-            return node.value.value
-    raise AssertionError(source)
-
-
-def ranked(packages, name):
-    """Returns a real model's tokens by rank, and its splitting expression."""
-    if name == "tekken":
-        stored = json.loads((packages / "mistral_common/data/tekken_240911.json").read_text())
-        size = stored["config"]["default_vocab_size"] - stored["config"]["default_num_special_tokens"]
-        return {base64.b64decode(t["token_bytes"]): t["rank"] for t in stored["vocab"][:size]}, stored["config"][
-            "pattern"
-        ]
-    file, source = {
-        "llama-bpe": ("llama_models/llama3/tokenizer.model", "llama_models/llama3/tokenizer.py"),
-        "qwen2": ("dashscope/resources/qwen.tiktoken", "dashscope/tokenizers/qwen_tokenizer.py"),
-    }[name]
-    lines = (line.split() for line in (packages / file).read_text().splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in lines}, pattern_in(packages / source)
-
-
-@pytest.mark.slow
-@pytest.mark.network
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken"])
-def test_byte_level_tokenizers_give_the_original_ids(packages, tmp_path, pre):
-    ranks, pattern = ranked(packages, pre)
-    file = tmp_path / "ranks"
-    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
-    vocabulary, merges = TikTokenConverter(file).extract_vocab_merges_from_model(str(file))
-    tokens = [*sorted(vocabulary, key=vocabulary.get), "<bos>", "<eos>"]
-    fields = {
-        "general.architecture": "llama",
-        "llama.context_length": 8192,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [*[1] * len(vocabulary), 3, 3],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
-        "tokenizer.ggml.bos_token_id": len(vocabulary),
-        "tokenizer.ggml.eos_token_id": len(vocabulary) + 1,
-    }
-    write_tokenizer(fields, tmp_path)
-    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    theirs = tiktoken.Encoding(pre, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    for text in TEXTS:
-        ids = ours(text, add_special_tokens=False)["input_ids"]
-        assert ids == theirs.encode(text, disallowed_special=()), text
-        assert ours.decode(ids) == text
-    begins = [] if pre == "qwen2" else [len(vocabulary)]
-    assert ours("a")["input_ids"] == [*begins, *theirs.encode("a")]
-    assert ours("a<eos>", add_special_tokens=False)["input_ids"][-1] == len(vocabulary) + 1
-
-
-@pytest.mark.network
-@pytest.mark.slow
-def test_sentencepiece_tokenizer_gives_the_original_ids(mistral_v1, tmp_path):
-    theirs = SentencePieceProcessor(str(mistral_v1))
-    ids = range(theirs.vocab_size())
-    types = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
-    fields = {
-        "general.architecture": "llama",
-        "llama.context_length": 8192,
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": [theirs.get_score(i) for i in ids],
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    write_tokenizer(fields, tmp_path)
-    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
-        ids = ours(text, add_special_tokens=False)["input_ids"]
-        assert ids == theirs.encode(text), text
-        assert ours.decode(ids) == text
-    assert ours("a")["input_ids"] == [1, *theirs.encode("a")]

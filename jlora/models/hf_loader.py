@@ -3,6 +3,7 @@
 Weights keep their layout on disk, [out, in], and are stacked over layers; no row is permuted or transposed.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import itemgetter
@@ -92,29 +93,44 @@ def load_base(
     Raises:
       UserError: tensors do not match, or contain NaN or infinity; all of them are listed.
     """
-    weights, broken = open_base(directory, shapes), set()
+    reader = _LeafReader(open_base(directory, shapes), progress)
+    places = shardings(shapes, mesh, "base")
+    base = jax.tree_util.tree_map_with_path(reader.read, shapes, places, is_leaf=is_quantized)
+    if reader.broken:
+        raise UserError(
+            f"base_model={directory} contains NaN or infinity in {jax.tree.leaves(shapes)[0].dtype.name} "
+            f"({_tensors(reader.broken)}):{_listed(sorted(reader.broken))}"
+        )
+    return base
 
-    def load(path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
+
+@dataclasses.dataclass
+class _LeafReader:
+    """Reads the leaves of a base model from its files onto their devices."""
+
+    weights: Weights
+    progress: Callable[[int], object]
+    broken: set[str] = dataclasses.field(default_factory=set)  # names of tensors with NaN or infinity
+
+    def read(self, path: tuple[Any, ...], leaf: Any, sharding: Any) -> Any:
         names = tensor_names(_keys(path), leaf.shape)
         if is_quantized(leaf):
-            return quantize(names, leaf, sharding)
+            return self._quantize(names, leaf, sharding)
+        stacked = _keys(path)[0] == "layers"
 
-        def read(index: Any) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             part = _empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
-            stacked = _keys(path)[0] == "layers"
             wanted = names[index[0]] if stacked else names
             for name, target in zip(wanted, part if stacked else part[None], strict=True):
-                with np.errstate(over="ignore"):  # overflowing values are reported below
-                    target[...] = weights.read(name)[index[1:] if stacked else index]
-                weights.release(name)
-                if not _finite(target):
-                    broken.add(name)
-                progress(target.nbytes)
+                with np.errstate(over="ignore"):  # overflowing values are reported by `load_base`
+                    target[...] = self.weights.read(name)[index[1:] if stacked else index]
+                self.weights.release(name)
+                self._check(name, target.nbytes, finite=_finite(target))
             return part
 
-        return jax.make_array_from_callback(leaf.shape, sharding, read)
+        return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
-    def quantize(names: list[str], leaf: Any, sharding: Any) -> Any:
+    def _quantize(self, names: list[str], leaf: Any, sharding: Any) -> Any:
         parts, treedef = jax.tree.flatten(leaf)
         part_shardings = jax.tree.leaves(sharding)
         own = [  # the shards of each part on this process's devices
@@ -125,28 +141,22 @@ def load_base(
             for part, where in zip(parts, part_shardings, strict=True)
         ]
         for layer, name in enumerate(names):
-            for held, made in zip(own, leaf.quantized(weights.read(name)), strict=True):
+            for held, made in zip(own, leaf.quantized(self.weights.read(name)), strict=True):
                 for (_, *within), target in held.items():
                     target[layer] = made[tuple(slice(*span) for span in within)]
-                if (
-                    made.dtype == np.float32 and not np.isfinite(made).all()
-                ):  # NaN or infinity in a block makes its scale so
-                    broken.add(name)
-                progress(made.nbytes)
-            weights.release(name)
+                # NaN or infinity in a block makes the block's scale NaN or infinity
+                self._check(name, made.nbytes, finite=made.dtype != np.float32 or bool(np.isfinite(made).all()))
+            self.weights.release(name)
         arrays = [
             jax.make_array_from_callback(part.shape, where, lambda at: held[_bounds(at, part.shape)])  # noqa: B023
             for part, where, held in zip(parts, part_shardings, own, strict=True)
         ]
         return jax.tree.unflatten(treedef, arrays)
 
-    base = jax.tree_util.tree_map_with_path(load, shapes, shardings(shapes, mesh, "base"), is_leaf=is_quantized)
-    if broken:
-        raise UserError(
-            f"base_model={directory} contains NaN or infinity in {jax.tree.leaves(shapes)[0].dtype.name} "
-            f"({_tensors(broken)}):{_listed(sorted(broken))}"
-        )
-    return base
+    def _check(self, name: str, size: int, *, finite: bool) -> None:
+        if not finite:
+            self.broken.add(name)
+        self.progress(size)
 
 
 def dequantized_weights(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
