@@ -240,7 +240,7 @@ def peak_jax() -> None:
     import jax
     import jax.numpy as jnp
 
-    from jlora.models.compute import default_dtype
+    from jlora.models.compute_settings import default_dtype
 
     size = SIZE if jax.default_backend() == "cpu" else 8 * SIZE
     a = jnp.ones((size, size), default_dtype(jax.devices()[0]))

@@ -64,11 +64,11 @@ def _shapes(directory: Path, quantize: str = "none") -> dict:
 
     from jlora.adapters.spec import NO_ADAPTER
     from jlora.models import hf_loader
-    from jlora.models.compute import Compute
+    from jlora.models.compute_settings import ComputeSettings
     from jlora.models.families import read_config
 
     return hf_loader.abstract_model(
-        read_config(directory), NO_ADAPTER, Compute(jnp.bfloat16, jnp.bfloat16, quantize=quantize)
+        read_config(directory), NO_ADAPTER, ComputeSettings(jnp.bfloat16, jnp.bfloat16, quantize=quantize)
     )[2]
 
 

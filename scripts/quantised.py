@@ -21,7 +21,7 @@ import jax
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.bases.resolve import resolve_base
 from jlora.models import hf_loader
-from jlora.models.compute import Compute, default_dtype
+from jlora.models.compute_settings import ComputeSettings, default_dtype
 from jlora.models.families import read_config
 
 ROOT, TOLERANCE = Path(__file__).parent.parent, 0.03
@@ -30,7 +30,7 @@ ROOT, TOLERANCE = Path(__file__).parent.parent, 0.03
 def bytes_per_parameter(base_model: str, quantize: str) -> float:
     """Returns the bytes per parameter of the projections' weights."""
     dtype = default_dtype(jax.devices()[0])
-    compute = Compute(dtype, dtype, quantize=quantize)
+    compute = ComputeSettings(dtype, dtype, quantize=quantize)
     _, _, shapes = hf_loader.abstract_model(read_config(resolve_base(base_model)), NO_ADAPTER, compute)
     weights = [module["weight"] for part in ("self_attn", "mlp") for module in shapes["layers"][part].values()]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))

@@ -13,7 +13,7 @@ import numpy as np
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.common import hf_names
 from jlora.models import hf_loader
-from jlora.models.compute import Compute
+from jlora.models.compute_settings import ComputeSettings
 from jlora.models.families import read_config
 from jlora.models.safetensors_files import write_weights
 
@@ -27,7 +27,9 @@ def random_base(directory: Path, shape: str, tokenizer_of: Path) -> Path:
         if file.suffix in (".json", ".jinja") and file.name != "config.json" and "safetensors" not in file.name:
             shutil.copy(file, directory)
     shutil.copy(SHAPES / f"{shape}.json", directory / "config.json")
-    _, _, shapes = hf_loader.abstract_model(read_config(directory), NO_ADAPTER, Compute(jnp.bfloat16, jnp.bfloat16))
+    _, _, shapes = hf_loader.abstract_model(
+        read_config(directory), NO_ADAPTER, ComputeSettings(jnp.bfloat16, jnp.bfloat16)
+    )
     tensors = {
         name: leaf.shape[1:] if path[0].key == "layers" else leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]

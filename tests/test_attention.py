@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jlora.common.errors import UserError
 from jlora.distributed.sharding import make_mesh
 from jlora.models import attention, attention_backend, flash_attention
-from jlora.models.compute import UNKNOWN, Packing
+from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.families import read_config
 
 

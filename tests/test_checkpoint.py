@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jlora.steps.step import TrainState
+from jlora.steps.train_step import TrainState
 from jlora.training import base_loss_cache
 from jlora.training.checkpoint import Checkpoints, Progress
 

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.data import batches, loss_mask, token_cache
+from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example
 from jlora.data.readers import files
-from jlora.data.tokenizer import encode_prompt, end_tokens, load_tokenizer
+from jlora.data.tokenizer import end_tokens, load_tokenizer
 
 END = frozenset({2})  # <|im_end|>
 PAIR = (Message("user", "What is due?"), Message("assistant", "Under Article 47, pay."))

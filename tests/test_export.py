@@ -19,7 +19,7 @@ from jlora.common import hf_names
 from jlora.common.errors import UserError, VerificationError
 from jlora.export import exporter, verify
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.training.checkpoint import read_record

@@ -19,7 +19,7 @@ from jlora.adapters.peft_io import tensors, write_adapter
 from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import FAMILIES, read_config
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))

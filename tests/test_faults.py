@@ -16,7 +16,7 @@ from conftest import ROOT, adapter_of, run_program, short_run, start_module, wai
 
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
-from jlora.steps.step import TrainState
+from jlora.steps.train_step import TrainState
 from jlora.training import resume
 from jlora.training.checkpoint import CHECKSUMS, Checkpoints, Progress, write_record
 

@@ -21,11 +21,11 @@ from jlora.data.batches import plan_batches
 from jlora.data.examples import Example
 from jlora.distributed import processes, sharding
 from jlora.models import hf_loader
-from jlora.models.compute import Compute, default_dtype
+from jlora.models.compute_settings import ComputeSettings, default_dtype
 from jlora.models.families import read_config
 from jlora.steps import loss_scale, optim
 from jlora.steps.programs import Programs, fresh_state
-from jlora.steps.step import Metrics
+from jlora.steps.train_step import Metrics
 from jlora.training import setup
 from jlora.training.checkpoint import Checkpoints, Progress
 from jlora.training.metrics import Logger
@@ -53,7 +53,7 @@ class Run(Trains):
         model = dataclasses.replace(read_config(tiny), vocab_size=300, num_hidden_layers=2)
         config = dataclasses.replace(Config(), warmup_ratio=0.0, learning_rate=5e-3, **changes)
         mesh = sharding.make_mesh(jax.devices()[:devices])
-        graphdef, shapes, base = hf_loader.abstract_model(model, SPEC, Compute(dtype, dtype, mesh=mesh))
+        graphdef, shapes, base = hf_loader.abstract_model(model, SPEC, ComputeSettings(dtype, dtype, mesh=mesh))
         keys = iter(jax.random.split(jax.random.key(0), 99))
         base = jax.tree_util.tree_map_with_path(
             lambda path, x: (0.08 * jax.random.normal(next(keys), x.shape) + ("norm" in str(path))).astype(dtype), base
@@ -167,7 +167,7 @@ def test_float16_is_the_default_on_cards_without_bfloat16(capsys, platform, capa
         del device.compute_capability
     assert default_dtype(device) == jnp.dtype(dtype)
     compute = setup.choose_compute(Config(), device)
-    assert compute == Compute(jnp.dtype(dtype).type, jnp.dtype(dtype).type)
+    assert compute == ComputeSettings(jnp.dtype(dtype).type, jnp.dtype(dtype).type)
     said = capsys.readouterr().out
     assert ("Computing in float16, because this does not support bfloat16" in said) == (dtype == "float16")
     compute = setup.choose_compute(dataclasses.replace(Config(), fp16=True), device)

@@ -8,8 +8,8 @@ import torch
 import transformers
 from conftest import run_program
 
+from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Message
-from jlora.data.tokenizer import encode_prompt
 from jlora.serve import loading
 from jlora.serve.generator import sample_token
 

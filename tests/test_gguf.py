@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Q
 from test_families import SIZES
 from test_model import load, logits, torch_logits
 
-from jlora.bases.gguf import convert_gguf
+from jlora.bases.gguf_base import convert_gguf
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
 from jlora.models.families import read_config

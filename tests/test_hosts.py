@@ -161,7 +161,7 @@ import jax, jax.numpy as jnp
 from jlora.distributed import processes
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import Compute
+from jlora.models.compute_settings import ComputeSettings
 from jlora.models.families import read_config
 from jlora.adapters.spec import AdapterSpec
 
@@ -172,7 +172,7 @@ def peak():
 index, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 processes.connect(f"127.0.0.1:{port}", 2, index)
 mesh = sharding.make_mesh(sizes={"fsdp": 2})
-compute = Compute(jnp.float32, jnp.float32, mesh=mesh)
+compute = ComputeSettings(jnp.float32, jnp.float32, mesh=mesh)
 _, _, shapes = hf_loader.abstract_model(read_config(directory), AdapterSpec(1, 1.0, 0.0, ()), compute)
 before = peak()
 base = jax.block_until_ready(hf_loader.load_base(directory, shapes, mesh))

@@ -14,7 +14,7 @@ from jlora.config.files import load_config
 from jlora.data.batches import Shape
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.steps import compilation, optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes

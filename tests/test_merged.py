@@ -20,10 +20,10 @@ from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.spec import AdapterSpec
 from jlora.cli.export import main
 from jlora.common.errors import UserError
-from jlora.data.templates import TEMPLATES
+from jlora.data.named_templates import TEMPLATES
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 
 SPEC = AdapterSpec(

@@ -17,7 +17,7 @@ from jlora.data.batches import plan_batches
 from jlora.data.examples import Example
 from jlora.distributed import sharding
 from jlora.models import flash_attention, hf_loader
-from jlora.models.compute import Packing
+from jlora.models.compute_settings import Packing
 from jlora.models.families import read_config
 from jlora.planning import collectives
 from jlora.steps import optim

@@ -16,7 +16,7 @@ from jlora.adapters.methods.lora import merged_weight
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed import sharding
 from jlora.models import attention, hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.models.kv_cache import empty_kv_cache
 

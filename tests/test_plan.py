@@ -15,9 +15,9 @@ from jlora.common.errors import UserError
 from jlora.config import files
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
-from jlora.models.compute import FLOAT32_COMPUTE, UNKNOWN
+from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN
 from jlora.models.families import read_config
-from jlora.planning import collectives, search, targets
+from jlora.planning import collectives, hardware, search
 from jlora.planning.forecast import forecast, make_job
 
 SMALL = {
@@ -89,7 +89,7 @@ def test_collectives_are_read_from_a_program():
 )
 def test_unknown_targets_are_rejected(name, message):
     with pytest.raises(UserError, match=message):
-        targets.find_target(name, jax.devices()[:1])
+        hardware.find_target(name, jax.devices()[:1])
 
 
 def job_of(file, target, length=128, **changes):
@@ -101,7 +101,7 @@ def job_of(file, target, length=128, **changes):
 
 
 def test_memory_is_reported_by_part(small):
-    target = targets.Target("here", jax.devices()[:2], None, None, "")
+    target = hardware.Target("here", jax.devices()[:2], None, None, "")
     seen = forecast(job_of(small, target)[0])
     heads, keys, D, F, L = 256, 128, 256, 512, 2
     matrices = 2 * heads * D + 2 * keys * D + 3 * F * D
@@ -116,7 +116,7 @@ def test_memory_is_reported_by_part(small):
 
 @pytest.mark.slow
 def test_search_finds_settings_that_fit(small):
-    roomy = targets.Target("here", jax.devices()[:1], None, None, "")
+    roomy = hardware.Target("here", jax.devices()[:1], None, None, "")
     job, layout = job_of(small, roomy)
     seen, said = forecast(job), []
     tight = roomy._replace(limit=int(seen.needed * 0.7))
@@ -134,7 +134,7 @@ def test_search_finds_settings_that_fit(small):
 def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, tmp_path):
 
     monkeypatch.setattr(
-        "jlora.planning.targets.memory_limit", lambda devices: 1 << 20
+        "jlora.planning.hardware.memory_limit", lambda devices: 1 << 20
     )  # less than an eighth of the base
     config = files.load_config(str(config_file(batch_size=8, target_modules="all-linear", num_processes=1)), [])
     with pytest.raises(
@@ -193,7 +193,7 @@ def test_communication_does_not_grow_with_the_slice(small):
     heads, keys, D, L = 256, 128, 256, 2
     gradients, needed = 4 * L * 16 * (D + heads + D + keys), []
     for name, chips in (("v5e:2x4", 8), ("v5e:16x16", 256)):
-        target = targets.find_target(name, jax.devices())
+        target = hardware.find_target(name, jax.devices())
         assert len(target.devices) == chips
         seen = forecast(job_of(small, target, batch_size=chips, remat="full")[0])
         assert {c.kind for c in seen.collectives} == {"all-reduce"}

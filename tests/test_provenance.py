@@ -18,8 +18,8 @@ from jlora.cli.export import main
 from jlora.common.errors import UserError
 from jlora.config.schema import MAY_CHANGE_ON_RESUME
 from jlora.data.conversation import Message
+from jlora.data.named_templates import TEMPLATES
 from jlora.data.readers import files
-from jlora.data.templates import TEMPLATES
 from jlora.data.tokenizer import load_tokenizer
 from jlora.export.exporter import export_adapter
 from jlora.serve import loading

@@ -29,10 +29,10 @@ from jlora.data.batches import Batch
 from jlora.distributed import sharding
 from jlora.export import exporter, verify
 from jlora.models import hf_loader, quant
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.steps.loss import CROSS_ENTROPY
-from jlora.steps.step import loss_sum
+from jlora.steps.train_step import loss_sum
 from jlora.training.checkpoint import read_record
 
 WHEEL = "bitsandbytes==0.50.2"

@@ -25,14 +25,14 @@ from jlora.adapters import params, plain_lora
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import TARGETS, AdapterSpec
 from jlora.api import finetune
-from jlora.bases.gguf import _unpermute_rotary as half_rotation
+from jlora.bases.gguf_base import _gguf_to_hf_rows as half_rotation
 from jlora.common.errors import UserError, VerificationError
 from jlora.config.files import load_config
 from jlora.export.exporter import load_adapter
-from jlora.export.gguf import FILE, check_gguf, side_by_side, write_gguf
+from jlora.export.gguf_adapter import FILE, check_gguf, hf_to_gguf_rows, write_gguf
 from jlora.export.servers import convert_for_server
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.training import setup
@@ -116,8 +116,8 @@ def test_gguf_adapter_equals_the_trained_adapter(models, tmp_path, smollm):
 def test_gguf_row_order_matches_a_real_file(smollm):
     with safe_open(smollm / "model.safetensors", framework="numpy") as file:
         weight = file.get_tensor("model.layers.3.self_attn.k_proj.weight")
-    assert np.array_equal(half_rotation(side_by_side(weight, 3), 3), weight)  # half_rotation read the real file
-    assert not np.array_equal(side_by_side(weight, 3), weight)
+    assert np.array_equal(half_rotation(hf_to_gguf_rows(weight, 3), 3), weight)  # half_rotation read the real file
+    assert not np.array_equal(hf_to_gguf_rows(weight, 3), weight)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import transformers
 from conftest import command, make_model, process_options, run_program
 from flax import nnx
 
-from jlora.adapters import mixing, params
+from jlora.adapters import combining, params
 from jlora.adapters.peft_config import peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
 from jlora.adapters.spec import AdapterSpec
@@ -24,7 +24,7 @@ from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.serve.repl import Chat, side_by_side
@@ -188,7 +188,7 @@ def test_a_sum_of_one_is_that_adapter(small, places):
     spec = read_spec(places["law"], 3)
     _, shapes, _ = hf_loader.abstract_model(read_config(small), spec, FLOAT32_COMPUTE)
     adapter = read_adapter(places["law"], spec, shapes, tied=True)
-    made, form = mixing.combine([(adapter, spec)], [1.0])
+    made, form = combining.combine([(adapter, spec)], [1.0])
     assert (form.rank, form.alpha) == (4, 4.0)
     for (_, mine), (_, theirs) in zip(params.modules(made), params.modules(adapter), strict=True):
         assert np.array_equal(mine["lora_A"], theirs["lora_A"])

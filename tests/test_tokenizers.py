@@ -14,10 +14,11 @@ from tokenizers import Regex, pre_tokenizers
 from jlora.bases.gguf_tokenizer import LLAMA3
 from jlora.bases.resolve import hub_commit, resolve_base
 from jlora.common.errors import UserError
+from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.loss_mask import encode_conversation
-from jlora.data.templates import TEMPLATES
-from jlora.data.tokenizer import encode_prompt, load_tokenizer
+from jlora.data.named_templates import TEMPLATES
+from jlora.data.tokenizer import load_tokenizer
 
 TURNS = (
     Message("system", "Be brief."),

@@ -22,7 +22,7 @@ from jlora.data.batches import plan_batches
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import Packing
+from jlora.models.compute_settings import Packing
 from jlora.models.families import read_config
 from jlora.planning import data_pipeline
 from jlora.steps import optim

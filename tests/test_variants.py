@@ -31,10 +31,10 @@ from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.spec import TARGETS, AdapterSpec, settings_of, spec_of
 from jlora.common import hf_names
 from jlora.common.errors import UserError
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.llama import Projection
 from jlora.steps.loss import CROSS_ENTROPY
-from jlora.steps.step import make_train_step
+from jlora.steps.train_step import make_train_step
 
 
 @pytest.fixture(scope="module")

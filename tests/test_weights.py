@@ -17,7 +17,7 @@ from jlora.common import hf_names
 from jlora.common.errors import UserError
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import Compute
+from jlora.models.compute_settings import ComputeSettings
 from jlora.models.families import read_config
 from jlora.models.safetensors_files import INDEX, Weights, write_weights
 
@@ -41,7 +41,7 @@ def sharded(tmp_path):
 
 
 def load(directory, dtype=jnp.float32, progress=lambda size: None):
-    _, _, shapes = hf_loader.abstract_model(read_config(directory), NONE, Compute(dtype, dtype))
+    _, _, shapes = hf_loader.abstract_model(read_config(directory), NONE, ComputeSettings(dtype, dtype))
     return hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:1]), progress)
 
 

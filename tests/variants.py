@@ -17,11 +17,11 @@ from jlora.config.schema import Config
 from jlora.data.batches import Batch
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.steps import optim
 from jlora.steps.loss import CROSS_ENTROPY
-from jlora.steps.step import TrainState, make_train_step
+from jlora.steps.train_step import TrainState, make_train_step
 
 STEPS, ROWS, LENGTH, V = 20, 2, 24, 256
 TOKENS = np.random.RandomState(1).randint(0, V, (4, ROWS, LENGTH)).astype(np.int32)[np.arange(STEPS + 1) % 4]

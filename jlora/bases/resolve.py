@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from jlora.bases.gguf import convert_gguf
+from jlora.bases.gguf_base import convert_gguf
 from jlora.common.atomic_io import UNFINISHED, new_directory
 from jlora.common.errors import UserError
 from jlora.common.paths import cache_directory

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jlora.adapters import mixing
+from jlora.adapters import combining
 from jlora.common.plural import plural
 from jlora.export.combined import combine_directories
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--base", default="", help="the base model; default: the one that the adapters name")
     arguments = parser.parse_args(argv)
-    parts = [mixing.read_weight(word) for word in arguments.adapters]
+    parts = [combining.read_weight(word) for word in arguments.adapters]
     if len({name for name, _ in parts}) < len(parts):
         parser.error("--adapters lists the same directory twice; list each directory once")
     rank = combine_directories(dict(parts), arguments.base, arguments.output)

@@ -19,13 +19,13 @@ from jlora.data.batches import Shape
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.sharding import describe
 from jlora.models import attention_backend
-from jlora.models.compute import UNKNOWN, Packing
+from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import read_examples, read_rows
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
+from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
-from jlora.planning.targets import EXAMPLES, GIB, Target, find_target
 from jlora.training.setup import choose_compute, choose_platform, find_devices
 
 
@@ -125,7 +125,7 @@ def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:
             f"(seconds at the maker's published peaks: {each})"
         )
     else:
-        lines.append("No step time: jlora has no peak figures for these devices (jlora/planning/targets.py)")
+        lines.append("No step time: jlora has no peak figures for these devices (jlora/planning/hardware.py)")
     return lines
 
 

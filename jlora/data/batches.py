@@ -88,7 +88,7 @@ class Batches:
 
     @property
     def packing(self) -> tuple[int, int, int]:
-        """The bounds for `Compute.packing` of the model that takes these batches."""
+        """The bounds for `ComputeSettings.packing` of the model that takes these batches."""
         return self.prefix, self.examples_per_row, int(self.sizes[:, 2].max())
 
     def prefix_note(self) -> str:

@@ -14,9 +14,9 @@ import jinja2
 import numpy as np
 
 from jlora.common.errors import UserError
+from jlora.data.chat_template import render_chat, text_closing, text_opening
 from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example
-from jlora.data.tokenizer import render, text_closing, text_opening
 
 
 def encode_conversation(
@@ -96,11 +96,11 @@ def _render_all(
 ) -> list[tuple[str, list[_AnswerSpan]]]:
     """Returns the text of each conversation and the spans of its trained answers."""
     chats = [c for c in conversations if not c.plain]
-    whole = iter(render(tokenizer, [c.messages for c in chats], prompt=False))
+    whole = iter(render_chat(tokenizer, [c.messages for c in chats], prompt=False))
     answers = [(c, i) for c in chats for i in _trained_turns(c.messages, train_on)]
-    before = iter(render(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
+    before = iter(render_chat(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
     earlier = [c.messages[: i + 1] for c, i in answers if i + 1 < len(c.messages)]
-    after = iter(render(tokenizer, earlier, prompt=False))
+    after = iter(render_chat(tokenizer, earlier, prompt=False))
     rendered: list[tuple[str, list[_AnswerSpan]]] = []
     for c in conversations:
         if c.plain:

@@ -8,10 +8,10 @@ from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.provenance import WEIGHTS
 from jlora.bases import hashes
 from jlora.common.errors import UserError
-from jlora.data.templates import find_template
+from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 
 PARTS = {  # part -> its key in the adapter's metadata, and what to do if it differs

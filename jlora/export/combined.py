@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from jlora.adapters import mixing, params
+from jlora.adapters import combining, params
 from jlora.adapters.methods import needs_base_weights
 from jlora.adapters.peft_config import base_of, peft_config
 from jlora.adapters.peft_io import write_adapter
@@ -14,10 +14,10 @@ from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.bases.hashes import weights_hash
 from jlora.bases.resolve import is_hub_id, resolve_base
 from jlora.common.errors import UserError
-from jlora.data.templates import find_template
+from jlora.data.named_templates import find_template
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve.loading import common_template, read_all
 
@@ -45,13 +45,13 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
     template = common_template(directories)
     forms = list(read_all(directories, directory).values())
     for name, (_, spec) in zip(directories, forms, strict=True):
-        mixing.check_summable(name, spec)
+        combining.check_summable(name, spec)
     config = read_config(directory)
     if any(needs_base_weights(spec) for _, spec in forms):  # PiSSA's initial pair is computed from the base model
         _, _, shapes = hf_loader.abstract_model(config, NO_ADAPTER, FLOAT32_COMPUTE)
         frozen = hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
         forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
-    adapter, spec = mixing.combine(forms, list(weights.values()))
+    adapter, spec = combining.combine(forms, list(weights.values()))
     base_name = place if is_hub_id(place) else str(directory)
     written = peft_config(spec, base_name, revision or None, tied=config.tie_word_embeddings)
     card = _card(weights, base_name, spec)

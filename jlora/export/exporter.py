@@ -18,15 +18,15 @@ from jlora.bases import hashes
 from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
-from jlora.data.templates import find_template
+from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.export.card import card, provenance_metadata
-from jlora.export.gguf import write_gguf
+from jlora.export.gguf_adapter import write_gguf
 from jlora.export.merged import write_merged
 from jlora.export.servers import convert_for_server
 from jlora.export.verify import Parity, verify
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.training.checkpoint import Checkpoints, read_record
 

@@ -19,7 +19,7 @@ from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.models.safetensors_files import DTYPES, INDEX, write_weights
 

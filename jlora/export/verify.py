@@ -20,12 +20,13 @@ from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.common.errors import VerificationError
 from jlora.common.plural import plural
+from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import ReadOptions
 from jlora.data.readers.files import read_conversations
-from jlora.data.tokenizer import encode_prompt, end_tokens, load_tokenizer
+from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE, Compute
+from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings
 from jlora.models.families import read_config
 from jlora.serve.generator import Generator
 
@@ -101,13 +102,13 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     return Parity(checked_with, without_peft, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
 
-def _base(directory: Path, compute: Compute) -> dict[str, Any]:
+def _base(directory: Path, compute: ComputeSettings) -> dict[str, Any]:
     _, _, shapes = hf_loader.abstract_model(read_config(directory), NO_ADAPTER, compute)
     return hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
 
 
 def _read_back(
-    exported: Path, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
+    exported: Path, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: ComputeSettings
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     config = read_config(directory)
     spec = read_spec(exported, config.num_hidden_layers)
@@ -117,7 +118,7 @@ def _read_back(
 
 
 def _peft(
-    directory: Path, exported: Path, prompts: list[list[int]], ends: frozenset[int], compute: Compute
+    directory: Path, exported: Path, prompts: list[list[int]], ends: frozenset[int], compute: ComputeSettings
 ) -> tuple[list[np.ndarray], list[list[int]], list[str]]:
     import torch
     from peft import PeftModel
@@ -145,7 +146,12 @@ def _peft(
 
 
 def _jlora(
-    adapter: Adapter, spec: AdapterSpec, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: Compute
+    adapter: Adapter,
+    spec: AdapterSpec,
+    directory: Path,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    compute: ComputeSettings,
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)

@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jlora.models.compute import UNKNOWN, Packing
+from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.flash_attention import flash
 from jlora.models.remat import ATTENTION_OUTPUT
-from jlora.models.unpack import make_slots
+from jlora.models.unpack_examples import make_slots
 
 BLOCK = 512  # queries computed at a time: the largest array is [B, N, BLOCK, S]
 # Slots are used only if their scores are fewer than this share of a block's: moving the examples has a cost too.

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jlora.common.errors import UserError
 from jlora.models.attention import attention
-from jlora.models.compute import compute_capability
+from jlora.models.compute_settings import compute_capability
 from jlora.models.flash_attention import BLOCK
 from jlora.models.model_config import ModelConfig
 

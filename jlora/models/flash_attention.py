@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlora.distributed.sharding import BATCH_AXES
-from jlora.models.compute import Packing
+from jlora.models.compute_settings import Packing
 
 LANES = 128  # the block size is a multiple
 BLOCK = 512  # largest block size, in tokens

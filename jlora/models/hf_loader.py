@@ -20,7 +20,7 @@ from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 from jlora.common.hf_names import tensor_names
 from jlora.distributed.sharding import shardings
-from jlora.models.compute import Compute
+from jlora.models.compute_settings import ComputeSettings
 from jlora.models.llama import Llama
 from jlora.models.model_config import ModelConfig
 from jlora.models.quant import BLOCK, is_quantized
@@ -30,7 +30,7 @@ from jlora.models.safetensors_files import DTYPES, Weights
 def abstract_model(
     config: ModelConfig,
     spec: AdapterSpec,
-    compute: Compute,
+    compute: ComputeSettings,
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
     """Returns the model as shapes: its structure, the adapter's tree and the base model's tree, for `nnx.merge`.
 
@@ -45,7 +45,7 @@ def abstract_model(
     return graphdef, nnx.to_pure_dict(adapter), nnx.to_pure_dict(base)
 
 
-def _check_mesh(config: ModelConfig, compute: Compute, mesh: Mesh) -> None:
+def _check_mesh(config: ModelConfig, compute: ComputeSettings, mesh: Mesh) -> None:
     """Raises a UserError that suggests sizes if an axis of the mesh does not divide the dimensions that it splits."""
     block = BLOCK if compute.quantize == "nf4" else 1  # a block of a quantized row cannot be split
     inner, hidden = config.intermediate_size // block, config.hidden_size // block

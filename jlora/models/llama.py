@@ -23,7 +23,7 @@ from jlora.adapters.neftune import noise
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed.sharding import constrain_rows, constrain_table
 from jlora.models.attention import attention
-from jlora.models.compute import UNKNOWN, Compute
+from jlora.models.compute_settings import UNKNOWN, ComputeSettings
 from jlora.models.kv_cache import KVCache, LayerKVCache
 from jlora.models.model_config import ModelConfig
 from jlora.models.quant import linear, zeros
@@ -40,7 +40,15 @@ class Projection(nnx.Module):
     """
 
     def __init__(
-        self, name: str, inputs: int, outputs: int, spec: AdapterSpec, compute: Compute, *, bias: bool, layers: int
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        spec: AdapterSpec,
+        compute: ComputeSettings,
+        *,
+        bias: bool,
+        layers: int,
     ) -> None:
         self.weight = nnx.Param(zeros(compute.quantize, outputs, inputs, compute.param_dtype))
         self.biased = bias
@@ -82,7 +90,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: ComputeSettings) -> None:
         self.compute = compute
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -137,7 +145,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: ComputeSettings) -> None:
         D, F, L, bias = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.mlp_bias
         self.gate_proj = Projection("mlp.gate_proj", D, F, spec, compute, bias=bias, layers=L)
         self.up_proj = Projection("mlp.up_proj", D, F, spec, compute, bias=bias, layers=L)
@@ -153,7 +161,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: ComputeSettings) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
         self.self_attn = Attention(config, spec, compute)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, compute.param_dtype)
@@ -197,7 +205,7 @@ class Llama(nnx.Module):
       compute: dtypes and other choices that do not change the model.
     """
 
-    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: Compute) -> None:
+    def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: ComputeSettings) -> None:
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
         self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
         self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))

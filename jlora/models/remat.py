@@ -4,7 +4,8 @@ import jax
 
 ATTENTION_OUTPUT = "attention_output"  # checkpoint_name of the results that attention's backward pass reuses
 
-# `Compute.remat` -> policy that selects the activations to keep; None keeps all.
+# `ComputeSettings.remat` -> policy that selects the activations to keep; None keeps all. With remat=auto,
+# planning/search.py chooses the first one that fits.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(

@@ -15,6 +15,7 @@ from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data import preview
 from jlora.data.batches import Batches, plan_batches
+from jlora.data.chat_template import encode_prompt
 from jlora.data.checks import pii
 from jlora.data.checks.report import DataReport
 from jlora.data.conversation import Conversation, Message, ReadOptions
@@ -23,7 +24,6 @@ from jlora.data.held_out_split import is_held_out, refuse_overlap
 from jlora.data.length_limit import limit_length
 from jlora.data.readers import files
 from jlora.data.token_cache import load_or_tokenize
-from jlora.data.tokenizer import encode_prompt
 from jlora.models.model_config import ModelConfig
 
 PROMPTS = 20  # rows whose prompt in training is compared with the served prompt

@@ -17,14 +17,14 @@ from jlora.data.examples import Example
 from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh
 from jlora.models import hf_loader
 from jlora.models.attention import BLOCK, in_slots
-from jlora.models.compute import Compute, Packing
+from jlora.models.compute_settings import ComputeSettings, Packing
 from jlora.models.model_config import ModelConfig
 from jlora.planning import collectives
 from jlora.planning.data_pipeline import make_run_batches
-from jlora.planning.targets import Target
+from jlora.planning.hardware import Target
 from jlora.steps import optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
-from jlora.steps.step import TrainState
+from jlora.steps.train_step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Job:
 
     config: Config
     model: ModelConfig
-    compute: Compute
+    compute: ComputeSettings
     micro_batches: int  # A
     rows: int  # R
     shape: Shape
@@ -87,7 +87,7 @@ class Job:
         return dataclasses.replace(self, config=config, compute=compute)
 
 
-# config, ways to split rows -> A, R, the largest shape, and the values for Compute.packing
+# config, ways to split rows -> A, R, the largest shape, and the values for ComputeSettings.packing
 Layout = Callable[[Config, int], tuple[int, int, Shape, Packing]]
 
 
@@ -101,7 +101,7 @@ def layout_from_examples(model: ModelConfig, examples: Sequence[Example]) -> Lay
     return layout
 
 
-def make_job(config: Config, model: ModelConfig, compute: Compute, target: Target, layout: Layout) -> Job:
+def make_job(config: Config, model: ModelConfig, compute: ComputeSettings, target: Target, layout: Layout) -> Job:
     """Makes a job of a config and a target.
 
     Raises:

@@ -23,7 +23,7 @@ from jlora.planning.forecast import (
     make_job,
     make_run_programs,
 )
-from jlora.planning.targets import GIB, TPUS, Target
+from jlora.planning.hardware import GIB, TPUS, Target
 from jlora.steps.programs import Programs, placed_shapes
 
 REMATS = ("none", "dots", "full")  # fastest first

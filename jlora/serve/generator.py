@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.adapters import params
 from jlora.adapters.params import Adapter
+from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
-from jlora.data.tokenizer import encode_prompt, end_tokens
+from jlora.data.tokenizer import end_tokens
 from jlora.models.families import read_config
 from jlora.models.kv_cache import KVCache, empty_kv_cache
 from jlora.models.llama import Llama
@@ -94,7 +95,7 @@ class Generator:
         """Yields the next token of every prompt, from one forward pass; None for rows that have ended.
 
         Args:
-          adapters: one per row, in a common form (see `mixing.to_common_form`); rows may share one.
+          adapters: one per row, in a common form (see `combining.to_common_form`); rows may share one.
           prompts: token ids, one list per row.
           temperature: 0 is greedy.
           top_p: sample from the smallest set of tokens with this probability mass.

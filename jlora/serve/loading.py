@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jlora.adapters import mixing, params
-from jlora.adapters.mixing import AdapterSet
+from jlora.adapters import combining, params
+from jlora.adapters.combining import AdapterSet
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.plain_lora import unsupported_as_lora
@@ -17,11 +17,11 @@ from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
-from jlora.data.templates import find_template
+from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
-from jlora.models.compute import FLOAT32_COMPUTE, Compute, default_dtype
+from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings, default_dtype
 from jlora.models.families import read_config
 from jlora.serve.generator import Generator
 
@@ -76,21 +76,21 @@ def load_model(
         revision = revision or named_revision
     directory = resolve_base(base, revision)
     config, dtype = read_config(directory), default_dtype(jax.devices()[0])
-    compute = Compute(dtype, dtype, quantize=quantize)
+    compute = ComputeSettings(dtype, dtype, quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
     _, _, base_shapes = hf_loader.abstract_model(config, NO_ADAPTER, compute)
     frozen = hf_loader.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NO_ADAPTER
     if forms and not unsupported_as_lora(spec):
-        weights, spec = mixing.to_common_form(forms)
+        weights, spec = combining.to_common_form(forms)
     graphdef, _, _ = hf_loader.abstract_model(config, spec, compute)
     tokenizer = load_tokenizer(directory, template)
     generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
     return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
 
 
-def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Form]:
+def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, combining.Form]:
     """Reads PEFT directories, by name, for the base model in a directory; PiSSA's frozen pairs stay zero.
 
     Raises:
@@ -100,7 +100,7 @@ def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, mixing.Fo
     for name, place in directories.items():
         spec = read_spec(place, config.num_hidden_layers)
         if len(directories) > 1:
-            mixing.check_summable(name, spec)
+            combining.check_summable(name, spec)
         check_base(place / WEIGHTS, base)
         _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
         found[name] = read_adapter(place, spec, shapes, tied=config.tie_word_embeddings), spec

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jlora.adapters.mixing import AdapterSet
+from jlora.adapters.combining import AdapterSet
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.serve.generator import Generator

@@ -22,7 +22,7 @@ from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim
 from jlora.steps.compilation import Compiler
 from jlora.steps.loss import CROSS_ENTROPY, Loss
-from jlora.steps.step import Metrics, TrainState, make_eval_step, make_train_step
+from jlora.steps.train_step import Metrics, TrainState, make_eval_step, make_train_step
 
 
 def fresh_state(

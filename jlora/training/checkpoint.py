@@ -26,7 +26,7 @@ from jlora.common.atomic_io import UNFINISHED, new_directory, replace_text
 from jlora.common.errors import UserError
 from jlora.config.files import typed
 from jlora.config.schema import Config
-from jlora.steps.step import TrainState
+from jlora.steps.train_step import TrainState
 
 CHECKSUMS = "sha256.json"  # in each checkpoint: file -> sha256 of its content
 

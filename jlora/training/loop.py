@@ -18,7 +18,7 @@ from jlora.distributed.processes import StopSignal
 from jlora.steps import optim
 from jlora.steps.loss_scale import overflow_advice
 from jlora.steps.programs import Programs
-from jlora.steps.step import Metrics, TrainState
+from jlora.steps.train_step import Metrics, TrainState
 from jlora.training import base_loss_cache
 from jlora.training.checkpoint import Checkpoints, Progress
 from jlora.training.metrics import Logger

@@ -21,10 +21,10 @@ from jlora.distributed import processes
 from jlora.distributed.sharding import data_parallel_size, describe, place, places_of
 from jlora.models import hf_loader
 from jlora.planning.forecast import Job, bytes_per_device, layout_from_examples
+from jlora.planning.hardware import find_target
 from jlora.planning.search import choose_remat, ensure_fits
-from jlora.planning.targets import find_target
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
-from jlora.steps.step import TrainState
+from jlora.steps.train_step import TrainState
 from jlora.training import base_loss_cache, resume
 from jlora.training.checkpoint import Checkpoints, Progress, write_record
 from jlora.training.loop import TrainingLoop, save

@@ -28,7 +28,7 @@ from jlora.distributed import processes
 from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh, own_rows
 from jlora.distributed.sharding import describe as describe_mesh
 from jlora.models import attention_backend
-from jlora.models.compute import Compute, Packing, default_dtype
+from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows
@@ -46,7 +46,7 @@ class RunSetup(NamedTuple):
     directory: Path  # of the base model
     tokenizer: Any
     model: ModelConfig
-    compute: Compute
+    compute: ComputeSettings
     mesh: jax.sharding.Mesh
     attention: str  # the chosen kernel, and the reason if it is not the device's own
     examples: SizedExamples
@@ -138,7 +138,7 @@ def find_devices(config: Config) -> list[jax.Device]:
         ) from None
 
 
-def choose_compute(config: Config, device: Any) -> Compute:
+def choose_compute(config: Config, device: Any) -> ComputeSettings:
     """Returns the dtypes of a run, with `auto` resolved for a device. `remat` is chosen later, from the free memory."""
     auto = default_dtype(device)
     names = {"auto": auto, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -151,7 +151,7 @@ def choose_compute(config: Config, device: Any) -> Compute:
     if compute == jnp.float16:
         why = f", because {device.device_kind} does not support bfloat16" if config.compute_dtype == "auto" else ""
         print(f"Computing in float16{why}: the loss is scaled, and steps whose gradients overflow are skipped")
-    return Compute(param, compute, quantize=config.quantize_base)
+    return ComputeSettings(param, compute, quantize=config.quantize_base)
 
 
 def resolve_adapter_settings(config: Config, directory: Path, model: ModelConfig) -> Config:
@@ -173,7 +173,7 @@ def resolve_adapter_settings(config: Config, directory: Path, model: ModelConfig
 
 
 def make_record(
-    config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: Compute
+    config: Config, base: Path, tokenizer: Any, mesh: jax.sharding.Mesh, compute: ComputeSettings
 ) -> dict[str, Any]:
     """Returns the contents of config.json: the config, hashes of data and base model, versions and devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")

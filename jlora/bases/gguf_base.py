@@ -67,7 +67,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
         tensor = stored[names[name]]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         heads = rotated.get(name.split(".")[-2])
-        values = _unpermute_rotary(values, heads) if heads else values
+        values = _gguf_to_hf_rows(values, heads) if heads else values
         return values.astype(_dtype(tensor))
 
     sizes = {name: int(stored[its].n_elements) * _dtype(stored[its]).itemsize for name, its in names.items()}
@@ -165,7 +165,7 @@ def _tensor_names(kind: str, layers: int, stored: dict[str, Any]) -> dict[str, s
     return names
 
 
-def _unpermute_rotary(values: np.ndarray, heads: int) -> np.ndarray:
+def _gguf_to_hf_rows(values: np.ndarray, heads: int) -> np.ndarray:
     """Reorders rows from GGUF's order (rotary pairs adjacent) to Hugging Face's (pairs half a head apart)."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)

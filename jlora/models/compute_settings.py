@@ -20,7 +20,7 @@ UNKNOWN = Packing()
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ComputeSettings:
     """Choices that change speed and memory, but not the model.
 
     Args:
@@ -44,7 +44,7 @@ class Compute:
     packing: Packing = UNKNOWN
 
 
-FLOAT32_COMPUTE = Compute(jnp.float32, jnp.float32)
+FLOAT32_COMPUTE = ComputeSettings(jnp.float32, jnp.float32)
 
 
 def compute_capability(device: Any) -> float:

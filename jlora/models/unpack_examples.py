@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.models.compute import Packing
+from jlora.models.compute_settings import Packing
 
 
 class Slots(NamedTuple):

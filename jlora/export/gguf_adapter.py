@@ -62,7 +62,7 @@ def write_gguf(
             writer.add_float32("adapter.lora.alpha", spec.alpha)
             for path, leaves in params.modules(adapter):
                 for name, a, b in zip(_names(path, leaves), leaves["lora_A"], leaves["lora_B"], strict=True):
-                    b = side_by_side(b, heads[path[-1]]) if path[-1] in heads else b
+                    b = hf_to_gguf_rows(b, heads[path[-1]]) if path[-1] in heads else b
                     writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
                     writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32))
             writer.write_header_to_file()
@@ -108,7 +108,7 @@ def check_gguf(file: Path, trained: tuple[Adapter, AdapterSpec], heads: dict[str
             own_a, own_b = method.pair({part: leaf[layer] for part, leaf in leaves.items()}, rank)
             want = scale * np.asarray(own_b, np.float64) @ np.asarray(own_a, np.float64)
             if path[-1] in heads:
-                want = side_by_side(want, heads[path[-1]])
+                want = hf_to_gguf_rows(want, heads[path[-1]])
             size = np.abs(want).max() or 1.0
             off = np.abs(got - want).max() / size if got.shape == want.shape else np.inf
             if not off <= TOLERANCE:
@@ -130,7 +130,7 @@ def _names(path: tuple[str, ...], leaves: Leaves) -> list[str]:
     return [name for name in names if name]
 
 
-def side_by_side(rows: np.ndarray, heads: int) -> np.ndarray:
+def hf_to_gguf_rows(rows: np.ndarray, heads: int) -> np.ndarray:
     """Reorders rows from Hugging Face's order (rotary pairs half a head apart) to GGUF llama's (pairs side by side)."""
     halves = rows.reshape(heads, 2, -1, rows.shape[-1])
     return halves.swapaxes(1, 2).reshape(rows.shape)
