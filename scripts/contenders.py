@@ -20,7 +20,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     import numpy as np
     from random_base import random_base
 
-    from jlora.adapters.spec import spec_of
+    from jlora.adapters.settings import spec_of
     from jlora.config.files import load_config
     from jlora.data.examples import example_sizes
     from jlora.data.tokenizer import end_tokens, load_tokenizer

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from jlora.adapters.spec import TARGETS, spec_of
+from jlora.adapters.settings import spec_of
+from jlora.adapters.spec import TARGETS
 from jlora.common.errors import UserError
 from jlora.config.files import load_config, typed
 from jlora.config.schema import Config

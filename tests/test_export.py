@@ -147,7 +147,7 @@ def read(directory, run):
         ({"bias": "all"}, "bias='all'"),
         ({"a_new_trick": {"strength": 2}}, "a_new_trick="),
         ({"peft_type": "VERA"}, "peft_type='VERA'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' \(it changes the base"),
+        ({"init_lora_weights": "olora"}, r"init_lora_weights='olora' \(it changes the base"),
         ({"layers_pattern": ["blocks"]}, "layers_pattern="),
         ({"modules_to_save": ["score"]}, "modules_to_save has 'score'"),
         ({"target_modules": None}, "target_modules=None"),

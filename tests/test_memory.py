@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT
 
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.common import malloc
 from jlora.config.files import load_config
 from jlora.data.batches import Shape

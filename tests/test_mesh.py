@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Trains, adapter_of, logged, losses_of, make_model, run_module, short_run, start_module, wait_for
 
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data.batches import plan_batches

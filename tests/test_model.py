@@ -44,7 +44,8 @@ def logits(graphdef, adapter, base, tokens, segments=None, positions=None):
         hidden, _ = model(tokens, segments, positions)
         return model.logits(hidden)
 
-    return np.asarray(run(adapter, base, tokens, segments, positions))
+    arrays = (jnp.asarray(values) for values in (tokens, segments, positions))  # a test may call this without jit
+    return np.asarray(run(adapter, base, *arrays))
 
 
 def torch_logits(directory, tokens):

@@ -15,7 +15,7 @@ from conftest import Trains
 from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.bases.resolve import resolve_base
 from jlora.config.files import load_config
 from jlora.data.batches import plan_batches

@@ -28,7 +28,8 @@ from jlora.adapters.methods import make_method
 from jlora.adapters.methods.lora import dropout
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import TARGETS, AdapterSpec, settings_of, spec_of
+from jlora.adapters.settings import settings_of, spec_of
+from jlora.adapters.spec import TARGETS, AdapterSpec
 from jlora.common import hf_names
 from jlora.common.errors import UserError
 from jlora.models.compute_settings import FLOAT32_COMPUTE

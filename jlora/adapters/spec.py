@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 LAYER = "model.layers.{i}."  # Hugging Face's prefix of a projection, such as "self_attn.q_proj"
 EMBEDDINGS = ("embed_tokens", "lm_head")  # tables that `modules_to_save` may train in full
@@ -93,21 +93,3 @@ def _first(entries: tuple[tuple[str, T], ...], name: str, default: T) -> T:
 
 # An adapter that changes no module: the base model alone.
 NO_ADAPTER = AdapterSpec(rank=1, alpha=1.0, dropout=0.0, target_modules=())
-
-# Field of the spec -> key of the config, if their names differ.
-KEYS = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-FIELDS = tuple(field.name for field in dataclasses.fields(AdapterSpec))
-
-
-def spec_of(settings: dict[str, Any]) -> AdapterSpec:
-    """Returns the spec that the keys of a config describe; features whose keys are missing are off."""
-    keys = {field: KEYS.get(field, field) for field in FIELDS}
-    spec = AdapterSpec(**{field: settings[key] for field, key in keys.items() if key in settings})
-    return dataclasses.replace(spec, target_modules=TARGETS) if spec.target_modules == ALL_LINEAR else spec
-
-
-def settings_of(spec: AdapterSpec) -> dict[str, Any]:
-    """Returns the config keys that `spec_of` reads as this spec, without the noise on embeddings."""
-    settings = {KEYS.get(field, field): getattr(spec, field) for field in FIELDS}
-    del settings["neftune_noise_alpha"]  # a setting of training, not of the adapter
-    return settings

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from jlora.adapters.plain_lora import is_uniform_lora
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.api import Config, Result, finetune, load_config
 from jlora.config.files import config_parser
 from jlora.export.servers import SERVERS

@@ -13,7 +13,8 @@ from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import NO_ADAPTER, AdapterSpec, spec_of
+from jlora.adapters.settings import spec_of
+from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.bases import hashes
 from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.common import paths
 from jlora.common.errors import UserError
 from jlora.config.schema import Config

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.data.examples import Example

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.adapters.spec import spec_of
+from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.distributed.sharding import data_parallel_size

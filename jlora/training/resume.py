@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters.spec import NO_ADAPTER, settings_of
+from jlora.adapters.settings import settings_of
+from jlora.adapters.spec import NO_ADAPTER
 from jlora.common.atomic_io import finished_names
 from jlora.common.errors import UserError
 from jlora.config.schema import MAY_CHANGE_ON_RESUME, Config

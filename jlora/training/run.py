@@ -13,7 +13,8 @@ import jax
 
 from jlora.adapters import params
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import AdapterSpec, spec_of
+from jlora.adapters.settings import spec_of
+from jlora.adapters.spec import AdapterSpec
 from jlora.common import malloc
 from jlora.common.plural import plural
 from jlora.config.schema import Config

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jlora
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.provenance import WEIGHTS
-from jlora.adapters.spec import settings_of, spec_of
+from jlora.adapters.settings import settings_of, spec_of
 from jlora.bases.hashes import check_base, fingerprint, template_source_hash, tokenizer_hash
 from jlora.bases.resolve import hub_commit, is_hub_id, resolve_base
 from jlora.common import hf_names
