@@ -67,7 +67,8 @@ def test_metadata_and_card_match_the_run(run, plain, pairs):
     assert (noted[provenance.STEP], noted[provenance.VERSION]) == ("2", jlora.__version__)
     assert noted[provenance.DATA] == files.hash_files(str(pairs), "train_data_dir")
     settings = json.loads(noted[provenance.CONFIG])
-    assert settings == {key: value for key, value in record["config"].items() if key not in MAY_CHANGE_ON_RESUME}
+    recorded = json.loads(json.dumps(record["config"]))  # tuples are lists in JSON
+    assert settings == {key: value for key, value in recorded.items() if key not in MAY_CHANGE_ON_RESUME}
     card = (run / "adapter/README.md").read_text()
     assert (
         f"Held-out loss: {losses[0]:.4f} for the base model, {losses[2]:.4f} with the adapter (nats per token)." in card
