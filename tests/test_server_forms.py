@@ -98,7 +98,7 @@ def test_gguf_adapter_equals_the_trained_adapter(models, tmp_path, smollm):
         leaves["lora_B"] = 1.5 * leaves["lora_B"]
     form = convert_for_server("llama.cpp", adapter, spec, 0)
     sentence = write_gguf((adapter, spec), form, models[True], tmp_path / "made")
-    assert "each of 21 weights" in sentence
+    assert "the deltas of 21 weights" in sentence
     reader = gguf.GGUFReader(tmp_path / "made" / FILE)
     fields = {name: reader.fields[name].contents() for name in ("general.type", "adapter.type", "general.architecture")}
     assert list(fields.values()) == ["adapter", "lora", "llama"]
@@ -127,7 +127,7 @@ def test_gguf_row_order_matches_a_real_file(smollm):
         ({"modules_to_save": ("lm_head",)}, 0, "vLLM does not support modules_to_save=lm_head. Merge"),
         ({"peft_type": "IA3"}, 0, "vLLM does not support IA3. Merge"),
         ({"rank": 17}, 0, "rank 17, but vLLM would be started with a maximum rank of 16. Add --max_lora_rank 32"),
-        ({"rank": 600}, 512, "rank 600 exceeds vLLM's limit of 512. Merge"),
+        ({"rank": 600}, 512, "Rank 600 exceeds vLLM's limit of 512. Merge"),
     ],
 )
 def test_unsupported_adapters_are_refused_before_writing(changes, max_rank, message):

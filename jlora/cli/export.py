@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="load it with PEFT, and compare logits and answers")
     parser.add_argument(
-        "--for", dest="loader", choices=SERVERS, default="", help="the server; verifies the adapter too"
+        "--for", dest="server", choices=SERVERS, default="", help="the server; verifies the adapter too"
     )
     parser.add_argument("--max_lora_rank", type=int, default=0, help="vLLM's --max-lora-rank; default: 16")
     parser.add_argument("--merged", action="store_true", help="write base model and adapter as one model, RUN/merged")
@@ -37,21 +37,21 @@ def main(argv: list[str]) -> None:
             parser.error("--check ADAPTER requires --base, and no other option.")
         print(check_base_match(arguments.check, resolve_base(arguments.base)))
         return
-    run, loader, merged = arguments.run, arguments.loader, arguments.merged
+    run, server, merged = arguments.run, arguments.server, arguments.merged
     if not (run or merged):
         parser.error("--run is not set. Set it to the output_dir of a run.")
     if not run and not (arguments.output and (arguments.base or arguments.adapter)):
         parser.error("--merged requires --run, or --output with --adapter, --base or both.")
     if (arguments.base or arguments.adapter) and (run or not merged):
         parser.error("--base and --adapter require --merged, and cannot be combined with --run.")
-    if merged and (arguments.verify or loader):
+    if merged and (arguments.verify or server):
         parser.error("--verify and --for cannot be combined with --merged.")
     if not run:
         merge_directory(arguments.adapter, arguments.base, arguments.output)
         print(f"Wrote the merged model to {arguments.output}")
         return
     step = find_step(run, arguments.step)
-    name = "merged" if merged else "adapter" if loader in ("", "peft") else f"adapter-{loader}"
+    name = "merged" if merged else "adapter" if server in ("", "peft") else f"adapter-{server}"
     target = arguments.output or default_output(run, name, arguments.step, step)
     if merged:
         merge_run(run, step, target)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     if target.exists() and arguments.verify:
         print(f"Verifying the existing {target} against the checkpoint of step {step}")
     else:
-        export_adapter(run, target, step, loader, arguments.max_lora_rank)
+        export_adapter(run, target, step, server, arguments.max_lora_rank)
         print(f"Exported the adapter from step {step} to {target}")
     if arguments.verify:
         print(verify_adapter(run, target, step).sentence)

@@ -78,13 +78,13 @@ def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "be
     return verify(read_record(run, "--run"), *load_adapter(run, number), adapter or run / "adapter")
 
 
-def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> None:
+def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> None:
     record = read_record(run, "--run")
     trained = adapter, spec = load_adapter(run, step)
     tokenizer = trained_tokenizer(record)
-    if loader:
-        adapter, spec = convert_for_server(loader, adapter, spec, max_rank)
-    if loader == "llama.cpp":
+    if server:
+        adapter, spec = convert_for_server(server, adapter, spec, max_rank)
+    if server == "llama.cpp":
         print(write_gguf(trained, (adapter, spec), Path(record["base"]["directory"]), target))
         return
     directory = Path(record["base"]["directory"])
@@ -103,7 +103,7 @@ def _export(run: Path, step: int, target: Path, loader: str, max_rank: int) -> N
         return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
 
     about = card(config, metadata, own_template=bool(template))
-    write_adapter(adapter, spec, config, about, target, metadata, certify if loader else None, template)
+    write_adapter(adapter, spec, config, about, target, metadata, certify if server else None, template)
 
 
 def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:

@@ -44,22 +44,22 @@ def convert_for_server(name: str, adapter: Adapter, spec: AdapterSpec, max_rank:
     Raises:
       UserError: the server does not support such an adapter, or its rank.
     """
-    loader = SERVERS[name]
-    if not loader.plain:
+    server = SERVERS[name]
+    if not server.plain:
         return adapter, spec
     for what in plain_lora.unsupported_as_lora(spec):
-        raise UserError(f"--for {name}: {loader.title} does not support {what}. {MERGE}")
+        raise UserError(f"--for {name}: {server.title} does not support {what}. {MERGE}")
     if not plain_lora.is_uniform_lora(spec):
         adapter, spec = plain_lora.to_plain_lora(adapter, spec)
-    largest = max_rank or loader.usual
-    if loader.ranks and (largest not in loader.ranks or spec.rank > largest):
-        fits = [size for size in loader.ranks if size >= spec.rank]
+    largest = max_rank or server.usual
+    if server.ranks and (largest not in server.ranks or spec.rank > largest):
+        fits = [size for size in server.ranks if size >= spec.rank]
         if not fits:
             raise UserError(
-                f"--for {name}: Rank {spec.rank} exceeds {loader.title}'s limit of {loader.ranks[-1]}. {MERGE}"
+                f"--for {name}: Rank {spec.rank} exceeds {server.title}'s limit of {server.ranks[-1]}. {MERGE}"
             )
         raise UserError(
-            f"--for {name}: The adapter has rank {spec.rank}, but {loader.title} would be started with a maximum rank "
-            f"of {largest}. Add --max_lora_rank {fits[0]}, and start {loader.title} with --max-lora-rank {fits[0]}."
+            f"--for {name}: The adapter has rank {spec.rank}, but {server.title} would be started with a maximum rank "
+            f"of {largest}. Add --max_lora_rank {fits[0]}, and start {server.title} with --max-lora-rank {fits[0]}."
         )
     return adapter, spec
