@@ -112,7 +112,7 @@ def test_wrong_settings_are_reported(config_path, result):
         jlora.load_config(config_path, lora_rnk=8)
     with pytest.raises(jlora.UserError, match=r"batch_size=0.*\n.*learning_rate=-1"):
         jlora.load_config(config_path, ["--config.learning_rate=-1"], batch_size=0)
-    with pytest.raises(jlora.UserError, match=r"The config is not valid:\n  train_data_dir=''"):
+    with pytest.raises(jlora.UserError, match=r"The config is not valid:\n  train_data_dir is not set"):
         jlora.finetune(jlora.Config())
     with pytest.raises(jlora.UserError, match="already contains a run"):
         jlora.finetune(jlora.load_config(config_path))

@@ -172,8 +172,8 @@ def test_run_with_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     assert "from step 2, exactly" in capsys.readouterr().out
     one, other = (load_file(tmp_path / place / "adapter" / WEIGHTS) for place in ("whole", "halved"))
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-    generator, voices = loading.load_model(str(tiny), {"adapter": tmp_path / "whole/adapter"})
-    adapter = voices.adapters["adapter"]
+    generator, adapters = loading.load_model(str(tiny), {"adapter": tmp_path / "whole/adapter"})
+    adapter = adapters.by_name["adapter"]
     trained, spec = load_adapter(tmp_path / "whole", 4)
     graphdef, _, _ = hf_loader.abstract_model(read_config(tiny), spec, FLOAT32_COMPUTE)
     same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)

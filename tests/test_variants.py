@@ -176,7 +176,7 @@ def test_new_adapters_have_no_effect_and_padding_stays_zero(models, changes):
 def test_pissa_rank_above_the_number_of_components_is_refused(models):
     spec = AdapterSpec(65, 8.0, 0.0, ("k_proj",), init_lora_weights="pissa")
     ours = Ours(models[True], spec)
-    with pytest.raises(UserError, match="rank 65 for k_proj, which has only 64 singular components"):
+    with pytest.raises(UserError, match="rank 65 for k_proj, which has 64 singular components"):
         params.start(spec, ours.shapes, ours.base, jax.random.key(0))
 
 
