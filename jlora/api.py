@@ -4,7 +4,7 @@
     result = jlora.finetune(jlora.load_config("configs/law.py", learning_rate=5e-4))
     model = jlora.load_model(adapters={"law": result.adapter})
     print(model.answer("Must a labor contract be in writing?", adapter="law"))
-    print(jlora.verify_adapter(result.run).sentence)
+    print(jlora.verify_adapter(result.run, result.adapter, result.step).sentence)
 
 The programs call these functions, so results are the same:
 
@@ -22,10 +22,10 @@ Errors: UserError says what to change in a config, file or argument (programs ex
 that an exported adapter does not compute what was trained (programs exit with code 1).
 """
 
+import dataclasses
 import json
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Result:
     """How a run ended. Losses are mean losses on the held-out set, in nats per target token; None without one."""
 
@@ -104,7 +104,9 @@ def finetune(config: Config) -> Result:
     Raises:
       UserError: the config, the data or the base model must change; or training diverged. Saved checkpoints remain.
     """
-    if problems := validate(config):
+    settings, problems = files.typed(dataclasses.asdict(config))
+    config = Config(**settings)
+    if problems := problems + validate(config):
         raise UserError("\n  ".join(["The config is not valid:", *problems]))
     choose_platform(config)
     processes.connect(config.coordinator_address, config.num_processes, config.process_id)

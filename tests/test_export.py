@@ -105,11 +105,11 @@ def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkey
     assert not config["alpha_pattern"] and not config["rank_pattern"]
     parity = json.loads((other / "adapter-vllm" / peft_io.PARITY).read_text())
     assert parity["largest_logit_difference"] < 1e-3 and parity["equal_greedy_answers"] == len(parity["prompts"]) == 4
-    assert not parity["without_peft"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
+    assert not parity["weaker"] and parity["checked_with"].startswith("PEFT") and "torch" in parity["versions"]
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     main(["--run", str(other), "--for", "peft", "--output", str(tmp_path / "alone")])
     parity = json.loads((tmp_path / "alone" / peft_io.PARITY).read_text())
-    assert parity["without_peft"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
+    assert parity["weaker"] and "a weaker check" in parity["sentence"] and "peft" not in parity["versions"]
     assert peft_config.read_config_file(tmp_path / "alone")["use_rslora"]
     scaling = plain_lora.to_plain_lora
     monkeypatch.setattr(

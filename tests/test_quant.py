@@ -245,7 +245,7 @@ def test_a_4_bit_run_from_training_to_answers(tiny, config_file, tmp_path, monke
     monkeypatch.setattr(verify, "PROMPTS", 2)
     record, step = read_record(run, "--run"), exporter.find_step(run, "latest")
     parity = verify.verify(record, *exporter.load_adapter(run, step), run / "adapter")
-    assert "and the nf4 base model: 2 prompts" in parity.sentence and not parity.without_peft
+    assert "and the nf4 base model: 2 prompts" in parity.sentence and not parity.weaker
     monkeypatch.setattr(hf_loader, "dequantized_weights", lambda base: ())
     with pytest.raises(VerificationError, match="does not compute what was trained"):
         verify.verify(record, *exporter.load_adapter(run, step), run / "adapter")

@@ -179,4 +179,6 @@ def test_run_with_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
     assert list(generator.generate_tokens(adapter, [1, 2, 3], 8)) == list(same.generate_tokens(trained, [1, 2, 3], 8))
     bare = loading.load_model(str(tiny)).generator
-    assert list(same.generate_tokens(same.neutral(trained), [1, 2, 3], 8)) == list(bare.generate_tokens({}, [1, 2, 3], 8))
+    assert list(same.generate_tokens(same.neutral(trained), [1, 2, 3], 8)) == list(
+        bare.generate_tokens({}, [1, 2, 3], 8)
+    )

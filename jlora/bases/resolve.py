@@ -25,7 +25,9 @@ from jlora.common.paths import cache_directory
 # Hub files to download (weights without pickle, configs, tokenizer), and second copies of the weights to skip.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 HUB_COPIES = ["consolidated*", "*/*", "*.fp16.safetensors", "*.fp32.safetensors", "*.bf16.safetensors"]
-LAYOUT = 2  # raise it with any change to gguf.py or gguf_tokenizer.py that alters the files of a converted directory
+LAYOUT = (
+    2  # raise it with any change to gguf_base.py or gguf_tokenizer.py that alters the files of a converted directory
+)
 
 
 class Wheel(NamedTuple):

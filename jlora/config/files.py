@@ -45,10 +45,11 @@ def load_config(path: str, overrides: list[str]) -> Config:
     _apply_overrides(config, overrides)
     values, problems = typed(config.to_dict())
     kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
-    problems += [f"{k}={v!r}: Expected {kinds[k].__name__}." for k, v in values.items() if type(v) is not kinds[k]]
-    if not problems:
+    mistyped = [f"{k}={v!r}: Expected {kinds[k].__name__}." for k, v in values.items() if type(v) is not kinds[k]]
+    problems += mistyped
+    if not mistyped:
         result = Config(**values)
-        problems = validate(result)
+        problems += validate(result)
     if problems:
         raise UserError("\n  ".join([f"{path}: {plural(len(problems), 'setting', ('is', 'are'))} wrong:", *problems]))
     return result

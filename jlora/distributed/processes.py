@@ -62,7 +62,7 @@ def connect(coordinator: str, count: int, index: int) -> None:
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
         )
     except Exception as error:  # JAX's cluster detection may raise anything
-        configured = coordinator or count or index >= 0
+        configured = coordinator or count or index >= 0 or any(map(os.environ.get, PROCESS_COUNT_VARIABLES))
         if not configured and any(text in str(error) for text in UNCONNECTED):
             return
         raise UserError(

@@ -64,7 +64,7 @@ def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "be
 
     Args:
       run: the run's output_dir.
-      adapter: the PEFT directory; None: RUN/adapter.
+      adapter: the PEFT directory; None: where `export_adapter` writes that step.
       step: the step from which it was exported: "best", "latest", or a number.
 
     Returns:
@@ -75,7 +75,9 @@ def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "be
       VerificationError: they disagree, or PEFT warns.
     """
     number = find_step(run, str(step))
-    return verify(read_record(run, "--run"), *load_adapter(run, number), adapter or run / "adapter")
+    return verify(
+        read_record(run, "--run"), *load_adapter(run, number), adapter or default_output(run, "adapter", step, number)
+    )
 
 
 def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> None:

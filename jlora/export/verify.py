@@ -40,7 +40,7 @@ class Parity:
     """How closely an exported adapter computes what was trained."""
 
     checked_with: str
-    without_peft: bool  # read back by jlora, because PyTorch or PEFT is not installed: a weaker check
+    weaker: bool  # read back by jlora, because PyTorch or PEFT is not installed: a weaker check
     prompts: list[str]
     largest_logit_difference: float
     median_logit_difference: float
@@ -71,9 +71,9 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     asked = [row.messages[:-1] or row.messages for row in rows]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
     compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=record["config"]["quantize_base"])
-    without_peft = not all(map(importlib.util.find_spec, ("torch", "peft")))
+    weaker = not all(map(importlib.util.find_spec, ("torch", "peft")))
     peft_warnings: list[str] = []
-    if without_peft:
+    if weaker:
         theirs, their_answers = _read_back(exported, directory, tokenizer, prompts, compute)
     else:
         ends = end_tokens(directory, tokenizer)
@@ -84,10 +84,10 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)])
     largest, median = float(differences.max()), float(np.median(differences))
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
-    packages = ("jax", "flax", "transformers") + (() if without_peft else ("torch", "peft"))
+    packages = ("jax", "flax", "transformers") + (() if weaker else ("torch", "peft"))
     versions = {"jlora": jlora.__version__, **{name: importlib.metadata.version(name) for name in packages}}
     reader = "jlora's own reader (a weaker check: PyTorch and PEFT are not installed)"
-    checked_with = reader if without_peft else f"PEFT {versions['peft']}"
+    checked_with = reader if weaker else f"PEFT {versions['peft']}"
     base = "" if compute.quantize == "none" else f" and the {compute.quantize} base model"
     figures = (
         f"{checked_with} on {exported}{base}: {plural(len(prompts), 'prompt')}, float32 logits differ by at most "
@@ -99,7 +99,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
         raise VerificationError(f"The exported adapter does not compute what was trained ({limits}). {figures}.")
     questions = [messages[-1].content for messages in asked]
     sentence = f"Verified with {figures}"
-    return Parity(checked_with, without_peft, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
+    return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
 
 def _base(directory: Path, compute: ComputeSettings) -> dict[str, Any]:

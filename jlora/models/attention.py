@@ -1,4 +1,5 @@
-"""Causal attention within segments: in XLA by blocks of queries, which runs anywhere, or in a kernel (kernels.py).
+"""Causal attention within segments: in XLA by blocks of queries, which runs anywhere, or in a kernel
+(flash_attention.py).
 
 Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim, b block, t query in a
 block, Q=Gt: the queries of all heads that share a kv head.
@@ -44,7 +45,7 @@ def attention(
         -1 is a prefix at the start of a row: every later query sees it, regardless of the window.
       q_start: position of the first query among the keys (0 in training, `Cache.fill` in decoding).
       window: number of keys that a query sees at most, including its own; None means no limit.
-      backend: "xla", or a kernel of kernels.py, which needs keys and queries of the same row.
+      backend: "xla", or a kernel of flash_attention.py, which needs keys and queries of the same row.
       mesh: splits B and N; used by kernels only.
       packing: bounds on the rows if keys and queries are of the same row. Kernels support no prefix with a window.
 

@@ -23,7 +23,7 @@ def choose_backend(
     """Chooses the backend for `attention.attention`.
 
     Args:
-      setting: "auto", "xla", or a kernel of kernels.py.
+      setting: "auto", "xla", or a kernel of flash_attention.py.
       device: one of the run's devices: a jax.Device or a stand-in for it.
       dtype: dtype of activations.
       longest: tokens in the longest row.
