@@ -17,6 +17,8 @@ from jlora.export import verify
 from jlora.training import setup
 from jlora.training.metrics import Logger
 
+pytestmark = pytest.mark.slow  # it trains a run
+
 
 @pytest.fixture(scope="module")
 def one_device():

@@ -159,6 +159,7 @@ class Wish:
         )
 
 
+@pytest.mark.slow
 def test_kernel_is_chosen_only_if_it_agrees_with_xla(tiny, monkeypatch):
     wish = Wish(tiny)
     assert wish("auto", "cpu") == wish("xla") == ("xla", "")

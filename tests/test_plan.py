@@ -100,6 +100,7 @@ def job_of(file, target, length=128, **changes):
     return make_job(config, read_config(file), FLOAT32_COMPUTE, target, layout), layout
 
 
+@pytest.mark.slow
 def test_memory_is_reported_by_part(small):
     target = hardware.Target("here", jax.devices()[:2], None, None, "")
     seen = forecast(job_of(small, target)[0])
@@ -131,6 +132,7 @@ def test_search_finds_settings_that_fit(small):
     assert "Use a smaller base model" in search.suggest_fix(job.config, None)
 
 
+@pytest.mark.slow
 def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, tmp_path):
 
     monkeypatch.setattr(

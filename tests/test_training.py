@@ -184,6 +184,7 @@ def test_the_prefix_is_shared_only_if_results_stay_the_same(config_file):
     assert prefixes(dataclasses.replace(setup.model_config, sliding_window=4096)) == [0, 0]
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_no_optimizer_state(config_file):
     setup = Setup(config_file(learning_rate=1e-2))
     before = jax.tree.map(np.array, setup.base)

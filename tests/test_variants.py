@@ -212,6 +212,7 @@ def test_dora_dropout_matches_peft():
     assert np.abs(np.asarray(ours(jnp.asarray(x), zero)) - want).max() > 0.1
 
 
+@pytest.mark.slow
 def test_neftune_noise_is_bounded_per_example_and_only_in_training(models):
     segments = jnp.array([[1] * 4 + [2] * 16 + [0] * 4])
     noise = np.asarray(neftune.noise(jnp.zeros((1, 24, 64)), segments, 5.0, jax.random.key(0)))

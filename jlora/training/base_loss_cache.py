@@ -17,7 +17,7 @@ from jlora.common.atomic_io import replace_text
 def cache_file(values: dict[str, Any], arrays: Iterable[np.ndarray]) -> Path:
     """Returns the cache file of the loss that depends on these JSON values and arrays, and on jlora's own code."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for source in sorted(Path(jlora.__file__).parent.rglob("*.py")):  # or a mended bug would leave its number behind
+    for source in sorted(Path(jlora.__file__).parent.rglob("*.py")):  # a fixed bug must not leave its number behind
         digest.update(source.read_bytes())
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
