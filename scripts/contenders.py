@@ -35,7 +35,7 @@ def prepare(scratch: str, config_file: str, shape: str, steps: str, *overrides: 
     directory = random_base(Path(scratch) / shape, shape, tokenizer_of) if shape else tokenizer_of
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     rows, _ = read_rows(config)
-    examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training")
+    examples = read_examples(config, tokenizer, end_tokens(directory, tokenizer), rows, "training", model.vocab_size)
     _, batches, _ = make_run_batches(config, model, examples, [], jax.device_count())
     compute = choose_compute(config, jax.devices()[0])
     _, _, shapes = hf_loader.abstract_model(model, spec_of(vars(config)), compute)

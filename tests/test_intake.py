@@ -305,5 +305,5 @@ def test_prompts_tokenized_differently_when_served_are_reported(
     made = config("User: a?\nLawyer: Under Article 2, yes.\n")
     said = []
     rows, _ = data_pipeline.read_rows(made, said.append)
-    data_pipeline.read_examples(made, tokenizer, end_tokens(smollm, tokenizer), rows, "training", said.append)
+    data_pipeline.read_examples(made, tokenizer, end_tokens(smollm, tokenizer), rows, "training", 49152, said.append)
     assert any("The tokens before an answer depend on the answer (" in line for line in said) == differs

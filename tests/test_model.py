@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from conftest import VOCABULARY, make_model
 from flax import nnx
 
 from jlora.adapters import params
@@ -21,7 +21,7 @@ from jlora.models.families import read_config
 from jlora.models.kv_cache import empty_kv_cache
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
-TOKENS = np.random.RandomState(0).randint(0, 49152, (2, 700)).astype(np.int32)  # beyond one block of queries
+TOKENS = np.random.RandomState(0).randint(0, VOCABULARY, (2, 700)).astype(np.int32)  # beyond one block of queries
 
 
 def load(directory, spec=SPEC, compute=FLOAT32_COMPUTE):

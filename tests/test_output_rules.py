@@ -69,7 +69,7 @@ def test_rules_show_complete_lines_and_hide_refused_answers(tmp_path):
         ("- replace: x", "Rule 1: Expected `refuse` and `say`, or `replace` and `with`"),
         ("- replace: x\n  say: y", "Rule 1: Expected `refuse` and `say`"),
         ("- refuse: 5\n  say: y", "Expected strings in quotes for refuse and say, found {'refuse': 5"),
-        ("- refuse: '('\n  say: y", "Rule 1: missing \\), unterminated subpattern"),
+        ("- refuse: '('\n  say: y", "Rule 1: '\\(' is not a valid regular expression"),
         ("- refuse: 'x*'\n  say: y", "'x\\*' matches the empty string"),
         ("- nothing\n- refuse: '('\n  say: y", "contains 2 invalid rules"),
     ],
@@ -80,3 +80,10 @@ def test_invalid_rules_are_reported(tmp_path, text, message):
         read_rules(tmp_path / "rules.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         read_rules(tmp_path / "none.yaml")
+
+
+def test_a_slow_pattern_is_stopped(tmp_path):
+    (tmp_path / "rules.yaml").write_text("- refuse: '((.|..)+)+[A-Z]'\n  say: 'no'\n")
+    rules = read_rules(tmp_path / "rules.yaml")
+    with pytest.raises(UserError, match="takes more than 2 s to match"):
+        list(filtered(["it is a long answer " * 20], rules))

@@ -166,7 +166,7 @@ def test_lengths_come_from_the_data_if_it_exists(config_file, varied_pairs, caps
     file = config_file(train_data_dir=str(varied_pairs), batch_size=8)
     plan.main(["--config", str(file), "--only"])
     said = capsys.readouterr().out
-    assert "of 8 x 112 tokens; row lengths from " in said, said
+    assert "of 8 x 152 tokens; row lengths from " in said, said
 
 
 def plan_of(row):

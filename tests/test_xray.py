@@ -13,6 +13,7 @@ from conftest import command, process_options, run_program
 
 from jlora.cli import data as program
 from jlora.common.errors import UserError
+from jlora.common.terminal import escape_controls
 from jlora.data import preview
 from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example
@@ -50,7 +51,7 @@ def test_html_page_is_self_contained_and_escaped(tokenizer, example):
     assert "<script" not in page and "http" not in page and "src=" not in page and "\u202e" not in page
     assert "a &lt; b {x}" in page and "&lt;title&gt;" in page and "&lt;b&gt;.txt:1" in page
     marked = [html.unescape(text) for text in re.findall(r"<mark>(.*?)</mark>", page, re.DOTALL)]
-    assert marked == ["Marked", preview.escape_controls(f"{EVIL}<|im_end|>"), "b<|im_end|>"]
+    assert marked == ["Marked", escape_controls(f"{EVIL}<|im_end|>"), "b<|im_end|>"]
 
 
 def test_preview_needs_no_weights(tiny, config_file, tmp_path):
@@ -134,9 +135,9 @@ def test_preview_and_training_report_the_same_errors(config_file, tmp_path, tiny
 
 def test_overlong_examples_are_reported(config_file, varied_pairs, capsys):
     for how, said in (("drop", "dropped"), ("truncate", "truncated"), ("split", "split")):
-        file = config_file(train_data_dir=str(varied_pairs), max_seq_length=90, overlong=how)
+        file = config_file(train_data_dir=str(varied_pairs), max_seq_length=120, overlong=how)
         program.main(["--config", str(file), "--rows", "0"])
         out = capsys.readouterr().out
-        assert re.search(rf"training: {said} \d+ of 40 examples longer than 90 tokens.*overlong={how}", out), out
+        assert re.search(rf"training: {said} \d+ of 40 examples longer than 120 tokens.*overlong={how}", out), out
         lengths = [int(n) for n in re.findall(r": (\d+) tokens, \d+ trained on", out)]
-        assert max(lengths) <= 90 and len(lengths) == int(re.search(r"training: (\d+) examples", out)[1])
+        assert max(lengths) <= 120 and len(lengths) == int(re.search(r"training: (\d+) examples", out)[1])

@@ -1,15 +1,18 @@
 """Converts adapter_config.json, in which PEFT describes an adapter, to AdapterSpec and back."""
 
+import contextlib
 import dataclasses
-import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from jlora.adapters.methods import METHODS, base_method, choices, method_class
 from jlora.adapters.spec import EMBEDDINGS, NO_ADAPTER, TARGETS, AdapterSpec
-from jlora.common import hf_names
+from jlora.common import hf_names, patterns, typed_json
 from jlora.common.errors import UserError
+from jlora.common.typed_json import Whole
 
 CONFIG = "adapter_config.json"
 # Fields that jlora reads, and fields that do not affect the numbers.
@@ -20,7 +23,37 @@ SILENT = set(
     "megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config runtime_config".split()
 )
 FIXED = {"bias": "none"}  # all other fields must be off, because jlora does not support them
+Rank = Annotated[Whole, pydantic.Field(gt=0, le=65_536)]
+Alpha = Annotated[float, pydantic.Field(ge=-1e6, le=1e6)]
 DRAWN = (None, True, False, "gaussian", "orthogonal", "eva")  # initial values that leave the base model unchanged
+
+
+class Fields(typed_json.Strict):
+    """The types of the fields that jlora reads."""
+
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    r: Rank | None = None
+    lora_alpha: Alpha | None = None
+    lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: bool | str | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    layers_to_transform: list[Annotated[Whole, pydantic.Field(ge=0)]] | Whole | None = None
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool | None = None
+    feedforward_modules: list[str] | str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_alphas(self) -> "Fields":
+        if 0 in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
+            raise ValueError("lora_alpha or an alpha in alpha_pattern = 0 (expected another number: 0 turns it off)")
+        return self
 
 
 def peft_config(spec: AdapterSpec, base: str, revision: str | None, *, tied: bool) -> dict[str, Any]:
@@ -31,6 +64,10 @@ def peft_config(spec: AdapterSpec, base: str, revision: str | None, *, tied: boo
       revision: its commit; None for a directory.
       tied: whether the base model's head is its embedding table.
     """
+    own = method_class(spec).peft_fields(spec, tied=tied)
+    if "lora_alpha" in own:  # an integer in PEFT, and Ollama reads nothing else
+        alphas = {pattern: typed_json.whole(alpha) for pattern, alpha in own["alpha_pattern"].items()}
+        own |= {"lora_alpha": typed_json.whole(own["lora_alpha"]), "alpha_pattern": alphas}
     return {
         "peft_type": spec.peft_type,
         "task_type": "CAUSAL_LM",
@@ -40,7 +77,7 @@ def peft_config(spec: AdapterSpec, base: str, revision: str | None, *, tied: boo
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        **method_class(spec).peft_fields(spec, tied=tied),
+        **own,
     }
 
 
@@ -48,26 +85,35 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     """Returns the content of a PEFT directory's adapter_config.json.
 
     Raises:
-      UserError: the file does not exist or cannot be read.
+      UserError: the file does not exist, cannot be read, or has a field of the wrong type.
     """
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        config = typed_json.read_object(directory / CONFIG)
+    except (FileNotFoundError, NotADirectoryError):
         inside = f" Did you mean {directory / 'adapter'}?" if (directory / "adapter" / CONFIG).is_file() else ""
         raise UserError(
             f"Adapter {directory}: Expected a directory with {CONFIG} and adapter_model.safetensors.{inside}"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"Adapter {directory} is damaged or unreadable: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"Adapter {directory}: {CONFIG} is not a JSON object.")
-    return config
+    fields, problems = typed_json.parse(Fields, config)
+    if problems:
+        raise UserError(f"Adapter {directory}: {CONFIG} has {'; '.join(problems)}.")
+    return config | fields.model_dump(exclude_unset=True)
 
 
 def base_of(directory: Path) -> tuple[str, str]:
-    """Returns the base model that a PEFT directory names, and its revision ("" if it names none)."""
+    """Returns the base model that a PEFT directory names, and its revision ("" if it names none).
+
+    Raises:
+      UserError: it names no base model.
+    """
     config = read_config_file(directory)
-    return config["base_model_name_or_path"], config.get("revision") or ""
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"Adapter {directory}: {CONFIG} does not name its base model (base_model_name_or_path={base!r}). "
+            "Pass the base model that it was trained on, with --base."
+        )
+    return base, config.get("revision") or ""
 
 
 def read_spec(directory: Path, layers: int) -> AdapterSpec:
@@ -95,17 +141,33 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
     if saved and kind in kinds and "modules_to_save" in base_method(kind).unused:
         problems.append(f"modules_to_save with peft_type={kind}")
     forward = config.get("feedforward_modules") or []
-    if not isinstance(forward, list) or not set(forward) <= set(TARGETS):
+    with _named(directory):
+        targets = _targets(config, layers)
+    if not isinstance(forward, list) or not {name.split(".")[-1] for name in forward} <= set(TARGETS):
         problems.append(f"feedforward_modules={forward!r} (expected some of {', '.join(TARGETS)})")
-    targets = _targets(config, layers)
+    elif mixed := _not_forward(targets, forward):
+        problems.append(f"feedforward_modules={forward!r} without {mixed[0]} (expected all modules of a kind, or none)")
     if not targets:
         problems.append(f"target_modules={config.get('target_modules')!r} (expected some of {', '.join(TARGETS)})")
     if problems:
         raise UserError(f"Adapter {directory} has settings that jlora does not support: {'; '.join(problems)}.")
-    if not config.keys() >= set(base_method(kind).required):
+    if any(config.get(field) is None for field in base_method(kind).required):
         raise UserError(f"Adapter {directory}: {CONFIG} must set {' and '.join(base_method(kind).required)}.")
     spec = dataclasses.replace(NO_ADAPTER, target_modules=targets, **_chosen(config, kind))
-    return dataclasses.replace(spec, **method_class(spec).read_fields(config))
+    spec = dataclasses.replace(spec, **method_class(spec).read_fields(config))
+    with _named(directory):  # matches all patterns, which may be broken or slow
+        for module in hf_names.projections():
+            spec.ranks(module, layers), spec.alphas(module, layers)
+    return spec
+
+
+@contextlib.contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    """Names the adapter in the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"Adapter {directory}: {error}") from None
 
 
 def _chosen(config: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -115,6 +177,13 @@ def _chosen(config: dict[str, Any], kind: str) -> dict[str, Any]:
         if (bool(config.get(key)) if value is True else config.get(key)) == value:
             chosen[key] = value
     return chosen
+
+
+def _not_forward(targets: tuple[str, ...], forward: list[str]) -> list[str]:
+    """Returns the targets that are not in `feedforward_modules`, but of the same kind as one that is."""
+    kinds = {name.split(".")[-1] for name in forward}
+    named = [target for target in targets if target.split(".")[-1] in kinds]
+    return [target for target in named if not any(target == name or target.endswith(f".{name}") for name in forward)]
 
 
 def _targets(config: dict[str, Any], layers: int) -> tuple[str, ...]:
@@ -132,7 +201,7 @@ def _targets(config: dict[str, Any], layers: int) -> tuple[str, ...]:
 
     def matches(words: list[str] | str, name: str) -> bool:
         if isinstance(words, str):
-            return re.fullmatch(words, name) is not None
+            return patterns.matches(words, name)
         return any(name == word or name.endswith(f".{word}") for word in words)
 
     paths = (path for path in hf_names.NAMES if path[-1] == "weight" and path[-2] in TARGETS)

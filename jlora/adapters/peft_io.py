@@ -16,7 +16,7 @@ from jlora.adapters.methods import TABLE, make_method
 from jlora.adapters.methods.method import Leaves, Method
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import CONFIG, read_config_file
-from jlora.adapters.provenance import WEIGHTS
+from jlora.adapters.provenance import TENSORS, WEIGHTS, metadata, tensors_hash
 from jlora.adapters.spec import AdapterSpec
 from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
@@ -24,6 +24,7 @@ from jlora.common.errors import UserError
 from jlora.common.plural import plural
 
 PREFIX = "base_model.model."
+FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 PARITY, TEMPLATE = "parity.json", "chat_template.jinja"
 
 
@@ -96,9 +97,10 @@ def write_adapter(
     if target.exists():
         raise UserError(f"{target} exists, and jlora never overwrites. Choose another directory with --output.")
     named = tensors(adapter, spec, tied=config.get("ensure_weight_tying") is True)
+    notes = {**(notes or {}), TENSORS: tensors_hash(named)}
     try:
         with new_directory(target) as made:
-            (made / WEIGHTS).write_bytes(_in_order(save(named, metadata={"format": "pt", **(notes or {})})))
+            (made / WEIGHTS).write_bytes(_in_order(save(named, metadata={"format": "pt", **notes})))
             (made / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (made / "README.md").write_text(card, encoding="utf-8")
             if template:
@@ -130,7 +132,7 @@ def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: b
     Raises:
       UserError: the file cannot be read, or a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
-    found = _read_tensors(directory)
+    found = read_tensors(directory)
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     for name, leaves, layer, rank, method in _places(adapter, spec):
         if method is None:
@@ -170,7 +172,12 @@ def _take(found: dict[str, np.ndarray], name: str, expected: tuple[int, ...], di
     return values
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a PEFT directory, as float32.
+
+    Raises:
+      UserError: the file cannot be read, has a tensor that is not of floats, or differs from what jlora wrote.
+    """
     read_config_file(directory)  # first, for a clear error if the directory is not an adapter
     if not (directory / WEIGHTS).is_file():
         pickled = sorted(path.name for path in directory.glob("*.bin"))
@@ -182,6 +189,17 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
         raise UserError(f"Adapter {directory}: Expected a directory with {CONFIG} and {WEIGHTS}.")
     try:
         with safe_open(directory / WEIGHTS, framework="numpy") as file:
-            return {name: file.get_tensor(name).astype(np.float32) for name in list(file.keys())}
+            names = list(file.keys())
+            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+            if odd := [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]:
+                raise UserError(f"Adapter {directory}: {odd[0]}, expected {', '.join(FLOATS)}.")
+            found = {name: file.get_tensor(name).astype(np.float32) for name in names}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"Adapter {directory} is damaged or unreadable: {error}.") from None
+    recorded = metadata(directory / WEIGHTS).get(TENSORS)
+    if recorded and recorded != (actual := tensors_hash(found)):
+        raise UserError(
+            f"Adapter {directory} is damaged: the hash of its tensors is {actual[:12]}, but it was written with "
+            f"{recorded[:12]}. Export or copy it again."
+        )
+    return found

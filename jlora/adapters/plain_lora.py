@@ -1,5 +1,7 @@
 """The portable form, which every server reads correctly: LoRA with one rank and scale 1."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,16 @@ def unsupported_as_lora(spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the features of an adapter that the portable form cannot express, by their names in messages."""
     tables = (f"modules_to_save={','.join(spec.modules_to_save)}",) if spec.modules_to_save else ()
     return (*(part.title for part in component_methods(spec) if not part.portable), *tables)
+
+
+def deltas(adapter: Adapter, spec: AdapterSpec) -> Iterator[tuple[tuple[str, ...], int, np.ndarray]]:
+    """Yields what an adapter adds to each weight: the path of the module, the layer, and the delta [o, i]; float64."""
+    for path, leaves in params.modules(jax.device_get(adapter)):
+        method = make_method(spec, params.projection(path))
+        site = method.site(len(next(iter(leaves.values()))))
+        for layer, (rank, scale) in enumerate(zip(site.ranks, site.scales, strict=True)):
+            a, b = method.pair({part: leaf[layer] for part, leaf in leaves.items()}, rank)
+            yield path, layer, scale * np.asarray(b, np.float64) @ np.asarray(a, np.float64)
 
 
 def to_plain_lora(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSpec]:

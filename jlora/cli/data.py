@@ -39,13 +39,15 @@ def main(argv: list[str]) -> None:
 
     rows, held_out_rows = data_pipeline.read_rows(config, log)
     directory = resolve_base(config.base_model, config.revision, weights=False)
-    tokenizer = load_tokenizer(directory, config.chat_template)
+    model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     ends = end_tokens(directory, tokenizer)
-    examples = data_pipeline.read_examples(config, tokenizer, ends, rows, "training", log)
+    examples = data_pipeline.read_examples(config, tokenizer, ends, rows, "training", model.vocab_size, log)
     held_out: SizedExamples | list[Example] = []
     if held_out_rows:
-        held_out = data_pipeline.read_examples(config, tokenizer, ends, held_out_rows, "held out", log)
-    steps, batches, _ = data_pipeline.make_run_batches(config, read_config(directory), examples, held_out, devices=1)
+        held_out = data_pipeline.read_examples(
+            config, tokenizer, ends, held_out_rows, "held out", model.vocab_size, log
+        )
+    steps, batches, _ = data_pipeline.make_run_batches(config, model, examples, held_out, devices=1)
     for line in preview.length_histogram(examples.sizes[:, 0]):
         log(line)
     log(f"On one device: {preview.batch_summary(batches, steps)}")
@@ -61,4 +63,5 @@ def main(argv: list[str]) -> None:
         return
     color = sys.stdout.isatty()
     for example in shown:
-        print(f"\n{preview.example_heading(example)}\n{preview.as_text(tokenizer, example, color=color)}")
+        print(f"\n{preview.example_heading(example)}")
+        print(preview.as_text(tokenizer, example, color=color), file=getattr(sys.stdout, "unescaped", sys.stdout))

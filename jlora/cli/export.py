@@ -10,6 +10,7 @@ from pathlib import Path
 from jlora import export_adapter, verify_adapter
 from jlora.bases.resolve import resolve_base
 from jlora.export.base_match import check_base_match
+from jlora.export.converted import convert_directory
 from jlora.export.exporter import default_output, find_step, merge_directory, merge_run
 from jlora.export.servers import SERVERS
 
@@ -29,8 +30,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_lora_rank", type=int, default=0, help="vLLM's --max-lora-rank; default: 16")
     parser.add_argument("--merged", action="store_true", help="write base model and adapter as one model, RUN/merged")
     parser.add_argument("--check", type=Path, metavar="ADAPTER", help="check that a PEFT directory matches --base")
-    parser.add_argument("--adapter", type=Path, help="with --merged: a PEFT directory, instead of --run")
-    parser.add_argument("--base", default="", help="with --merged, instead of --run, or with --check: the base model")
+    parser.add_argument("--adapter", type=Path, help="with --merged or --for: a PEFT directory, instead of --run")
+    parser.add_argument("--base", default="", help="with --adapter, --merged or --check: the base model")
     arguments = parser.parse_args(argv)
     if arguments.check:
         if not arguments.base or arguments.run or arguments.merged:
@@ -38,14 +39,22 @@ def main(argv: list[str]) -> None:
         print(check_base_match(arguments.check, resolve_base(arguments.base)))
         return
     run, server, merged = arguments.run, arguments.server, arguments.merged
-    if not (run or merged):
+    converts = arguments.adapter and server and not merged
+    if not (run or merged or converts):
         parser.error("--run is not set. Set it to the output_dir of a run.")
+    if converts and not arguments.output:
+        parser.error("--for with --adapter requires --output, a new directory.")
     if not run and not (arguments.output and (arguments.base or arguments.adapter)):
         parser.error("--merged requires --run, or --output with --adapter, --base or both.")
-    if (arguments.base or arguments.adapter) and (run or not merged):
-        parser.error("--base and --adapter require --merged, and cannot be combined with --run.")
+    if (arguments.base or arguments.adapter) and (run or not (merged or converts)):
+        parser.error("--base and --adapter require --merged or --for, and cannot be combined with --run.")
     if merged and (arguments.verify or server):
         parser.error("--verify and --for cannot be combined with --merged.")
+    if converts:
+        rank = arguments.max_lora_rank
+        print(convert_directory(arguments.adapter, arguments.base, arguments.output, server, rank))
+        print(f"Wrote the adapter for {server} to {arguments.output}")
+        return
     if not run:
         merge_directory(arguments.adapter, arguments.base, arguments.output)
         print(f"Wrote the merged model to {arguments.output}")

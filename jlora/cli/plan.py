@@ -83,7 +83,7 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
         ends = end_tokens(directory, tokenizer)
-        examples = read_examples(config, tokenizer, ends, rows, "training", lambda line: None)
+        examples = read_examples(config, tokenizer, ends, rows, "training", model.vocab_size, lambda line: None)
         return layout_from_examples(model, examples), f"row lengths from {config.train_data_dir}"
     length = tokens or config.max_seq_length
 

@@ -4,12 +4,14 @@
 (traceback); 130 stopped by Ctrl-C.
 """
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable
 
 from jlora.common.errors import UserError, VerificationError
+from jlora.common.terminal import CONTROL_BESIDE_BARS, EscapedStream
 
 # Command -> description; each runs as `jlora COMMAND`, `python -m jlora COMMAND` and `python -m jlora.COMMAND`.
 COMMANDS = {
@@ -44,6 +46,13 @@ def run_command(name: str, arguments: list[str] | None = None) -> None:
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs `main(arguments)`; turns exceptions into messages and exit codes. JLORA_DEBUG=1 shows all tracebacks."""
+    out = EscapedStream(sys.stdout)
+    err = EscapedStream(sys.stderr, CONTROL_BESIDE_BARS)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        _run(main, arguments)
+
+
+def _run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     try:
         main(arguments)
     except (UserError, VerificationError) as error:

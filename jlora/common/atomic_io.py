@@ -1,10 +1,19 @@
 """Atomic file and directory writes: readers see the complete result or nothing, even if the writer is killed."""
 
 import errno
+import os
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock, so leftovers of killed writers stay there
+    fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished-"  # name prefix of files that a killed writer may leave behind
 
@@ -36,12 +45,46 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def unnamed_directory(parent: Path) -> Iterator[Path]:
-    """Yields an empty directory for `publish_directory` to move into `parent`; removes it if that does not happen."""
+    """Yields an empty directory for `publish_directory` to move into `parent`; removes it if that does not happen.
+
+    A lock on its parent shows that the writer lives; what killed writers left beside it is removed first.
+    """
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED) as scratch:
+    _remove_leftovers(parent)
+    unnamed = tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED, ignore_cleanup_errors=True)
+    with unnamed as scratch, _locked(Path(scratch)):
         made = Path(scratch) / "new"
-        made.mkdir()
+        made.mkdir(parents=True)
         yield made
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Locks a directory, unless it is locked; yields whether it is locked by us now."""
+    if not fcntl:
+        yield False
+        return
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # by its writer; or the file system has no locks
+            yield False
+            return
+        yield True
+    finally:
+        os.close(opened)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Removes the unfinished directories whose writer is gone; in its first seconds it may not have locked its own."""
+    for path in parent.glob(UNFINISHED + "[a-z0-9_]" * 8):  # as tempfile names them
+        with suppress(OSError):  # just removed, or not ours
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode) and time.time() - status.st_ctime > 10:
+                with _locked(path) as gone:
+                    if gone:
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 def publish_directory(made: Path, target: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.data.named_templates import TEMPLATES
@@ -10,10 +12,15 @@ from jlora.data.named_templates import TEMPLATES
 TEXT = "text"  # the role of the only message when the conversation is plain text
 
 
+class TemplateError(UserError):
+    """The chat template does not accept a conversation, or is broken."""
+
+
 def render_chat(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
     """Renders each list of turns with the chat template; `prompt` appends the opening of the assistant's next turn.
 
     Raises:
+      TemplateError: the template does not accept a conversation, or is broken.
       UserError: the base model has no chat template.
     """
     if not conversations:
@@ -28,8 +35,15 @@ def render_chat(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, p
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # apply_chat_template calls this function too, after converting the turns to the form they already have here.
-    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-    return list(render_jinja_template(turns, chat_template=template, add_generation_prompt=prompt, **special)[0])
+    special = tokenizer.special_tokens_map
+    try:
+        template = tokenizer.get_chat_template()
+        return list(render_jinja_template(turns, chat_template=template, add_generation_prompt=prompt, **special)[0])
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"The chat template is broken, line {error.lineno}: {error.message}.") from None
+    except Exception as error:  # a template is a program: it can fail in any way
+        words = str(error).strip().removesuffix(".") or type(error).__name__
+        raise TemplateError(f"The chat template rejects this conversation: {words}.") from None
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
@@ -39,7 +53,13 @@ def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
     """
     if messages[0].role == TEXT:
         return tokenizer(text_opening(tokenizer) + messages[0].content, add_special_tokens=False)["input_ids"]
-    (text,) = render_chat(tokenizer, [messages], prompt=True)
+    try:
+        (text,) = render_chat(tokenizer, [messages], prompt=True)
+    except TemplateError as error:
+        raise UserError(
+            f"{error} Change the turns ({', '.join(message.role for message in messages)}), or correct the template "
+            f"of {tokenizer.name_or_path}."
+        ) from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from jlora.common.errors import UserError
-from jlora.data.chat_template import render_chat, text_closing, text_opening
+from jlora.data.chat_template import TemplateError, render_chat, text_closing, text_opening
 from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example
 
@@ -44,10 +43,10 @@ def encode_conversations(
     _reject_special_tokens(tokenizer, conversations)
     try:
         rendered = _render_all(tokenizer, ends, conversations, train_on)
-    except jinja2.TemplateError as error:
+    except TemplateError as error:
         if len(conversations) > 1:  # encode them one by one, to name the one that fails
             return [encode_conversation(tokenizer, ends, conversation, train_on) for conversation in conversations]
-        raise UserError(f"{conversations[0].where}: The chat template rejects this conversation: {error}.") from None
+        raise UserError(f"{conversations[0].where}: {error}") from None
     encoded = _token_ids(tokenizer, [text for text, _ in rendered])
     locator = _AnswerLocator(tokenizer, ends)
     examples = []

@@ -1,7 +1,6 @@
 """Preview of training data for a terminal, a file or a browser: rows with trained tokens marked, and statistics."""
 
 import html
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from jlora.common.plural import plural
+from jlora.common.terminal import escape_controls
 from jlora.data.batches import Batches
 from jlora.data.examples import Example, SizedExamples
 
 GREEN, RESET = "\x1b[30;42m", "\x1b[0m"  # black on green
 OPEN, CLOSE = "[[", "]]"  # mark trained text without color
 BARS, BAR_WIDTH = 8, 40  # of the length histogram: maximum number of bars, characters
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
@@ -69,11 +68,6 @@ def as_html(tokenizer: Any, title: str, summary: Iterable[str], examples: Sequen
 def example_heading(example: Example) -> str:
     """Returns the place and size of an example."""
     return f"{example.where}: {plural(len(example.tokens), 'token')}, {int(example.loss_mask.sum())} trained on"
-
-
-def escape_controls(text: str) -> str:
-    """Replaces control characters, and those that change the reading direction, with their codes."""
-    return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def batch_summary(batches: Batches, steps: int, most: int = 10_000) -> str:

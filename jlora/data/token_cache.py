@@ -33,21 +33,22 @@ from jlora.data.conversation import Conversation
 from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
 from jlora.data.loss_mask import encode_conversations
 
-LAYOUT = 4  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters the stored data
+LAYOUT = 5  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters the stored data
 SPLIT = "rows"
-SIZES, PREFIX = "sizes.npy", "prefix.npy"
+SIZES, PREFIX, LARGEST = "sizes.npy", "prefix.npy", "largest.npy"
 ROWS_PER_BATCH = 500  # rows encoded at once
 BATCHES_AHEAD = 3  # such batches encoded while earlier ones are written
 PROBE_ROWS = 100  # first rows, hashed alone to find out whether the cache can contain these rows
 
 
 class CachedExamples(SizedExamples):
-    """Examples on disk, read by index."""
+    """Examples on disk, read by index; `largest` is the largest token id."""
 
     def __init__(self, directory: Path) -> None:
         self._source = tfds.builder_from_directory(directory).as_data_source(split=SPLIT)
         self.sizes = np.load(directory / SIZES, mmap_mode="r")
         self.prefix = len(np.load(directory / PREFIX))
+        self.largest = int(np.load(directory / LARGEST))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -85,6 +86,8 @@ def load_or_tokenize(
 
     gc.freeze()  # keeps the garbage collector from scanning all imported modules again and again
     try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache.chmod(0o700)  # the rows are private
         with unnamed_directory(cache) as made:
             expected = operator.length_hint(rows)
             written = _write(_encode_in_background(encode, fingerprint.update(rows)), made, expected)
@@ -93,6 +96,8 @@ def load_or_tokenize(
                     f"The files changed while they were read: {plural(expected, 'row')} at first, {written:,} when "
                     "tokenizing. Start again."
                 )
+            for path in (made, *made.rglob("*")):
+                path.chmod(0o700 if path.is_dir() else 0o600)
             directory = cache / f"{first}-{fingerprint}"
             with contextlib.suppress(FileExistsError):  # another process has written it in the meantime
                 publish_directory(made, directory)
@@ -164,7 +169,7 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
         info, max_examples_per_shard=1 << 20, overwrite=False, file_format="array_record"
     )
     writer.initialize_splits([SPLIT])
-    sizes, prefix = array("i"), np.empty(0, np.int32)
+    sizes, prefix, largest = array("i"), np.empty(0, np.int32), 0
     with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
             writer.add_examples(
@@ -173,8 +178,10 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
             for example in examples:
                 prefix = common_prefix(prefix, example.tokens) if sizes else example.tokens
                 sizes.extend(example_sizes(example.loss_mask))
+                largest = max(largest, int(example.tokens.max()))
             bar.update(len(examples))
     writer.close_all()
     np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 3))
     np.save(directory / PREFIX, prefix)
+    np.save(directory / LARGEST, largest)
     return len(sizes) // 3

@@ -1,12 +1,17 @@
 """Loads the base model's tokenizer, and finds the tokens that end an answer."""
 
-import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jlora.common import typed_json
 from jlora.common.errors import UserError
+from jlora.common.typed_json import Whole
 from jlora.data.named_templates import find_template
+from jlora.data.template_check import find_excess
 
 
 def load_tokenizer(directory: Path, chat_template: str) -> Any:
@@ -29,20 +34,54 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
         from transformers import AutoTokenizer  # lazy: it imports PyTorch if that is installed
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # each file can be broken in many ways, and the libraries name them in many ways
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"The tokenizer of base_model={directory} cannot be read: {reason}.") from None
     if not tokenizer.is_fast:
         raise UserError(f"base_model={directory} has a slow tokenizer. Expected a fast one (tokenizer.json).")
     if chat_template:
         tokenizer.chat_template = find_template(chat_template)
+    if isinstance(tokenizer.chat_template, str) and (excess := find_excess(tokenizer.chat_template)):
+        named = f"chat_template={chat_template}" if chat_template else f"The chat template of base_model={directory}"
+        raise UserError(f"{named} was stopped: {excess}. Set chat_template to another template.")
     tokenizer("")  # this call turns off the truncation and padding that tokenizer.json may set
     return tokenizer
 
 
+class GenerationConfig(typed_json.Strict):
+    """The keys of generation_config.json that jlora reads."""
+
+    eos_token_id: Whole | list[Whole] | None = None
+
+
 def end_tokens(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """Returns the token ids at which the served model stops: the tokenizer's and those of generation_config.json."""
+    """Returns the token ids at which the served model stops: the tokenizer's and those of generation_config.json.
+
+    Raises:
+      UserError: generation_config.json cannot be read, or does not name token ids.
+    """
     path = directory / "generation_config.json"
-    stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    raw = typed_json.read_object(path) if path.is_file() else {}
+    config, problems = typed_json.parse(GenerationConfig, raw)
+    if problems:
+        raise UserError(f"{path} has {'; '.join(problems)}. Correct it, or remove the key.")
+    stops = config.eos_token_id
     ids = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
     return frozenset(token for token in ids if token is not None)
+
+
+def check_embedded(tokenizer: Any, tokens: Sequence[int] | np.ndarray, vocab_size: int, where: str = "") -> None:
+    """Raises a UserError that names the first token without a row in the base model's embedding.
+
+    Args:
+      vocab_size: number of rows of the embedding.
+      where: a prefix of the message, such as "file:line: ".
+    """
+    for token in tokens:
+        if token >= vocab_size:
+            raise UserError(
+                f"{where}The token {tokenizer.convert_ids_to_tokens(int(token))!r} has id {token}, but the base model "
+                f"embeds only ids below {vocab_size}: its tokenizer has tokens that its weights lack. Remove the token "
+                "from the text, or resize the base model with transformers and save it (model.resize_token_embeddings("
+                f"{len(tokenizer)}); model.save_pretrained(NEW_DIR)), and set modules_to_save=embed_tokens,lm_head."
+            )

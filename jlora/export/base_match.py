@@ -4,10 +4,11 @@ from pathlib import Path
 
 from jlora.adapters import provenance
 from jlora.adapters.peft_config import read_config_file, read_spec
-from jlora.adapters.peft_io import TEMPLATE, read_adapter
+from jlora.adapters.peft_io import TEMPLATE, read_adapter, read_tensors
 from jlora.adapters.provenance import WEIGHTS
 from jlora.bases import hashes
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.models import hf_loader
@@ -32,6 +33,7 @@ def check_base_match(adapter: Path, base: Path) -> str:
       UserError: they do not match (the message contains the same lines), or one of them cannot be read.
     """
     read_config_file(adapter)  # first, for a clear error if `adapter` is not an adapter
+    tensors = _check_tensors(adapter)
     recorded, own = provenance.metadata(adapter / WEIGHTS), adapter / TEMPLATE
     here, served = {provenance.BASE: hashes.weights_hash(base)}, ""
     if provenance.TOKENIZER in recorded:
@@ -52,6 +54,7 @@ def check_base_match(adapter: Path, base: Path) -> str:
             lines.append(f"{part}: different ({recorded[key][:12]} in training, {now} here): {advice}")
     if served != here.get(provenance.TEMPLATE, ""):
         lines.append(f"The base model has another chat template: start the server with {own}")
+    lines.append(tensors)
     try:
         _check_shapes(adapter, base)
         lines.append("shapes: compatible")
@@ -62,6 +65,19 @@ def check_base_match(adapter: Path, base: Path) -> str:
     if not match:
         raise UserError("\n  ".join([f"Adapter {adapter} and base model {base} do not match:", *lines]))
     return "\n".join(lines)
+
+
+def _check_tensors(adapter: Path) -> str:
+    """Returns a line about the tensors, which names zero ones; raises a UserError if they are damaged."""
+    found = read_tensors(adapter)
+    zero = sorted(name for name, values in found.items() if not values.any())
+    factors = [name for name in found if ".lora_B" in name]
+    if zero and factors and set(factors) <= set(zero):
+        return "tensors: all lora_B tensors are zero, so the adapter changes nothing"
+    if zero:
+        return f"tensors: {plural(len(zero), 'tensor')} of {len(found)} are all zero, such as {zero[0]}"
+    known = provenance.TENSORS in provenance.metadata(adapter / WEIGHTS)
+    return "tensors: as written" if known else "tensors: finite; the adapter file does not record their hash"
 
 
 def _check_shapes(adapter: Path, base: Path) -> None:

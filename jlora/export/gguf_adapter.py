@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jlora.adapters import params
-from jlora.adapters.methods import make_method
 from jlora.adapters.methods.method import Leaves
 from jlora.adapters.params import Adapter
+from jlora.adapters.plain_lora import deltas
 from jlora.adapters.spec import AdapterSpec
 from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
@@ -96,26 +96,21 @@ def check_gguf(file: Path, trained: tuple[Adapter, AdapterSpec], heads: dict[str
     reader = gguf.GGUFReader(file)
     alpha = reader.fields["adapter.lora.alpha"].contents()
     found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    adapter, spec = jax.device_get(trained[0]), trained[1]
+    names = {path: _names(path, leaves) for path, leaves in params.modules(trained[0])}
     largest, count = 0.0, 0
-    for path, leaves in params.modules(adapter):
-        method = make_method(spec, params.projection(path))
-        site = method.site(len(leaves["lora_A"]))
-        by_layer = zip(_names(path, leaves), site.ranks, site.scales, strict=True)
-        for layer, (name, rank, scale) in enumerate(by_layer):
-            a, b = found.pop(f"{name}.lora_a", np.zeros((1, 1))), found.pop(f"{name}.lora_b", np.zeros((1, 1)))
-            got = alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64)
-            own_a, own_b = method.pair({part: leaf[layer] for part, leaf in leaves.items()}, rank)
-            want = scale * np.asarray(own_b, np.float64) @ np.asarray(own_a, np.float64)
-            if path[-1] in heads:
-                want = hf_to_gguf_rows(want, heads[path[-1]])
-            size = np.abs(want).max() or 1.0
-            off = np.abs(got - want).max() / size if got.shape == want.shape else np.inf
-            if not off <= TOLERANCE:
-                raise VerificationError(
-                    f"The exported adapter does not compute what was trained: {name} differs by {off:.1e}."
-                )
-            largest, count = max(largest, float(off)), count + 1
+    for path, layer, want in deltas(*trained):
+        name = names[path][layer]
+        a, b = found.pop(f"{name}.lora_a", np.zeros((1, 1))), found.pop(f"{name}.lora_b", np.zeros((1, 1)))
+        got = alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64)
+        if path[-1] in heads:
+            want = hf_to_gguf_rows(want, heads[path[-1]])
+        size = np.abs(want).max() or 1.0
+        off = np.abs(got - want).max() / size if got.shape == want.shape else np.inf
+        if not off <= TOLERANCE:
+            raise VerificationError(
+                f"The exported adapter does not compute what was trained: {name} differs by {off:.1e}."
+            )
+        largest, count = max(largest, float(off)), count + 1
     if found:
         raise VerificationError(f"The exported adapter contains {min(found)}, which was not trained.")
     return {"modules": count, "largest_relative_difference": largest, "checked_with": "jlora on the file read back"}

@@ -1,18 +1,135 @@
 """Model families, and the conversion of config.json to the model's config; each key is read as in transformers.
 
-A new family is one `Family` below, plus whatever llama.py does not compute yet. A setting that jlora does not support
-is an error that names the key and its value.
+A new family is one `Family` below, plus whatever llama.py does not compute yet. A family reads the keys that
+transformers' class of that family reads, and ignores all others, as transformers does. A setting that jlora does not
+support is an error that names the key and its value.
 """
 
 import dataclasses
-import json
+import functools
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal
 
+import pydantic
+
+from jlora.common import typed_json
 from jlora.common.errors import UserError
+from jlora.common.typed_json import Size, Whole
 from jlora.models.model_config import ModelConfig
 from jlora.models.rope import KINDS, DefaultRope, yarn_attention_factor
+from jlora.models.safetensors_files import equal_tensors
+
+
+class Keys(typed_json.Strict):
+    """The keys of config.json that all families read, with transformers' defaults."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[Whole, pydantic.Field(gt=0, le=1000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size
+    rms_norm_eps: Annotated[float, pydantic.Field(ge=0, le=1)] = 1e-6
+    tie_word_embeddings: bool = False
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    original_max_position_embeddings: Size | None = None
+    # Keys that change the numbers, with the values that jlora supports.
+    hidden_act: Literal["silu", "swish"] = "silu"
+    partial_rotary_factor: Literal[1] | None = None
+    is_causal: Literal[True] = True
+    quantization_config: None = None
+    per_layer_config: None = None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, including itself; None means no limit."""
+        return None
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Number of query heads, number of key and value heads, and head dim."""
+        size = self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads, size
+
+    @pydantic.model_validator(mode="after")
+    def _check_heads(self) -> "Keys":
+        queries, groups, size = self.heads
+        if queries % groups:
+            raise ValueError(f"num_key_value_heads={groups} does not divide num_attention_heads={queries}")
+        if size % 2 or not size:
+            raise ValueError(f"head_dim={size} (expected an even number, for rotary pairs)")
+        return self
+
+
+class LlamaKeys(Keys):
+    """The keys of LlamaConfig."""
+
+    max_position_embeddings: Size = 2048
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class MistralKeys(Keys):
+    """The keys of MistralConfig."""
+
+    num_key_value_heads: Size | None = 8
+    max_position_embeddings: Size = 4096 * 32
+    sliding_window: Size | None = 4096
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, including itself; None means no limit."""
+        return self.sliding_window
+
+
+class Qwen2Keys(Keys):
+    """The keys of Qwen2Config."""
+
+    num_key_value_heads: Size | None = 32
+    max_position_embeddings: Size = 32768
+    use_sliding_window: bool = False
+    sliding_window: Size | None = 4096
+    max_window_layers: Whole = 28
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, including itself; None means no limit."""
+        return self.sliding_window if self._types()[0] == "sliding_attention" else None
+
+    def _types(self) -> list[str]:
+        """Returns the attention of each layer, as Qwen2Config derives it."""
+        window = self.sliding_window if self.use_sliding_window else None
+        full = self.num_hidden_layers if window is None else min(self.max_window_layers, self.num_hidden_layers)
+        derived = ["full_attention"] * full + ["sliding_attention"] * (self.num_hidden_layers - full)
+        return list(self.layer_types or derived)
+
+    @pydantic.model_validator(mode="after")
+    def _check_layer_types(self) -> "Qwen2Keys":
+        types = self._types()
+        if len(types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers={self.num_hidden_layers}")
+        if len(set(types)) > 1:
+            raise ValueError(f"layer_types={sorted(set(types))} (expected one type in all layers)")
+        if types[0] == "sliding_attention" and not (self.use_sliding_window and self.sliding_window):
+            raise ValueError(
+                f"layer_types={types[:1]} with use_sliding_window={self.use_sliding_window} "
+                f"and sliding_window={self.sliding_window}"
+            )
+        return self
+
+
+class Qwen3Keys(Qwen2Keys):
+    """The keys of Qwen3Config."""
+
+    head_dim: Size | None = 128
+    attention_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +138,11 @@ class Family:
 
     model_type: str  # in config.json
     architecture: str  # the class in transformers
+    keys: type[Keys]  # what transformers' config class of the family reads
     qkv_bias: bool | str
     o_bias: bool | str
     mlp_bias: bool | str
     qk_norm: bool
-    defaults: Mapping[str, Any]  # of keys that a config.json may leave out, if the family has its own
     gguf_architecture: str  # the name in llama.cpp
     gguf_pairs_adjacent: bool  # llama.cpp reorders the rows of q and k, so that rotary pairs are neighbors
 
@@ -33,55 +150,51 @@ class Family:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    keys=LlamaKeys,
     qkv_bias="attention_bias",
     o_bias="attention_bias",
     mlp_bias="mlp_bias",
     qk_norm=False,
-    defaults={"sliding_window": None},
     gguf_architecture="llama",
     gguf_pairs_adjacent=True,
 )
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    keys=MistralKeys,
     qkv_bias=False,
     o_bias=False,
     mlp_bias=False,
     qk_norm=False,
-    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     gguf_architecture="llama",
     gguf_pairs_adjacent=True,
 )
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
+    keys=Qwen2Keys,
     qkv_bias=True,
     o_bias=False,
     mlp_bias=False,
     qk_norm=False,
-    defaults={"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 32},
     gguf_architecture="qwen2",
     gguf_pairs_adjacent=False,
 )
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    keys=Qwen3Keys,
     qkv_bias="attention_bias",
     o_bias="attention_bias",
     mlp_bias=False,
     qk_norm=True,
-    defaults={"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
     gguf_architecture="qwen3",
     gguf_pairs_adjacent=False,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
-# transformers' defaults that all families share.
-COMMON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
-# Keys that change the numbers, with the only supported value.
-REQUIRED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None, "pretraining_tp": 1}
 # Keys of rope_parameters that may be left out.
-ROPE_DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+ROPE_DEFAULTS: dict[str, Any] = {"rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -92,94 +205,89 @@ def read_config(directory: Path) -> ModelConfig:
     """
     path = directory if directory.suffix == ".json" else directory / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = typed_json.read_object(path)
     except FileNotFoundError:
         raise UserError(f"base_model={directory} is not a model directory: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{path} has model_type={model_type!r}. Supported model types: {', '.join(FAMILIES)}.")
     family = FAMILIES[model_type]
-    given = {**COMMON, **family.defaults, **raw}
-    problems = [
-        f"{key}={given[key]!r} (supported: {expected!r})"
-        for key, expected in REQUIRED.items()
-        if given.get(key, expected) != expected
-    ]
-    try:
-        config = _model_config(family, given, problems)
-    except KeyError as error:
-        raise UserError(f"{path} lacks the key {error.args[0]!r}.") from None
+    keys, problems = typed_json.parse(family.keys, raw)
+    rope = None
+    if keys is not None:
+        rope, problems = _rope(keys, path)
     if problems:
-        raise UserError(f"{path} has settings that jlora does not support: {'; '.join(problems)}.")
+        raise UserError(f"{path} has settings that jlora cannot use: {'; '.join(problems)}.")
+    assert rope is not None
+    config = _model_config(family, keys, rope)
+    if config.tie_word_embeddings and not equal_tensors(directory, "model.embed_tokens.weight", "lm_head.weight"):
+        _note(f"{path} sets tie_word_embeddings=true, but the model has a different lm_head.weight: not tied.")
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     return config
 
 
-def _model_config(family: Family, given: dict[str, Any], problems: list[str]) -> ModelConfig:
-    """Returns the config of the network; appends unsupported settings to `problems`."""
+@functools.cache
+def _note(line: str) -> None:
+    """Prints a line once, because the config is read many times."""
+    print(line, file=sys.stderr)
+
+
+def _model_config(family: Family, keys: Keys, rope: DefaultRope) -> ModelConfig:
+    """Returns the config of the network."""
 
     def decided(value: bool | str) -> bool:
-        return given[value] if isinstance(value, str) else value
+        return getattr(keys, value) if isinstance(value, str) else value
 
-    heads = given["num_attention_heads"]
+    queries, groups, size = keys.heads
     return ModelConfig(
-        vocab_size=given["vocab_size"],
-        hidden_size=given["hidden_size"],
-        intermediate_size=given["intermediate_size"],
-        num_hidden_layers=given["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=given.get("num_key_value_heads") or heads,
-        head_dim=given.get("head_dim") or given["hidden_size"] // heads,
-        rms_norm_eps=float(given["rms_norm_eps"]),
-        rope=_rope(given, problems),
+        vocab_size=keys.vocab_size,
+        hidden_size=keys.hidden_size,
+        intermediate_size=keys.intermediate_size,
+        num_hidden_layers=keys.num_hidden_layers,
+        num_attention_heads=queries,
+        num_key_value_heads=groups,
+        head_dim=size,
+        rms_norm_eps=float(keys.rms_norm_eps),
+        rope=rope,
         qkv_bias=decided(family.qkv_bias),
         o_bias=decided(family.o_bias),
         mlp_bias=decided(family.mlp_bias),
         qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(given, problems),
-        tie_word_embeddings=given["tie_word_embeddings"],
+        sliding_window=keys.window,
+        tie_word_embeddings=keys.tie_word_embeddings,
     )
 
 
-def _sliding_window(given: dict[str, Any], problems: list[str]) -> int | None:
-    """Returns the window that all layers share; a window in only some layers is not supported."""
-    window = given["sliding_window"] if given.get("use_sliding_window", True) else None
-    layers = given["num_hidden_layers"]
-    types = given.get("layer_types")
-    if types is None and window is not None and given.get("max_window_layers") is not None:
-        full = min(given["max_window_layers"], layers)
-        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    if types is None:
-        return window
-    if len(set(types)) > 1 or not set(types) <= {"full_attention", "sliding_attention"}:
-        problems.append(f"layer_types={sorted(set(types))} (supported: one type in all layers)")
-    return window if types[0] == "sliding_attention" else None
+def _rope(keys: Keys, path: Path) -> tuple[Any, list[str]]:
+    """Returns the rotary embedding, or None and its problems.
 
-
-def _rope(given: dict[str, Any], problems: list[str]) -> DefaultRope:
-    """Returns the rotary embedding from rope_parameters, or from the older keys rope_scaling and rope_theta."""
-    asked = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    As in transformers, the older key rope_scaling replaces rope_parameters, and original_max_position_embeddings beside
+    them takes precedence over the one in them.
+    """
+    asked: Mapping[str, Any] = keys.rope_scaling or keys.rope_parameters or {}
+    if keys.rope_scaling and keys.rope_parameters and keys.rope_scaling != keys.rope_parameters:
+        _note(f"{path} has rope_scaling and rope_parameters, which differ: rope_scaling is used, as in transformers.")
     kind = asked.get("rope_type", asked.get("type", "default"))
-    if kind not in KINDS:
-        problems.append(f"rope_type={kind!r} (supported: {', '.join(KINDS)})")
-        kind = "default"
-    original = given.get("original_max_position_embeddings") or given.get("max_position_embeddings")
+    if not isinstance(kind, str) or kind not in KINDS:
+        return None, [f"rope_type={kind!r} (expected {', '.join(KINDS)})"]
+    if nested := sorted(name for name, value in asked.items() if isinstance(value, dict)):
+        return None, [f"rope_parameters by layer type: {', '.join(nested)} (expected the same in all layers)"]
     values = {
         **ROPE_DEFAULTS,
-        "rope_theta": float(given.get("rope_theta") or 10000.0),
-        "max_position_embeddings": given.get("max_position_embeddings"),
-        "original_max_position_embeddings": original,
+        **({} if keys.rope_theta is None else {"rope_theta": keys.rope_theta}),
+        "original_max_position_embeddings": keys.max_position_embeddings,
         **{name: value for name, value in asked.items() if value is not None},
+        "max_position_embeddings": keys.max_position_embeddings,
     }
-    if kind == "dynamic":
-        values["max_position_embeddings"] = given["max_position_embeddings"]
-    if kind == "yarn" and "factor" not in values:
-        values["factor"] = given["max_position_embeddings"] / values["original_max_position_embeddings"]
-    if kind == "yarn" and "attention_factor" not in values:
-        values["attention_factor"] = yarn_attention_factor(
-            values["factor"], values.get("mscale"), values.get("mscale_all_dim")
-        )
+    if keys.original_max_position_embeddings:
+        values["original_max_position_embeddings"] = keys.original_max_position_embeddings
     if values.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor={values['partial_rotary_factor']!r} (supported: 1.0)")
-    return KINDS[kind](**{name: cast(values[name]) for name, cast in get_type_hints(KINDS[kind]).items()})
+        return None, [f"partial_rotary_factor={values['partial_rotary_factor']!r} (expected 1.0)"]
+    if kind == "yarn":
+        try:
+            values.setdefault("factor", keys.max_position_embeddings / values["original_max_position_embeddings"])
+            factor = yarn_attention_factor(values["factor"], values.get("mscale"), values.get("mscale_all_dim"))
+            values.setdefault("attention_factor", factor)
+        except (TypeError, ValueError, ArithmeticError):
+            pass  # reported below, by the schema
+    return typed_json.parse(KINDS[kind], values)

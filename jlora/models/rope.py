@@ -1,22 +1,31 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) and their scalings, as transformers computes them.
 
-Each kind is a dataclass whose fields have the names of config.json's keys; no field has a default.
+Each kind is a dataclass whose fields have the names of config.json's keys; no field has a default. pydantic checks the
+values, which are somebody else's.
 Axes: B batch, T position in a row, H head dim, h=H/2 rotary pair.
 """
 
-import dataclasses
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jaxtyping import Array, Float, Int
+from pydantic.dataclasses import dataclass
+
+from jlora.common.typed_json import Size
+
+FINITE = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+Theta = Annotated[float, pydantic.Field(gt=1)]
+Factor = Annotated[float, pydantic.Field(gt=0)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=FINITE)
 class DefaultRope:
     """No scaling: the frequency of pair i is theta^(-2i/H) (section 3.2.2)."""
 
-    rope_theta: float
+    rope_theta: Theta
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """Returns each pair's radians per position.
@@ -33,23 +42,23 @@ class DefaultRope:
         return 1.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=FINITE)
 class LinearRope(DefaultRope):
     """Divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: float
+    factor: Factor
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """Returns each pair's radians per position; see `DefaultRope.frequencies`."""
         return jnp.asarray(plain_frequencies(self.rope_theta, size) / np.float32(self.factor))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=FINITE)
 class DynamicRope(DefaultRope):
     """Dynamic NTK: theta grows with the longest example beyond `max_position_embeddings` (arXiv:2309.00071, B.2)."""
 
-    factor: float
-    max_position_embeddings: int
+    factor: Factor
+    max_position_embeddings: Size
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """Returns each pair's radians per position; see `DefaultRope.frequencies`."""
@@ -59,14 +68,22 @@ class DynamicRope(DefaultRope):
         return 1.0 / theta ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=FINITE)
 class Llama3Rope(DefaultRope):
     """Divides low frequencies by `factor`, keeps high ones and interpolates between (Llama 3.1, arXiv:2407.21783)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: Factor
+    low_freq_factor: Factor
+    high_freq_factor: Factor
+    original_max_position_embeddings: Size
+
+    @pydantic.model_validator(mode="after")
+    def _check_order(self) -> "Llama3Rope":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} (expected more than low_freq_factor={self.low_freq_factor})"
+            )
+        return self
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:
         """Returns each pair's radians per position; see `DefaultRope.frequencies`."""
@@ -77,15 +94,15 @@ class Llama3Rope(DefaultRope):
         return jnp.asarray((kept * plain + (1 - kept) * plain / self.factor).astype(np.float32))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=FINITE)
 class YarnRope(DefaultRope):
     """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over the pairs, and `attention_factor` to sharpen attention."""
 
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    beta_slow: float
-    attention_factor: float
+    factor: Factor
+    original_max_position_embeddings: Size
+    beta_fast: Factor
+    beta_slow: Factor
+    attention_factor: Factor
     truncate: bool
 
     def frequencies(self, size: int, length: Int[Array, ""]) -> Float[Array, " h"]:

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jlora.common.errors import UserError
+from jlora.common.typed_json import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ROWS = 4096  # of two tensors, compared at once
 # The safetensors name of each supported format -> dtype.
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -70,6 +72,16 @@ class Weights:
         """Returns the safetensors name of a tensor's dtype: F32, F16, BF16, or one that jlora does not support."""
         return self._headers[name]["dtype"]
 
+    def equal(self, first: str, second: str) -> bool:
+        """Returns whether two tensors are equal, reading a slice of their rows at a time."""
+        if (self.format(first), self.shape(first)) != (self.format(second), self.shape(second)):
+            return False
+        one, other = self.read(first), self.read(second)
+        same = all(np.array_equal(one[i : i + ROWS], other[i : i + ROWS]) for i in range(0, len(one), ROWS))
+        self.release(first)
+        self.release(second)
+        return same
+
     def read(self, name: str) -> np.ndarray:
         """Returns a read-only view of a tensor on disk, in its own dtype; slicing it reads only the slice."""
         mapped, begin, end = self._place(name)
@@ -87,6 +99,14 @@ class Weights:
         """Returns the mapped file, and the offsets of a tensor's first byte and end."""
         (mapped, start), (first, last) = self._mapped[name], self._headers[name]["data_offsets"]
         return mapped, start + first, start + last
+
+
+def equal_tensors(directory: Path, first: str, second: str) -> bool:
+    """Returns whether two tensors of a model directory are equal; true if it lacks weights, or one of the two."""
+    if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        return True
+    weights = Weights(directory)
+    return not {first, second} <= weights.names() or weights.equal(first, second)
 
 
 def _map(file: Path) -> tuple[dict[str, dict[str, Any]], mmap.mmap, int]:
@@ -109,13 +129,14 @@ def _read_index(directory: Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"base_model={directory}: {_missing_weights(directory)}")
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        listed = read_object(path)["weight_map"]
         files = sorted(set(listed.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error!r}.") from None
+    present = {file.name for file in directory.iterdir() if file.is_file()}
     for name in files:
-        if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
-            raise UserError(f"{path} lists {name!r}, which is not a file in the same directory.")
+        if name not in present:
+            raise UserError(f"{path} lists {str(name)[:80]!r}, which is not a file in the same directory.")
     if not files:
         raise UserError(f"{path} lists no tensors.")
     return listed

@@ -24,6 +24,7 @@ from jlora.data.held_out_split import is_held_out, refuse_overlap
 from jlora.data.length_limit import limit_length
 from jlora.data.readers import files
 from jlora.data.token_cache import load_or_tokenize
+from jlora.data.tokenizer import check_embedded
 from jlora.models.model_config import ModelConfig
 
 PROMPTS = 20  # rows whose prompt in training is compared with the served prompt
@@ -97,11 +98,19 @@ def read_examples(
     ends: frozenset[int],
     rows: RowSource | list[Conversation],
     name: str,
+    vocab_size: int,
     log: Callable[[str], None] = print,
 ) -> SizedExamples:
-    """Returns the rows as examples of at most `max_seq_length` tokens, and logs a summary of them."""
+    """Returns the rows as examples of at most `max_seq_length` tokens, and logs a summary of them.
+
+    Raises:
+      UserError: a row has a token for which the base model's embedding, of `vocab_size` rows, has none.
+    """
     cache = paths.cache_directory() / "prepared"
     tokenized = load_or_tokenize(tokenizer, ends, rows, cache, config.train_on)
+    if tokenized.largest >= vocab_size:
+        for example in tokenized:
+            check_embedded(tokenizer, example.tokens, vocab_size, f"{example.where}: ")
     examples, changes = limit_length(tokenized, config.max_seq_length, config.overlong, name)
     mismatch = _prompt_mismatch(tokenizer, rows, tokenized, name)
     for line in (preview.examples_summary(name, examples), changes, mismatch):

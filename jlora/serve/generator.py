@@ -19,7 +19,7 @@ from jlora.adapters import params
 from jlora.adapters.params import Adapter
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
-from jlora.data.tokenizer import end_tokens
+from jlora.data.tokenizer import check_embedded, end_tokens
 from jlora.models.families import read_config
 from jlora.models.kv_cache import KVCache, empty_kv_cache
 from jlora.models.llama import Llama
@@ -124,6 +124,8 @@ class Generator:
         self, prompts: Sequence[list[int]], max_new_tokens: int
     ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], KVCache]:
         """Pads prompts on the left to one length; returns tokens, segments, positions, and an empty cache."""
+        for prompt in prompts:
+            check_embedded(self.tokenizer, prompt, self._config.vocab_size)
         length = -(-max(map(len, prompts)) // ROUND) * ROUND
         one = empty_kv_cache(self._config, self._dtype, 1, length + -(-max_new_tokens // ROUND) * ROUND)
         cache = jax.vmap(lambda _: one, out_axes=BY_ROW)(jnp.arange(len(prompts)))

@@ -8,6 +8,7 @@ import jax
 
 from jlora.adapters import combining, params
 from jlora.adapters.combining import AdapterSet
+from jlora.adapters.methods import needs_base_weights
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.plain_lora import unsupported_as_lora
@@ -88,6 +89,16 @@ def load_model(
     tokenizer = load_tokenizer(directory, template)
     generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
     return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
+
+
+def read_complete(directories: Mapping[str, Path], base: Path) -> dict[str, combining.Form]:
+    """Reads PEFT directories as `read_all` does, and computes what their files lack from the base model's weights."""
+    found = read_all(directories, base)
+    if any(needs_base_weights(spec) for _, spec in found.values()):
+        _, _, shapes = hf_loader.abstract_model(read_config(base), NO_ADAPTER, FLOAT32_COMPUTE)
+        frozen = hf_loader.load_base(base, shapes, make_mesh(jax.devices()[:1]))
+        found = {name: (params.complete(spec, adapter, frozen), spec) for name, (adapter, spec) in found.items()}
+    return found
 
 
 def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, combining.Form]:

@@ -6,7 +6,6 @@
   say: I cannot promise how a case ends.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,15 @@ from pathlib import Path
 import yaml
 
 from jlora.common.errors import UserError
+from jlora.common.patterns import Pattern
 from jlora.common.plural import plural
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One pattern (Python's `re`) and its replacement."""
+    """One pattern and its replacement."""
 
-    pattern: re.Pattern[str]
+    pattern: Pattern
     replacement: str  # literal: no group references
     refuses: bool  # the replacement replaces the whole answer, not only the match
 
@@ -47,7 +47,7 @@ def read_rules(path: Path) -> Rules:
     for number, entry in enumerate(entries, 1):
         try:
             rules.append(_read_rule(entry))
-        except (ValueError, re.error) as error:
+        except (ValueError, UserError) as error:
             problems.append(f"Rule {number}: {error}")
     if problems:
         found = plural(len(problems), "invalid rule")
@@ -62,9 +62,10 @@ def _read_rule(entry: object) -> Rule:
             pattern, replacement = entry[key], entry[other]
             if not (isinstance(pattern, str) and isinstance(replacement, str)):
                 raise ValueError(f"Expected strings in quotes for {key} and {other}, found {entry!r}.")
-            if re.search(pattern, ""):
+            compiled = Pattern(pattern)
+            if compiled.found_in(""):
                 raise ValueError(f"{key}={pattern!r} matches the empty string.")
-            return Rule(re.compile(pattern), replacement, refuses)
+            return Rule(compiled, replacement, refuses)
     raise ValueError(f"Expected `refuse` and `say`, or `replace` and `with`, found {entry!r}.")
 
 
@@ -77,7 +78,7 @@ def filtered(pieces: Iterable[str], rules: Rules) -> Iterator[str]:
     refusing = [rule for rule in rules if rule.refuses]
     if refusing:
         whole = "".join(pieces)
-        first = next((rule for rule in refusing if rule.pattern.search(whole)), None)
+        first = next((rule for rule in refusing if rule.pattern.found_in(whole)), None)
         pieces = [whole if first is None else first.replacement]
         rules = rules if first is None else ()
     replacing = [rule for rule in rules if not rule.refuses]
@@ -94,5 +95,5 @@ def filtered(pieces: Iterable[str], rules: Rules) -> Iterator[str]:
 
 def _replace(line: str, rules: Iterable[Rule]) -> str:
     for rule in rules:
-        line = rule.pattern.sub(lambda _, text=rule.replacement: text, line)  # type: ignore[misc]
+        line = rule.pattern.replaced(line, rule.replacement)
     return line

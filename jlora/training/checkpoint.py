@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.adapters.params import Adapter
+from jlora.common import typed_json
 from jlora.common.atomic_io import UNFINISHED, new_directory, replace_text
 from jlora.common.errors import UserError
 from jlora.config.files import typed
@@ -91,7 +92,7 @@ class Checkpoints:
                         return f"{name} differs from what was written"
         except FileNotFoundError as error:
             return f"{Path(error.filename).relative_to(self.directory / str(step))} is missing"
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             return f"{CHECKSUMS} or a file listed in it cannot be read: {error}"
         return ""
 
@@ -263,6 +264,16 @@ def write_record(run: Path, record: dict[str, Any]) -> None:
     replace_text(run / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
+class Record(typed_json.Strict):
+    """The parts of a run's config.json."""
+
+    config: dict[str, Any]
+    data: dict[str, str]
+    base: dict[str, str]
+    versions: dict[str, str]
+    runtime: dict[str, Any]
+
+
 def read_record(run: Path, key: str) -> dict[str, Any]:
     """Reads config.json of a run.
 
@@ -274,14 +285,15 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
       UserError: `run` is not the output_dir of a run.
     """
     try:
-        record = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
-    if not isinstance(record, dict) or not {"config", "data", "base", "versions", "runtime"} <= record.keys():
+        read, _ = typed_json.parse(Record, typed_json.read_object(run / "config.json"))
+    except (OSError, UserError):
+        read = None
+    if read is None:
         raise UserError(
             f"{key}={run} is not the output_dir of a run: it has no config.json that jlora wrote. Expected a directory "
             "that `jlora train` created."
         )
+    record: dict[str, Any] = read.model_dump()
     settings = {**dataclasses.asdict(Config()), **record["config"]}  # settings newer than the run have their defaults
     record["config"], problems = typed(settings)
     if problems:

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jlora.adapters.peft_config import CONFIG
 from jlora.adapters.settings import settings_of
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.common.atomic_io import finished_names
@@ -59,7 +61,7 @@ def lock_run_directory(output: Path) -> Iterator[None]:
     file = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = file.open("w")
+        lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+")
     except OSError as error:
         raise UserError(f"output_dir={output} cannot be written: {error.strerror}. Set another output_dir.") from None
     with lock:
@@ -165,6 +167,11 @@ def _find_checkpoint(path: Path) -> tuple[Path, int]:
     run, step = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "")
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         steps = checkpoints.steps()
+        if not steps and (path / CONFIG).is_file():
+            raise UserError(
+                f"{RESUME_KEY}={path} is a PEFT directory, and not a run of jlora. To train its adapter further, set "
+                f"init_adapter={path} instead."
+            )
         if not steps:
             raise UserError(
                 f"{RESUME_KEY}={path} contains no checkpoints. Expected the output_dir of a run, or "

@@ -70,12 +70,12 @@ def prepare_run(config: Config) -> RunSetup:
     check_batch(mesh, config.batch_size)
     directory = processes.first_then_others(lambda: resolve_base(config.base_model, config.revision))
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
-    ends = end_tokens(directory, tokenizer)
-    examples = processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, "training"))
+    ends, vocab_size = end_tokens(directory, tokenizer), model.vocab_size
+    examples = processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, "training", vocab_size))
     held_out: Any = []
     if held_out_rows:
         held_out = processes.first_then_others(
-            lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out")
+            lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out", vocab_size)
         )
     config = resolve_adapter_settings(config, directory, model)
     steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))

@@ -57,12 +57,13 @@ class Ia3(Method):
 
     @classmethod
     def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
-        targets = {target.split(".")[-1] for target in spec.target_modules}
-        return {"feedforward_modules": [name for name in spec.feedforward_modules if name in targets]}
+        scaled = [name for name in spec.target_modules if name.split(".")[-1] in spec.feedforward_modules]
+        return {"feedforward_modules": scaled}  # PEFT expects the names of target_modules
 
     @classmethod
     def read_fields(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return {"feedforward_modules": tuple(config.get("feedforward_modules") or ())}
+        names = config.get("feedforward_modules") or ()
+        return {"feedforward_modules": tuple(dict.fromkeys(name.split(".")[-1] for name in names))}
 
     @classmethod
     def described(cls, config: dict[str, Any]) -> str:
