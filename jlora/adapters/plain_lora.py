@@ -37,6 +37,13 @@ def deltas(adapter: Adapter, spec: AdapterSpec) -> Iterator[tuple[tuple[str, ...
             yield path, layer, scale * np.asarray(b, np.float64) @ np.asarray(a, np.float64)
 
 
+def relative_difference(delta: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest difference of two deltas, relative to the largest entry of the expected one."""
+    if delta.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(delta - expected).max() / (np.abs(expected).max() or 1.0))
+
+
 def to_plain_lora(adapter: Adapter, spec: AdapterSpec) -> tuple[Adapter, AdapterSpec]:
     """Converts an adapter to LoRA with one rank and scale 1: folds scales into B, pads ranks and layers with zeros."""
     methods = {path: make_method(spec, params.projection(path)) for path, _ in params.modules(adapter)}

@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
-from jlora.adapters.plain_lora import deltas
+from jlora.adapters.plain_lora import deltas, relative_difference
 from jlora.adapters.provenance import WEIGHTS, metadata
 from jlora.adapters.spec import AdapterSpec
 from jlora.bases.resolve import is_hub_id, public_id, resolve_base
@@ -76,8 +74,7 @@ def _compare(original: tuple[Adapter, AdapterSpec], made: Path, config: ModelCon
     for (*place, got), (*expected, want) in zip(deltas(written, spec), deltas(*original), strict=True):
         if place != expected:
             raise VerificationError(f"The converted adapter changes {place}, expected {expected}.")
-        off = np.abs(got - want).max() / (np.abs(want).max() or 1.0)
-        largest, count = max(largest, float(off)), count + 1
+        largest, count = max(largest, relative_difference(got, want)), count + 1
     if not largest <= TOLERANCE:
         raise VerificationError(f"The converted adapter does not compute the same: a delta differs by {largest:.1e}.")
     return count, largest

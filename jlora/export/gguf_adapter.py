@@ -14,7 +14,7 @@ import numpy as np
 from jlora.adapters import params
 from jlora.adapters.methods.method import Leaves
 from jlora.adapters.params import Adapter
-from jlora.adapters.plain_lora import deltas
+from jlora.adapters.plain_lora import deltas, relative_difference
 from jlora.adapters.spec import AdapterSpec
 from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
@@ -104,13 +104,12 @@ def check_gguf(file: Path, trained: tuple[Adapter, AdapterSpec], heads: dict[str
         got = alpha / len(a) * b.astype(np.float64) @ a.astype(np.float64)
         if path[-1] in heads:
             want = hf_to_gguf_rows(want, heads[path[-1]])
-        size = np.abs(want).max() or 1.0
-        off = np.abs(got - want).max() / size if got.shape == want.shape else np.inf
+        off = relative_difference(got, want)
         if not off <= TOLERANCE:
             raise VerificationError(
                 f"The exported adapter does not compute what was trained: {name} differs by {off:.1e}."
             )
-        largest, count = max(largest, float(off)), count + 1
+        largest, count = max(largest, off), count + 1
     if found:
         raise VerificationError(f"The exported adapter contains {min(found)}, which was not trained.")
     return {"modules": count, "largest_relative_difference": largest, "checked_with": "jlora on the file read back"}

@@ -1,6 +1,7 @@
 """Reads and writes the safetensors files of a model directory."""
 
 import errno
+import functools
 import json
 import mmap
 import shutil
@@ -64,6 +65,10 @@ class Weights:
         """Returns the names of all tensors."""
         return set(self._files)
 
+    def version(self) -> tuple[tuple[Path, int], ...]:
+        """Returns the files and the times at which they were changed, in nanoseconds."""
+        return tuple((file, file.stat().st_mtime_ns) for file in sorted(set(self._files.values())))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape on disk."""
         return tuple(self._headers[name]["shape"])
@@ -106,7 +111,13 @@ def equal_tensors(directory: Path, first: str, second: str) -> bool:
     if not any((directory / name).is_file() for name in (SINGLE, INDEX)):
         return True
     weights = Weights(directory)
-    return not {first, second} <= weights.names() or weights.equal(first, second)
+    return not {first, second} <= weights.names() or _equal(directory, weights.version(), first, second)
+
+
+@functools.lru_cache
+def _equal(directory: Path, version: tuple[tuple[Path, int], ...], first: str, second: str) -> bool:
+    """Compares two tensors of one version of the files, once: they are large, and a config is read many times."""
+    return Weights(directory).equal(first, second)
 
 
 def _map(file: Path) -> tuple[dict[str, dict[str, Any]], mmap.mmap, int]:
