@@ -155,6 +155,15 @@ def test_settings_of_a_run_of_any_version_are_read_as_they_were(yaml_config):
         ("c.alpha_pattern = ('(=2',)", r"alpha_pattern has '\(=2': Expected PATTERN=ALPHA"),
         ("c.layers_to_transform = ('first',)", r"layers_to_transform has 'first': Expected layer numbers"),
         ("c.modules_to_save = ('lm_hed',)", r"modules_to_save has 'lm_hed'. Did you mean lm_head"),
+        ("c.target_modules = ('lm_head',); c.use_dora = True", r"has lm_head, which use_dora cannot change"),
+        ("c.lora_bias = True; c.init_lora_weights = 'pissa'", r"init_lora_weights=pissa and lora_bias exclude"),
+        (
+            "c.modules_to_save = ('lm_head',); c.target_modules = ('lm_head',)",
+            r"modules_to_save and target_modules both name lm_head. Remove it from one",
+        ),
+        ("c.trainable_token_indices = (3, 'x')", r"trainable_token_indices has \(3, 'x'\): Expected token ids"),
+        ("c.trainable_token_indices = (3, 3)", r"has embed_tokens: \[3, 3\]. Expected ids .*, each once"),
+        ("c.trainable_token_indices = (('head', (1,)),)", r"has head: \[1\]. Expected ids of embed_tokens or lm_head"),
         ("c.init_lora_weights = 'olora'", r"init_lora_weights='olora': Expected one of true, pissa"),
         ("c.peft_type = 'IA3'; c.use_dora = True", r"use_dora=True has no effect with peft_type=IA3. Remove it"),
         (

@@ -219,6 +219,9 @@ REFUSED = {
         {"extra": {"tokenizer.ggml.model": "t5"}},
         "Unsupported tokenizer.ggml.model 't5'. Supported: gpt2, llama.",
     ),
+    "type": ({"extra": {"llama.rope.scaling.type": 3}}, "llama.rope.scaling.type=3 (expected string)"),
+    "infinite": ({"extra": {"llama.rope.freq_base": float("inf")}}, "llama.rope.freq_base=inf (expected a finite"),
+    "text": ({"extra": {"tokenizer.ggml.eot_token_id": "2"}}, "tokenizer.ggml.eot_token_id='2' (expected integer)"),
     "field": ({"drop": ["llama.embedding_length"]}, "Field 'embedding_length' is missing"),
 }
 

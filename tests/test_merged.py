@@ -69,6 +69,9 @@ FORMS = {
     "dora": dataclasses.replace(SPEC, use_dora=True),
     "pissa": dataclasses.replace(SPEC, init_lora_weights="pissa"),
     "tables": dataclasses.replace(SPEC, modules_to_save=("embed_tokens", "lm_head")),
+    "rows": dataclasses.replace(SPEC, trainable_token_indices=(("embed_tokens", (9, 2, 5)),)),
+    "table-lora": dataclasses.replace(SPEC, target_modules=("q_proj", "embed_tokens", "lm_head"), use_rslora=True),
+    "bias": dataclasses.replace(SPEC, target_modules=("q_proj",), lora_bias=True),
     "ia3": AdapterSpec(
         1, 1.0, 0.0, ("k_proj", "v_proj", "down_proj"), peft_type="IA3", feedforward_modules=("down_proj",)
     ),
@@ -80,7 +83,8 @@ FORMS = {
     ("form", "case", "dtype"),
     [("lora", "qwen3", dtype) for dtype in HALF_STEP]
     + [("dora", "qwen2", "bfloat16"), ("tables", "llama-tied", "bfloat16"), ("ia3", "qwen2", "float32")]
-    + [("dora", "qwen3", "float32"), ("pissa", "qwen3", "float32"), ("patterned", "qwen3", "float32")],
+    + [("dora", "qwen3", "float32"), ("pissa", "qwen3", "float32"), ("patterned", "qwen3", "float32")]
+    + [("rows", "llama-tied", "float32"), ("table-lora", "qwen3", "float32"), ("bias", "qwen2", "float32")],
 )
 def test_a_merge_equals_pefts(tmp_path, form, case, dtype):
     base, spec = halved(make(tmp_path / "base", *CASES[case]), dtype), FORMS[form]
@@ -108,7 +112,9 @@ def test_a_merge_equals_pefts(tmp_path, form, case, dtype):
         steps = 4 if form == "dora" else 2
         room = HALF_STEP[dtype] * (steps * np.abs(want) + np.abs(want - before[name].astype(np.float32)))
         assert np.all(np.abs(got - want) <= room + 3e-7), name
-    assert changed == {"tables": 16, "ia3": 9 + 6, "patterned": 10}.get(form, 15)
+    assert changed == {"tables": 16, "ia3": 9 + 6, "patterned": 10, "rows": 16, "table-lora": 3 + 2, "bias": 3 + 3}.get(
+        form, 15
+    )
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert again.dtype == getattr(torch, dtype)
 

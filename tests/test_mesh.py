@@ -25,6 +25,7 @@ from jlora.steps.programs import Programs, fresh_state
 from jlora.training import run, setup
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"tensor": 2}, {"fsdp": 2, "tensor": 4}]
+TABLES = {"target_modules": ("v_proj", "lm_head"), "trainable_token_indices": (("embed_tokens", (300, 2, 7)),)}
 MORE = {"use_dora": True, "gradient_accumulation_steps": 2}
 
 
@@ -91,6 +92,7 @@ def alone(heads):
     [
         *((mesh, {}) for mesh in MESHES),
         (MESHES[4], MORE),
+        (MESHES[4], TABLES),
         ({"data": 4, "fsdp": 2}, {"quantize_base": "nf4"}),
         (MESHES[0], {"attn_implementation": "splash"}),
     ],

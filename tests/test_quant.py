@@ -191,7 +191,7 @@ def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, na
     spec = dataclasses.replace(SPEC, **KINDS[name])
     graphdef, shapes, base = load(tiny, kind, spec)
     start = params.start(spec, shapes, base, jax.random.key(0))
-    before = logits(graphdef, params.neutral(start, base), base)
+    before = logits(graphdef, params.neutral(spec, start, base), base)
     np.testing.assert_allclose(logits(graphdef, start, base), before, atol=1e-4)
     adapter = jax.tree.map(lambda leaf: leaf * 1.1 + 0.01, start)
     if name == "pissa":  # its frozen pair is the base's

@@ -77,7 +77,7 @@ def test_plain_lora_form_is_equivalent(models, tmp_path):
     original = peft.PeftModel.from_pretrained(torch_base(models[True]), tmp_path / "original")
     exact, other_form = (torch_logits(model.double(), TOKENS[0]) for model in (original, loaded))
     assert exact.dtype == np.float64 and np.abs(other_form - exact).max() < 1e-6
-    nothing = ours.logits(params.neutral(adapter, ours.base), TOKENS[0])
+    nothing = ours.logits(params.neutral(spec, adapter, ours.base), TOKENS[0])
     assert np.abs(nothing - want).max() > 0.05
 
 

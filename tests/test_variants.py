@@ -27,6 +27,7 @@ from jlora.adapters import neftune, params
 from jlora.adapters.methods import make_method
 from jlora.adapters.methods.lora import dropout
 from jlora.adapters.peft_config import read_spec
+from jlora.adapters.peft_io import COPIES
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.settings import settings_of, spec_of
 from jlora.adapters.spec import TARGETS, AdapterSpec
@@ -56,6 +57,8 @@ def test_variant_trains_exports_and_infers_like_peft(models, tmp_path, name):
         warnings.filterwarnings(
             "ignore", "Using Rank-Stabilized LoRA with rank_pattern"
         )  # no difference by PEFT itself
+        for text in PEFTS_OWN_WARNINGS:
+            warnings.filterwarnings("ignore", text)
         model = peft.get_peft_model(torch_base(directory), kind(task_type="CAUSAL_LM", **shared, **theirs))
         model.save_pretrained(tmp_path / "initial")
         spec = read_spec(tmp_path / "initial", 3)
@@ -79,7 +82,7 @@ def test_variant_trains_exports_and_infers_like_peft(models, tmp_path, name):
         loaded = peft.PeftModel.from_pretrained(torch_base(directory), tmp_path / "written")
         mine = ours.logits(state.lora, TOKENS[0])
         assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
-        assert np.abs(mine - ours.logits(params.neutral(state.lora, ours.base), TOKENS[0])).max() > 0.05
+        assert np.abs(mine - ours.logits(params.neutral(spec, state.lora, ours.base), TOKENS[0])).max() > 0.05
         assert np.array_equal(before, ours.base["layers"]["mlp"]["up_proj"]["weight"])
 
         model.save_pretrained(tmp_path / "theirs")
@@ -90,10 +93,17 @@ def test_variant_trains_exports_and_infers_like_peft(models, tmp_path, name):
     if spec.init_lora_weights != "pissa":  # which is written as a difference
         ours.write(taken, tmp_path / "again")
         one, other = (load_file(tmp_path / place / WEIGHTS) for place in ("theirs", "again"))
+        one = {key: values for key, values in one.items() if key not in COPIES}
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+# PEFT warns of its own advice, or of its own files, not of jlora's.
+PEFTS_OWN_WARNINGS = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "Setting `save_embedding_layers` to `True`",
+    ".*LoRA tensor.s. have invalid shape.*lora_B.bias",
+)
 EVERYWHERE = {  # is the model tied, AdapterSpec's fields; LoRA+, dropout and noise leave no trace in the file
     "lora": (False, {}),
     "rslora-layers": (True, {"use_rslora": True, "layers_to_transform": (0, 2)}),
@@ -126,7 +136,7 @@ def test_peft_loads_variants_on_all_targets_without_warnings(models, tmp_path, n
     assert adapted == set(TARGETS)
     mine = ours.logits(adapter, TOKENS[0])
     assert np.abs(mine - torch_logits(loaded, TOKENS[0])).max() < 1e-4
-    assert np.abs(mine - ours.logits(params.neutral(adapter, ours.base), TOKENS[0])).max() > 0.05
+    assert np.abs(mine - ours.logits(params.neutral(spec, adapter, ours.base), TOKENS[0])).max() > 0.05
 
 
 @pytest.mark.slow

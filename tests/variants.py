@@ -78,6 +78,36 @@ VARIANTS = {
         {"use_dora": True, "target_modules": ["layers.1.mlp.up_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
         {"loraplus_lr_ratio": 4.0, "learning_rate": 1e-3},
     ),
+    "lora-bias-rslora": (
+        False,
+        peft.LoraConfig,
+        {"lora_bias": True, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+        {},
+    ),
+    "tokens-tied": (
+        True,
+        peft.LoraConfig,
+        {"target_modules": ["q_proj"], "trainable_token_indices": [250, 3, 17]},
+        {},
+    ),
+    "tokens-untied": (
+        False,
+        peft.LoraConfig,
+        {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [200, 3, 9]}},
+        {},
+    ),
+    "rslora-on-tables": (
+        False,
+        peft.LoraConfig,
+        {"use_rslora": True, "target_modules": ["q_proj", "embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 2}},
+        {},
+    ),
+    "lora-on-tied-tables": (
+        True,
+        peft.LoraConfig,
+        {"target_modules": ["embed_tokens", "lm_head", "o_proj"], "alpha_pattern": {"embed_tokens": 3}},
+        {},
+    ),
     "ia3": (
         False,
         peft.IA3Config,

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from jlora.adapters.methods import LEAVES, make_method
-from jlora.adapters.methods.method import Leaves, Method, Values, Weight
+from jlora.adapters.methods import LEAVES, make_method, table_method
+from jlora.adapters.methods.method import Leaves, Method, Weight
 from jlora.adapters.spec import AdapterSpec
 
 Adapter = dict[str, Any]  # nested: {"layers": {"self_attn": {"q_proj": {"lora_A": [L, r, in], "lora_B": [L, out, r]}}}}
@@ -67,19 +67,22 @@ def start(spec: AdapterSpec, shapes: Adapter, base: Any, key: PRNGKeyArray) -> A
       shapes: the adapter's tree of shapes and dtypes.
       base: the frozen weights; the `weight` of each adapted module has the same path.
     """
-    first = neutral(init(shapes, key), base)
+    first = neutral(spec, init(shapes, key), base)
     return _by_method(spec, first, base, lambda method, leaves, weight: method.start(leaves, weight))
 
 
-def neutral(adapter: Adapter, base: Any) -> Adapter:
+def neutral(spec: AdapterSpec, adapter: Adapter, base: Any) -> Adapter:
     """Returns an adapter of the same form that changes nothing: `neutral` values, except for the drawn arrays."""
-
-    def value(path: tuple[str, ...], name: str, values: Values) -> Values:
-        return values if LEAVES[name].draw else LEAVES[name].neutral(values, _weight(base, path))
-
-    return build(
-        {path: {name: value(path, name, leaf) for name, leaf in leaves.items()} for path, leaves in modules(adapter)}
-    )
+    made, tied = dict(modules(adapter)), "lm_head" not in base
+    for path, leaves in made.items():
+        name = projection(path)
+        method = make_method(spec, name) if name else table_method(spec, path[0], tied=tied)
+        weight = _weight(base, ("embed_tokens",) if path == ("lm_head",) and tied else path)
+        made[path] = {
+            leaf.name: values if leaf.draw else leaf.neutral(values, weight)
+            for leaf, values in ((leaf, leaves[leaf.name]) for leaf in method.leaves())
+        }
+    return build(made)
 
 
 def complete(spec: AdapterSpec, adapter: Adapter, base: Any) -> Adapter:

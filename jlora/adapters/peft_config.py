@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import pydantic
 
 from jlora.adapters.methods import METHODS, base_method, choices, method_class
+from jlora.adapters.provenance import VOCABULARY, WEIGHTS, metadata
 from jlora.adapters.spec import EMBEDDINGS, NO_ADAPTER, TARGETS, AdapterSpec
 from jlora.common import hf_names, patterns, typed_json
 from jlora.common.errors import UserError
-from jlora.common.typed_json import Whole
+from jlora.common.typed_json import Count, Whole
 
 CONFIG = "adapter_config.json"
 # Fields that jlora reads, and fields that do not affect the numbers.
@@ -41,12 +42,14 @@ class Fields(typed_json.Strict):
     lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+    lora_bias: bool | None = None
     init_lora_weights: bool | str | None = None
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
-    layers_to_transform: list[Annotated[Whole, pydantic.Field(ge=0)]] | Whole | None = None
+    layers_to_transform: list[Count] | Whole | None = None
     modules_to_save: list[str] | None = None
     ensure_weight_tying: bool | None = None
+    trainable_token_indices: list[Count] | dict[str, list[Count]] | None = None
     feedforward_modules: list[str] | str | None = None
 
     @pydantic.model_validator(mode="after")
@@ -138,8 +141,11 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
         problems.append(f"layers_pattern={config['layers_pattern']!r} (expected none)")
     saved = config.get("modules_to_save") or []
     problems += [f"modules_to_save has {table!r}" for table in saved if table.split(".")[-1] not in EMBEDDINGS]
-    if saved and kind in kinds and "modules_to_save" in base_method(kind).unused:
-        problems.append(f"modules_to_save with peft_type={kind}")
+    problems += [
+        f"{field} with peft_type={kind}"
+        for field in ("modules_to_save", "trainable_token_indices")
+        if config.get(field) and kind in kinds and field in base_method(kind).unused
+    ]
     forward = config.get("feedforward_modules") or []
     with _named(directory):
         targets = _targets(config, layers)
@@ -147,17 +153,23 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
         problems.append(f"feedforward_modules={forward!r} (expected some of {', '.join(TARGETS)})")
     elif mixed := _not_forward(targets, forward):
         problems.append(f"feedforward_modules={forward!r} without {mixed[0]} (expected all modules of a kind, or none)")
+    if config.get("ensure_weight_tying") and any(name.split(".")[-1] in EMBEDDINGS for name in targets):
+        problems.append("ensure_weight_tying with LoRA on a token table")
     if not targets:
         problems.append(f"target_modules={config.get('target_modules')!r} (expected some of {', '.join(TARGETS)})")
     if problems:
         raise UserError(f"Adapter {directory} has settings that jlora does not support: {'; '.join(problems)}.")
     if any(config.get(field) is None for field in base_method(kind).required):
         raise UserError(f"Adapter {directory}: {CONFIG} must set {' and '.join(base_method(kind).required)}.")
+    rows = metadata(directory / WEIGHTS).get(VOCABULARY, "")
     spec = dataclasses.replace(NO_ADAPTER, target_modules=targets, **_chosen(config, kind))
+    spec = dataclasses.replace(spec, vocabulary=int(rows) if rows.isdecimal() else 0)
     spec = dataclasses.replace(spec, **method_class(spec).read_fields(config))
     with _named(directory):  # matches all patterns, which may be broken or slow
         for module in hf_names.projections():
             spec.ranks(module, layers), spec.alphas(module, layers)
+        if conflicts := spec.conflicts():
+            raise UserError(f"{CONFIG} has settings that exclude each other: {' '.join(conflicts)}")
     return spec
 
 
@@ -191,10 +203,10 @@ def _targets(config: dict[str, Any], layers: int) -> tuple[str, ...]:
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = list(TARGETS)
-    if isinstance(targets, list) and any(name.split(".")[-1] not in TARGETS for name in targets):
+    if isinstance(targets, list) and any(name.split(".")[-1] not in (*TARGETS, *EMBEDDINGS) for name in targets):
         return ()
     if isinstance(targets, list) and not excluded:
-        order = {name: i for i, name in enumerate(TARGETS)}
+        order = {name: i for i, name in enumerate((*TARGETS, *EMBEDDINGS))}
         return tuple(sorted(targets, key=lambda name: (order[name.split(".")[-1]], name)))
     if not isinstance(targets, list | str):
         return ()
@@ -206,4 +218,5 @@ def _targets(config: dict[str, Any], layers: int) -> tuple[str, ...]:
 
     paths = (path for path in hf_names.NAMES if path[-1] == "weight" and path[-2] in TARGETS)
     names = [name.removesuffix(".weight") for path in paths for name in hf_names.tensor_names(path, (layers,))]
+    names += EMBEDDINGS.values()
     return tuple(name for name in names if matches(targets, name) and not matches(excluded, name))

@@ -12,18 +12,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jlora.adapters import params
-from jlora.adapters.methods import TABLE, make_method
-from jlora.adapters.methods.method import Leaves, Method
+from jlora.adapters.methods import make_method, table_method
+from jlora.adapters.methods.method import Leaf, Leaves, Method
+from jlora.adapters.methods.tables import TableMethod
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import CONFIG, read_config_file
 from jlora.adapters.provenance import TENSORS, WEIGHTS, metadata, tensors_hash
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.spec import EMBEDDINGS, AdapterSpec
 from jlora.common import hf_names
 from jlora.common.atomic_io import new_directory
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 
 PREFIX = "base_model.model."
+# Tables that PEFT copies into a file if LoRA changes them; `bases.hashes.check_base` compares them with the base model.
+COPIES = {f"{PREFIX}{name}.base_layer.weight": table for table, name in EMBEDDINGS.items()}
 FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names
 PARITY, TEMPLATE = "parity.json", "chat_template.jinja"
 
@@ -32,24 +35,30 @@ class Place(NamedTuple):
     """A module in a PEFT file, and its values in the adapter's tree."""
 
     name: str  # in the file
-    leaves: Leaves
-    layer: int | None  # index into the stacks of a projection; None for a token table
-    rank: int
-    method: Method | None
+    leaves: Leaves  # of one layer, or of a token table
+    rank: int | None  # of the layer; None for a token table, whose arrays are not padded
+    method: Method | TableMethod
+
+    def files(self) -> Iterator[tuple[str, Leaf]]:
+        """Yields the name in the file of each array, and its leaf."""
+        for leaf in self.method.leaves():
+            if leaf.tensor:
+                yield self.name + leaf.tensor, leaf
 
 
-def _places(adapter: Adapter, spec: AdapterSpec) -> Iterator[Place]:
+def _places(adapter: Adapter, spec: AdapterSpec, *, tied: bool) -> Iterator[Place]:
     """Yields every module that a PEFT file stores."""
     for path, leaves in params.modules(adapter):
         size = next(iter(leaves.values())).shape[0]
         names = [name.removesuffix(".weight") for name in hf_names.tensor_names((*path, "weight"), (size,))]
         if not (projection := params.projection(path)):
-            yield Place(PREFIX + names[0], leaves, None, 0, None)
+            yield Place(PREFIX + names[0], leaves, None, table_method(spec, path[0], tied=tied))
             continue
         method = make_method(spec, projection)
         for layer, (name, rank) in enumerate(zip(names, method.site(size).ranks, strict=True)):
             if rank:
-                yield Place(PREFIX + name, leaves, layer, rank, method)
+                own = {part: leaf[layer] for part, leaf in leaves.items()}
+                yield Place(PREFIX + name, own, rank, method)
 
 
 def tensors(adapter: Adapter, spec: AdapterSpec, *, tied: bool) -> dict[str, np.ndarray]:
@@ -59,12 +68,12 @@ def tensors(adapter: Adapter, spec: AdapterSpec, *, tied: bool) -> dict[str, np.
       tied: whether the base model's head is its embedding table; PEFT writes a trained one under both names.
     """
     found: dict[str, Any] = {}
-    for name, leaves, layer, rank, method in _places(jax.device_get(adapter), spec):
-        if method is None:
-            found[name + TABLE.tensor] = leaves[TABLE.name]
-            continue
-        one = {part: leaf[layer] for part, leaf in leaves.items()}
-        found |= {name + end: values for end, values in method.to_peft(one, rank).items()}
+    for place in _places(jax.device_get(adapter), spec, tied=tied):
+        if isinstance(place.method, TableMethod):
+            found |= {name: place.leaves[leaf.name] for name, leaf in place.files()}
+        else:
+            of_module = place.method.to_peft(place.leaves, place.rank or 0)
+            found |= {place.name + end: values for end, values in of_module.items()}
     if tied and spec.modules_to_save:
         embedding, head = (PREFIX + hf_names.NAMES[table, "weight"] for table in ("embed_tokens", "lm_head"))
         found[head] = found[embedding].copy()
@@ -132,17 +141,13 @@ def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: b
     Raises:
       UserError: the file cannot be read, or a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
-    found = read_tensors(directory)
+    found = {name: values for name, values in read_tensors(directory).items() if name not in COPIES}
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    for name, leaves, layer, rank, method in _places(adapter, spec):
-        if method is None:
-            whole = leaves[TABLE.name]
-            whole[...] = _take(found, name + TABLE.tensor, whole.shape, directory)
-            continue
-        for leaf in (leaf for leaf in method.leaves() if leaf.tensor):
-            place = leaf.cut(leaves[leaf.name][layer], rank)
-            values = _take(found, name + leaf.tensor, method.in_file(place).shape, directory)
-            place[...] = values.reshape(place.shape)
+    for place in _places(adapter, spec, tied=tied):
+        for name, leaf in place.files():
+            target = leaf.cut(place.leaves[leaf.name], place.rank)
+            shape = place.method.in_file(target).shape if isinstance(place.method, Method) else target.shape
+            target[...] = _take(found, name, shape, directory).reshape(target.shape)
     if tied and spec.modules_to_save:
         head, embedding = found.pop(PREFIX + hf_names.NAMES["lm_head", "weight"], None), adapter["embed_tokens"]
         only = head is None and read_config_file(directory).get("ensure_weight_tying") is not True
@@ -150,6 +155,8 @@ def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: b
             raise UserError(
                 f"Adapter {directory} has an embedding and a head that differ, but this base model ties them."
             )
+    if conflicts := spec.conflicts(tied=tied):
+        raise UserError(f"Adapter {directory} does not fit this base model: {' '.join(conflicts)}")
     if found:
         raise UserError(
             f"Adapter {directory} contains {plural(len(found), 'unexpected tensor')} for this base model and "
@@ -170,6 +177,15 @@ def _take(found: dict[str, np.ndarray], name: str, expected: tuple[int, ...], di
     if not np.all(np.isfinite(values)):
         raise UserError(f"Adapter {directory}: {name} contains NaN or infinity; training probably diverged.")
     return values
+
+
+def copied_tables(weights: Path) -> dict[str, np.ndarray]:
+    """Returns the token tables of the base model that an adapter file contains, by name; float32."""
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            return {COPIES[name]: file.get_tensor(name).astype(np.float32) for name in COPIES.keys() & file.keys()}
+    except (OSError, ValueError, SafetensorError):
+        return {}  # `read_tensors` reports it
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:

@@ -10,12 +10,12 @@ from jlora.adapters import params
 from jlora.adapters.methods import Lora, component_methods, make_method
 from jlora.adapters.methods.method import Leaves
 from jlora.adapters.params import Adapter
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.spec import EMBEDDINGS, AdapterSpec
 
 
 def is_uniform_lora(spec: AdapterSpec) -> bool:
     """Returns whether `r` and `lora_alpha` alone describe the adapter, in every layer and for whole module types."""
-    varied = spec.rank_pattern or spec.alpha_pattern or spec.layers_to_transform or spec.modules_to_save
+    varied = spec.rank_pattern or spec.alpha_pattern or spec.layers_to_transform or _tables(spec)
     return (
         component_methods(spec) == (Lora,) and not varied and not any("." in target for target in spec.target_modules)
     )
@@ -23,8 +23,15 @@ def is_uniform_lora(spec: AdapterSpec) -> bool:
 
 def unsupported_as_lora(spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the features of an adapter that the portable form cannot express, by their names in messages."""
-    tables = (f"modules_to_save={','.join(spec.modules_to_save)}",) if spec.modules_to_save else ()
-    return (*(part.title for part in component_methods(spec) if not part.portable), *tables)
+    return (*(part.title for part in component_methods(spec) if not part.portable), *_tables(spec))
+
+
+def _tables(spec: AdapterSpec) -> tuple[str, ...]:
+    """Describes what an adapter changes in the token tables."""
+    targeted = [table for table in EMBEDDINGS if spec.table_rank(table)]
+    found = {"modules_to_save": spec.modules_to_save, "target_modules": targeted}
+    rows = ("trainable_token_indices",) if spec.trainable_token_indices else ()
+    return (*(f"{key}={','.join(tables)}" for key, tables in found.items() if tables), *rows)
 
 
 def deltas(adapter: Adapter, spec: AdapterSpec) -> Iterator[tuple[tuple[str, ...], int, np.ndarray]]:

@@ -13,6 +13,7 @@ BASE, TOKENIZER, TEMPLATE = "jlora_base", "jlora_tokenizer", "jlora_template"
 DATA, HELD_OUT = "jlora_data", "jlora_held_out_data"
 VERSION, CONFIG, STEP = "jlora_version", "jlora_config", "jlora_step"
 TENSORS = "jlora_tensors"
+VOCABULARY = "jlora_vocabulary"  # rows of the token tables, if the adapter added some
 BASE_LOSS, LOSS = "jlora_base_loss", "jlora_held_out_loss"  # nats per target
 
 

@@ -24,7 +24,8 @@ def spec_of(settings: dict[str, Any]) -> AdapterSpec:
 
 
 def settings_of(spec: AdapterSpec) -> dict[str, Any]:
-    """Returns the config keys that `spec_of` reads as this spec, without the noise on embeddings."""
+    """Returns the config keys that make this spec, without the noise on embeddings."""
     settings = {KEYS.get(field, field): getattr(spec, field) for field in FIELDS}
     del settings["neftune_noise_alpha"]  # a setting of training, not of the adapter
+    settings["resize_embeddings"] = settings.pop("vocabulary") > 0  # the tokenizer says how many rows
     return settings

@@ -1,12 +1,13 @@
 """The modules that an adapter changes, with its rank and alpha in each, by PEFT's rules for names and patterns."""
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from jlora.common import patterns
 
 LAYER = "model.layers.{i}."  # Hugging Face's prefix of a projection, such as "self_attn.q_proj"
-EMBEDDINGS = ("embed_tokens", "lm_head")  # tables that `modules_to_save` may train in full
+EMBEDDINGS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # token tables, and their full names
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = ("all-linear",)
 T = TypeVar("T")
@@ -30,7 +31,10 @@ class AdapterSpec:
     rank_pattern: tuple[tuple[str, int], ...] = ()  # the first pattern that matches a module decides its rank
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # () is all
+    lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()  # of EMBEDDINGS
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()  # rows of EMBEDDINGS
+    vocabulary: int = 0  # rows of the token tables, if the adapter added some; 0: as many as the base model has
     feedforward_modules: tuple[str, ...] = ()  # the targets whose input IA3 scales, not their output
     neftune_noise_alpha: float = 0.0  # noise on embeddings in training (Jain et al. 2023, arXiv:2310.05914)
 
@@ -50,7 +54,21 @@ class AdapterSpec:
         """Returns the alpha of a projection in each layer."""
         return tuple(_first(self.alpha_pattern, LAYER.format(i=i) + module, self.alpha) for i in range(layers))
 
-    def _targets(self, name: str, layer: int) -> bool:
+    def table_rank(self, table: str) -> int:
+        """Returns LoRA's rank in a table of EMBEDDINGS; 0 without LoRA."""
+        name = EMBEDDINGS[table]
+        return _first(self.rank_pattern, name, self.rank) if self._targets(name, None) else 0
+
+    def table_alpha(self, table: str) -> float:
+        """Returns LoRA's alpha in a table of EMBEDDINGS."""
+        return _first(self.alpha_pattern, EMBEDDINGS[table], self.alpha)
+
+    def trained_tokens(self, table: str) -> tuple[int, ...]:
+        """Returns the ids of the tokens whose rows are trained in a table of EMBEDDINGS."""
+        return dict(self.trainable_token_indices).get(table, ())
+
+    def _targets(self, name: str, layer: int | None) -> bool:
+        """Returns whether `target_modules` contains a module; `layer` is None outside of the layers."""
         if name in self.target_modules:  # a full name overrides `layers_to_transform`
             return True
         chosen = not self.layers_to_transform or layer in self.layers_to_transform
@@ -60,14 +78,60 @@ class AdapterSpec:
         """Returns whether a table of EMBEDDINGS is trained in full; tied tables are one."""
         return bool(self.modules_to_save) if tied else table in self.modules_to_save
 
-    def problems(self, modules: list[str], layers: int) -> list[str]:
-        """Lists the settings that have no effect on a model with these projections and layers."""
+    def conflicts(self, *, tied: bool | None = None) -> list[str]:
+        """Lists the settings that exclude each other.
+
+        Args:
+          tied: whether the base model's head is its embedding table; None: not known yet.
+        """
+        found = [
+            f"trainable_token_indices has {table}: {list(ids)}. Expected ids of embed_tokens or lm_head, each once."
+            for table, ids in self.trainable_token_indices
+            if table not in EMBEDDINGS or len(set(ids)) < len(ids) or min(ids) < 0
+        ]
+        used: dict[str, dict[str, None]] = {table: {} for table in EMBEDDINGS}
+        for table, keys in used.items():
+            keys |= {"modules_to_save": None} if table in self.modules_to_save else {}
+            keys |= {"trainable_token_indices": None} if self.trained_tokens(table) else {}
+            keys |= {"target_modules": None} if self.table_rank(table) else {}
+        found += [
+            f"{' and '.join(keys)} both name {table}. Remove it from one of them."
+            for table, keys in used.items()
+            if len(keys) > 1
+        ]
+        variants = {
+            "peft_type=IA3": self.peft_type == "IA3",
+            "use_dora": self.use_dora,
+            "init_lora_weights=pissa": self.init_lora_weights == "pissa",
+            "lora_bias": self.lora_bias,
+        }
+        chosen = [key for key, on in variants.items() if on]
+        found += [
+            f"target_modules has {table}, which {chosen[0]} cannot change. Remove one of them."
+            for table, keys in used.items()
+            if chosen and "target_modules" in keys
+        ]
+        if self.lora_bias and len(chosen) > 1:
+            found.append(f"{chosen[0]} and lora_bias exclude each other. Remove one of them.")
+        every = [*dict.fromkeys(key for keys in used.values() for key in keys)]
+        if tied and not found and len(every) > 1:
+            found.append(f"{' and '.join(every)} both change the table that this base model ties. Remove one of them.")
+        if tied and self.trained_tokens("lm_head") not in ((), self.trained_tokens("embed_tokens")):
+            found.append(
+                "trainable_token_indices has other tokens for lm_head than for embed_tokens, but this base model ties "
+                "them. Name the tokens for embed_tokens only."
+            )
+        return found
+
+    def problems(self, modules: list[str], layers: int, vocabulary: int, *, tied: bool) -> list[str]:
+        """Lists the settings that do not fit, or have no effect on, a model with these projections, layers and ids."""
         names = {
             LAYER.format(i=i) + module
             for module in modules
             for i, rank in enumerate(self.ranks(module, layers))
             if rank
         }
+        names |= {name for table, name in EMBEDDINGS.items() if self.table_rank(table)}
         beyond = [i for i in self.layers_to_transform if i >= layers]
         unused = [
             f"{key} has {pattern!r}, which matches no trained module."
@@ -80,7 +144,24 @@ class AdapterSpec:
             for target in self.target_modules
             if not any(name == target or name.endswith(f".{target}") for name in names)
         ]
-        return [f"layers_to_transform has {i}: Expected layers from 0 to {layers - 1}." for i in beyond] or unused
+        wrong = [f"layers_to_transform has {i}: Expected layers from 0 to {layers - 1}." for i in beyond] or unused
+        wrong += [
+            f"trainable_token_indices has {token}: Expected token ids from 0 to {vocabulary - 1}."
+            for token in sorted({token for _, ids in self.trainable_token_indices for token in ids})
+            if token >= vocabulary
+        ]
+        return wrong + self.conflicts(tied=tied)
+
+
+def tokens_by_table(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Returns trainable_token_indices by table: from ids, which are the embedding's, or from lists of ids by table.
+
+    Raises:
+      TypeError, ValueError: it is neither.
+    """
+    entries = list(value.items() if isinstance(value, Mapping) else value or ())
+    pairs = entries if any(isinstance(entry, list | tuple) for entry in entries) else [("embed_tokens", entries)]
+    return tuple((str(table).split(".")[-1], tuple(map(int, ids))) for table, ids in pairs if ids)
 
 
 def _matches(pattern: str, name: str) -> bool:

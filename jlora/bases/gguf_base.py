@@ -7,31 +7,48 @@ tensors are written as float32, which represents their values exactly; others ke
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gguf
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pydantic
 from gguf import GGMLQuantizationType as Stored
 
 from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.common.errors import UserError
 from jlora.common.hf_names import NAMES, tensor_names
 from jlora.common.plural import plural
+from jlora.common.typed_json import Count, Size, mismatches
 from jlora.models.families import FAMILIES
 from jlora.models.rope import Llama3Rope, plain_frequencies
 from jlora.models.safetensors_files import write_weights
 
 # Architectures in GGUF, which are model types too. Mistral is stored as llama, with a sliding window.
 ARCHITECTURES = list(dict.fromkeys(family.gguf_architecture for family in FAMILIES.values()))
-# Architecture fields that jlora reads. It rejects a file that sets any other to something other than zero or false.
-READ = {
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "attention.sliding_window"),
-    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"),
-    *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+Positive = Annotated[float, pydantic.Field(gt=0)]
+# Types of the architecture's fields that jlora reads. It rejects a file that sets any other, except to zero or false.
+ARCHITECTURE: dict[str, Any] = {
+    **dict.fromkeys(("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"), Size),
+    **dict.fromkeys(("attention.head_count", "attention.head_count_kv", "rope.dimension_count"), Size),
+    **dict.fromkeys(("attention.key_length", "attention.value_length"), Size),
+    **dict.fromkeys(("attention.sliding_window", "rope.scaling.original_context_length"), Count),
+    **dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor"), Positive),
+    "rope.scaling.type": str,
+    "rope.scaling.finetuned": bool,
+}
+# Types of the other fields that jlora reads.
+GENERAL: dict[str, Any] = {
+    "general.architecture": str,
+    "split.count": Count,
+    "tokenizer.chat_template": str,
+    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), str),
+    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), list[str]),
+    "tokenizer.ggml.token_type": list[int],
+    "tokenizer.ggml.scores": list[float],
+    **dict.fromkeys(("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"), bool),
+    **{f"tokenizer.ggml.{name}_token_id": Count for name in ("bos", "eos", "eot", "unknown", "padding")},
 }
 ROPE_TABLE = "rope_freqs.weight"  # the RoPE scaling of Llama 3.1, as a divisor for each frequency
 
@@ -86,6 +103,8 @@ def config_from_gguf(field: dict[str, Any], stored: dict[str, Any]) -> dict[str,
       KeyError: a field is missing.
       ValueError: a field has a value that jlora does not support.
     """
+    if mistyped := mismatches(GENERAL, field):
+        raise ValueError(f"{'; '.join(mistyped)}.")
     kind = field["general.architecture"]
     if kind not in ARCHITECTURES:
         raise ValueError(f"Unsupported general.architecture {kind!r}. Supported: {', '.join(ARCHITECTURES)}.")
@@ -94,8 +113,10 @@ def config_from_gguf(field: dict[str, Any], stored: dict[str, Any]) -> dict[str,
             f"This is one of {field['split.count']} parts. Join them with `llama-gguf-split --merge FIRST_PART OUTPUT`."
         )
     own = {name.removeprefix(f"{kind}."): value for name, value in field.items() if name.startswith(f"{kind}.")}
-    if odd := [f"{kind}.{name}={value!r}" for name, value in own.items() if name not in READ and value]:
+    if odd := [f"{kind}.{name}={value!r}" for name, value in own.items() if name not in ARCHITECTURE and value]:
         raise ValueError(f"Unsupported: {', '.join(odd)}.")
+    if mistyped := mismatches(ARCHITECTURE, own):
+        raise ValueError(f"{'; '.join(f'{kind}.{problem}' for problem in mistyped)}.")
     heads, width = own["attention.head_count"], own["embedding_length"]
     size = own.get("attention.key_length") or own.get("rope.dimension_count") or width // heads
     for name in ("attention.value_length", "rope.dimension_count"):

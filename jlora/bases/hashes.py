@@ -8,8 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.adapters.peft_io import copied_tables
 from jlora.adapters.provenance import BASE, metadata
 from jlora.common.errors import UserError
+from jlora.common.hf_names import NAMES
 from jlora.models.safetensors_files import Weights
 
 SAMPLE = 64  # values of each tensor that are hashed
@@ -93,10 +95,23 @@ def template_source_hash(tokenizer: Any) -> str:
 
 
 def check_base(weights: Path, base: Path) -> None:
-    """Raises a UserError if an adapter file records a base model other than the one in `base`."""
+    """Raises a UserError if an adapter file records another base model than the one in `base`, or has tables of one."""
     expected = metadata(weights).get(BASE)
     if expected and expected != (actual := weights_hash(base)):
         raise UserError(
             f"Adapter {weights.parent} was trained on other weights than those in {base} (expected hash "
             f"{expected[:12]}, found {actual[:12]}). Pass the base model that it was trained on."
         )
+    check_copied_tables(weights, base)
+
+
+def check_copied_tables(weights: Path, base: Path) -> None:
+    """Raises a UserError if the token tables that PEFT copied into an adapter file are not those of the base model."""
+    for table, values in copied_tables(weights).items():
+        stored = Weights(base)
+        name = NAMES[table, "weight"] if NAMES[table, "weight"] in stored.names() else NAMES["embed_tokens", "weight"]
+        if not np.array_equal(values, np.asarray(stored.read(name), np.float32)):
+            raise UserError(
+                f"Adapter {weights.parent} contains a copy of {table} that differs from the one in {base}. Pass the "
+                "base model that it was trained on."
+            )

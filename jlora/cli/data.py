@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
 
     rows, held_out_rows = data_pipeline.read_rows(config, log)
     directory = resolve_base(config.base_model, config.revision, weights=False)
-    model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
+    tokenizer = load_tokenizer(directory, config.chat_template)
+    model = data_pipeline.with_new_tokens(config, read_config(directory), tokenizer)
     ends = end_tokens(directory, tokenizer)
     examples = data_pipeline.read_examples(config, tokenizer, ends, rows, "training", model.vocab_size, log)
     held_out: SizedExamples | list[Example] = []

@@ -22,7 +22,7 @@ from jlora.models import attention_backend
 from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
-from jlora.planning.data_pipeline import read_examples, read_rows
+from jlora.planning.data_pipeline import read_examples, read_rows, with_new_tokens
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
 from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
@@ -83,7 +83,8 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
         ends = end_tokens(directory, tokenizer)
-        examples = read_examples(config, tokenizer, ends, rows, "training", model.vocab_size, lambda line: None)
+        vocab_size = with_new_tokens(config, model, tokenizer).vocab_size
+        examples = read_examples(config, tokenizer, ends, rows, "training", vocab_size, lambda line: None)
         return layout_from_examples(model, examples), f"row lengths from {config.train_data_dir}"
     length = tokens or config.max_seq_length
 

@@ -1,4 +1,4 @@
-"""Reads JSON files that somebody else wrote: each is checked against a pydantic schema before it is used."""
+"""Reads JSON files and fields that somebody else wrote: each value is checked by pydantic before it is used."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,13 @@ from jlora.common.errors import UserError
 LARGEST = 64 * 2**20  # bytes; a config is never larger
 
 
+STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+
 class Strict(pydantic.BaseModel):
     """A schema whose numbers are numbers and finite, whose booleans are booleans; keys that it lacks are ignored."""
 
-    model_config = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(**STRICT, frozen=True)
 
 
 def whole(value: Any) -> Any:
@@ -24,6 +27,7 @@ def whole(value: Any) -> Any:
 
 Whole = Annotated[int, pydantic.BeforeValidator(whole)]
 Size = Annotated[Whole, pydantic.Field(gt=0, le=10**8)]
+Count = Annotated[Whole, pydantic.Field(ge=0)]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -61,6 +65,18 @@ def parse(schema: type[Any], values: dict[str, Any]) -> tuple[Any, list[str]]:
         for entry in error.errors(include_url=False):
             wishes.setdefault(entry["loc"][:1], []).append(_expected(entry))
         return None, [_described(loc, list(dict.fromkeys(wish)), values) for loc, wish in wishes.items()]
+
+
+def mismatches(types: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Describes each value that does not have the type of its key; ignores keys that lack a type or a value."""
+    found = []
+    for key in types.keys() & values.keys():
+        try:
+            pydantic.TypeAdapter(types[key], config=STRICT).validate_python(values[key])
+        except pydantic.ValidationError as error:
+            wish = list(dict.fromkeys(map(_expected, error.errors(include_url=False))))
+            found.append(_described((key,), wish[:1], values))
+    return sorted(found)
 
 
 def _expected(error: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict
 
+from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.config.schema import ENTRIES, Config, default_config, suggest_nearest, validate
@@ -62,6 +63,13 @@ def typed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     found, problems = {}, []
     for key, value in settings.items():
+        if key == "trainable_token_indices":
+            try:
+                found[key] = tokens_by_table(value)
+            except (TypeError, ValueError):
+                found[key] = ()
+                problems.append(f"{key} has {value!r}: Expected {ENTRIES[key]}.")
+            continue
         read, entries = READERS.get(key, str), []
         for entry in value if isinstance(value, list | tuple) else ():
             text = "=".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jlora.adapters import methods
+from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import ALL_LINEAR, EMBEDDINGS, TARGETS
 from jlora.bases.resolve import is_hub_id
 from jlora.data.conversation import PARTS, ROLES, names_complete_row
@@ -51,10 +52,12 @@ class Config:
     lora_rank: int = 16  # rank r of the update; a higher one can learn more and needs more memory
     lora_alpha: float = 32.0  # scale of the update, divided by the rank
     lora_dropout: float = 0.0  # probability, below 1
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or "all-linear"; "3.mlp.up_proj" is a module of layer 3
+    # Or "all-linear"; "3.mlp.up_proj" is a module of layer 3. "embed_tokens" and "lm_head" are possible too.
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     peft_type: str = "LORA"  # "IA3" trains one factor per channel and ignores lora_rank and lora_alpha
     feedforward_modules: tuple[str, ...] = ("down_proj",)  # target modules whose input, not output, IA3 scales
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_rank), so that high ranks keep learning
+    lora_bias: bool = False  # also train a bias beside B
     use_dora: bool = False  # train magnitude and direction separately: slightly better at low rank, half as fast
     init_lora_weights: str = "true"  # random A, zero B; "pissa": principal components of the base model, learns faster
     # Other ranks for some modules: the first pattern that matches decides. A config may also contain a mapping
@@ -62,7 +65,10 @@ class Config:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()  # the same for lora_alpha
     layers_to_transform: tuple[int, ...] = ()  # layers that get an adapter, from 0; () is all
-    modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained in full, for new words; large
+    modules_to_save: tuple[str, ...] = ()  # "embed_tokens", "lm_head": trained in full; large
+    # Token ids whose rows of the embedding are trained, for new words; or {"embed_tokens": ids, "lm_head": ids}.
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    resize_embeddings: bool = False  # add rows for tokens that the tokenizer has and the base model lacks; train them
     init_adapter: str = ""  # PEFT directory to start from; its settings replace all of the adapter settings above
 
     # Optimization: AdamW, as in Hugging Face's Trainer.
@@ -142,6 +148,7 @@ ENTRIES = {
     "rank_pattern": "PATTERN=RANK",
     "alpha_pattern": "PATTERN=ALPHA",
     "layers_to_transform": "layer numbers, from 0",
+    "trainable_token_indices": "token ids, or lists of them for embed_tokens and lm_head",
 }
 POSITIVE = (
     "max_seq_length lora_rank lora_alpha batch_size gradient_accumulation_steps epochs learning_rate adam_epsilon "
@@ -228,7 +235,11 @@ def _adapter_problems(config: Config) -> list[str]:
     problems = []
     if not config.target_modules:
         problems.append(f"target_modules=(): Expected one or more of {', '.join(TARGETS)}, or all-linear.")
-    known = {"target_modules": TARGETS, "feedforward_modules": TARGETS, "modules_to_save": EMBEDDINGS}
+    known = {
+        "target_modules": (*TARGETS, *EMBEDDINGS),
+        "feedforward_modules": TARGETS,
+        "modules_to_save": tuple(EMBEDDINGS),
+    }
     problems += [
         f"{key} has {name!r}. Did you mean {suggest_nearest(name, names)}?"
         for key, names in known.items()
@@ -252,6 +263,8 @@ def _adapter_problems(config: Config) -> list[str]:
             for key in methods.base_method(config.peft_type).unused
             if key not in HARMLESS and getattr(config, key) != getattr(Config(), key)
         ]
+    if not problems:
+        problems = spec_of(dataclasses.asdict(config)).conflicts()
     if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):
         problems.append("init_adapter and resume_from_checkpoint both set a starting point. Remove one of them.")
     return problems

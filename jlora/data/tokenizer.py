@@ -82,6 +82,5 @@ def check_embedded(tokenizer: Any, tokens: Sequence[int] | np.ndarray, vocab_siz
             raise UserError(
                 f"{where}The token {tokenizer.convert_ids_to_tokens(int(token))!r} has id {token}, but the base model "
                 f"embeds only ids below {vocab_size}: its tokenizer has tokens that its weights lack. Remove the token "
-                "from the text, or resize the base model with transformers and save it (model.resize_token_embeddings("
-                f"{len(tokenizer)}); model.save_pretrained(NEW_DIR)), and set modules_to_save=embed_tokens,lm_head."
+                "from the text, or train an adapter with resize_embeddings=true, which adds the tokens."
             )

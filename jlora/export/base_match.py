@@ -81,7 +81,8 @@ def _check_tensors(adapter: Path) -> str:
 
 
 def _check_shapes(adapter: Path, base: Path) -> None:
-    """Reads the adapter for this base model; raises a UserError if the shapes differ."""
+    """Reads the adapter for this base model; raises a UserError if shapes, or copies of token tables, differ."""
+    hashes.check_copied_tables(adapter / WEIGHTS, base)
     config = read_config(base)
     spec = read_spec(adapter, config.num_hidden_layers)
     _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)

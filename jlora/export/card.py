@@ -53,7 +53,13 @@ def card(config: dict[str, Any], metadata: dict[str, str], public: str, *, own_t
         "Run this in this directory; set `base` to your copy of the base model:",
         "",
         "```python",
-        *_snippet(config, inputs, public or "PATH/OF/THE/BASE/MODEL", own_template=own_template),
+        *_snippet(
+            config,
+            inputs,
+            public or "PATH/OF/THE/BASE/MODEL",
+            metadata.get(provenance.VOCABULARY, ""),
+            own_template=own_template,
+        ),
         "```",
         "",
         "| Trained with | sha256 |",
@@ -85,8 +91,13 @@ def _without_path(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _snippet(config: dict[str, Any], inputs: list[str], base: str, *, own_template: bool) -> list[str]:
-    """Returns Python code that generates an answer with PEFT; `inputs` is the code that makes its inputs."""
+def _snippet(config: dict[str, Any], inputs: list[str], base: str, rows: str, *, own_template: bool) -> list[str]:
+    """Returns Python code that generates an answer with PEFT.
+
+    Args:
+      inputs: the code that makes its inputs.
+      rows: the number of rows of the token tables if the adapter added some, else "".
+    """
     revision = f", revision={_quoted(config['revision'])}" if config["revision"] else ""
     template = ['tokenizer.chat_template = Path("chat_template.jinja").read_text(encoding="utf-8")']
     return [
@@ -97,7 +108,9 @@ def _snippet(config: dict[str, Any], inputs: list[str], base: str, *, own_templa
         f"base = {_quoted(base)}",
         f"tokenizer = AutoTokenizer.from_pretrained(base{revision})",
         *(template if own_template else []),
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base{revision}), ".")',
+        f"model = AutoModelForCausalLM.from_pretrained(base{revision})",
+        *([f"model.resize_token_embeddings({rows})  # rows for the new tokens"] if rows else []),
+        'model = PeftModel.from_pretrained(model, ".")',
         *inputs,
         "answer = model.generate(**inputs, max_new_tokens=200, do_sample=False)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',

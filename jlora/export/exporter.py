@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, tensors, write_adapter
-from jlora.adapters.provenance import TENSORS, WEIGHTS, tensors_hash
+from jlora.adapters.provenance import TENSORS, VOCABULARY, WEIGHTS, tensors_hash
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.bases import hashes
@@ -97,6 +97,8 @@ def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> N
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         progress = checkpoints.progress(step)
     metadata = provenance_metadata(record, step, progress.base_loss, progress.eval_loss, tokenizer)
+    if spec.vocabulary:
+        metadata[VOCABULARY] = str(spec.vocabulary)
     metadata[TENSORS] = tensors_hash(tensors(adapter, spec, tied=config.get("ensure_weight_tying") is True))
 
     def certify(made: Path) -> str:
@@ -112,7 +114,7 @@ def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> N
 def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:
     """Reads the adapter of a run's checkpoint."""
     record = read_record(run, "--run")
-    spec = spec_of(record["config"])
+    spec = dataclasses.replace(spec_of(record["config"]), vocabulary=int(record["base"]["vocabulary"] or 0))
     model_config = read_config(Path(record["base"]["directory"]))
     _, shapes, _ = hf_loader.abstract_model(model_config, spec, FLOAT32_COMPUTE)
     with contextlib.closing(Checkpoints(run)) as checkpoints:

@@ -2,7 +2,7 @@
 
 From their sources: vLLM and LoRAX take one rank and one scale for all modules. Older SGLang does not support rsLoRA.
 LoRAX drops a module type that is missing in a layer. llama.cpp ignores rsLoRA and alpha patterns. None of the four
-supports DoRA, IA3 or trained embedding tables.
+supports DoRA, IA3, biases, or a trained embedding or head.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SERVERS = {
     "lorax": Server("LoRAX", plain=True),
     "llama.cpp": Server("llama.cpp", plain=True),
 }
-MERGE = "Merge it into the base model instead, with --merged."
+MERGE = "Merge it into the base model instead, with --merged, or load it with PEFT."
 
 
 def convert_for_server(name: str, adapter: Adapter, spec: AdapterSpec, max_rank: int) -> tuple[Adapter, AdapterSpec]:

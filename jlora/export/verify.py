@@ -30,6 +30,11 @@ from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings
 from jlora.models.families import read_config
 from jlora.serve.generator import Generator
 
+# PEFT's warnings about merging an adapter of token tables or biases, which do not concern a loaded one.
+MERGING = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "`lora_bias=True` was passed",
+)
 PROMPTS, NEW_TOKENS = 20, 40
 TOLERANCE = 1e-3  # largest allowed difference of float32 logits
 AGREEMENT = 0.9  # share of greedy answers that must be equal; rounding may break a tie the other way
@@ -77,7 +82,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
         theirs, their_answers = _read_back(exported, directory, tokenizer, prompts, compute)
     else:
         ends = end_tokens(directory, tokenizer)
-        theirs, their_answers, peft_warnings = _peft(directory, exported, prompts, ends, compute)
+        theirs, their_answers, peft_warnings = _peft(directory, exported, prompts, ends, compute, spec.vocabulary)
     if peft_warnings:
         raise VerificationError(f"PEFT warns when it loads {exported}: {'; '.join(peft_warnings)}.")
     ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts, compute)
@@ -102,8 +107,9 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
 
-def _base(directory: Path, compute: ComputeSettings) -> dict[str, Any]:
-    _, _, shapes = hf_loader.abstract_model(read_config(directory), NO_ADAPTER, compute)
+def _base(directory: Path, compute: ComputeSettings, vocabulary: int) -> dict[str, Any]:
+    alone = dataclasses.replace(NO_ADAPTER, vocabulary=vocabulary)
+    _, _, shapes = hf_loader.abstract_model(read_config(directory), alone, compute)
     return hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
 
 
@@ -118,7 +124,12 @@ def _read_back(
 
 
 def _peft(
-    directory: Path, exported: Path, prompts: list[list[int]], ends: frozenset[int], compute: ComputeSettings
+    directory: Path,
+    exported: Path,
+    prompts: list[list[int]],
+    ends: frozenset[int],
+    compute: ComputeSettings,
+    vocabulary: int,
 ) -> tuple[list[np.ndarray], list[list[int]], list[str]]:
     import torch
     from peft import PeftModel
@@ -127,12 +138,15 @@ def _peft(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        if vocabulary:
+            base.resize_token_embeddings(vocabulary, mean_resizing=False)
         if compute.quantize != "none":  # take the dequantized weights, not those in the files
             with torch.no_grad():
-                for name, values in hf_loader.dequantized_weights(_base(directory, compute)):
+                for name, values in hf_loader.dequantized_weights(_base(directory, compute, vocabulary)):
                     base.get_parameter(name).copy_(torch.tensor(values))
         model = PeftModel.from_pretrained(base, exported).eval()
-    peft_warnings = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    peft_warnings = [text for text in texts if not text.startswith(MERGING)]
     logits, answers = [], []
     with torch.no_grad():
         for prompt in tqdm(prompts, desc="PEFT", unit="prompt", disable=None):
@@ -155,7 +169,7 @@ def _jlora(
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
-        base = _base(directory, compute)
+        base = _base(directory, compute, spec.vocabulary)
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 
         @jax.jit

@@ -21,6 +21,7 @@ from jlora.common.errors import UserError
 from jlora.common.hf_names import tensor_names
 from jlora.distributed.sharding import shardings
 from jlora.models.compute_settings import ComputeSettings
+from jlora.models.families import read_config
 from jlora.models.llama import Llama
 from jlora.models.model_config import ModelConfig
 from jlora.models.quant import BLOCK, is_quantized
@@ -34,9 +35,12 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef[Llama], dict[str, Any], dict[str, Any]]:
     """Returns the model as shapes: its structure, the adapter's tree and the base model's tree, for `nnx.merge`.
 
+    The token tables have the rows that the base model has, or more if the adapter added some.
+
     Raises:
       UserError: the mesh does not divide the model evenly.
     """
+    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, spec.vocabulary))
     if compute.mesh is not None:
         _check_mesh(config, compute, compute.mesh)
     model = nnx.eval_shape(lambda: Llama(config, spec, compute))
@@ -69,10 +73,13 @@ def _check_mesh(config: ModelConfig, compute: ComputeSettings, mesh: Mesh) -> No
 def open_base(directory: Path, shapes: dict[str, Any]) -> Weights:
     """Opens a model directory and checks that its tensors are those of the base model's tree.
 
+    The tree's token tables may have more rows than config.json says: those of new tokens.
+
     Raises:
       UserError: tensors are missing, unexpected or of the wrong shape or dtype; all of them are listed.
     """
-    weights = Weights(directory)
+    rows = shapes["embed_tokens"]["weight"].shape[0]
+    weights = Weights(directory, added_rows=rows - read_config(directory).vocab_size)
     if problems := _mismatches(weights, shapes):
         raise UserError(
             f"base_model={directory} does not match its config.json ({_tensors(problems)}):{_listed(problems)}"

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters.methods import make_method
-from jlora.adapters.methods.method import FROZEN, Frozen
+from jlora.adapters.methods import make_method, table_method
+from jlora.adapters.methods.method import FROZEN, Frozen, Leaves
 from jlora.adapters.neftune import noise
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed.sharding import constrain_rows, constrain_table
@@ -182,18 +182,33 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), layer, keys[4:]), cache
 
 
-class Embedding(nnx.Module):
-    """A token table [V, D] for the input, the head, or both if they are tied; with `trained`, also a trained copy."""
+class TokenTable(nnx.Module):
+    """A token table [V, D] with its adapter: the embedding, or the head. A tied head has an adapter alone.
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, *, trained: bool) -> None:
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight, self.trained = nnx.Param(jnp.zeros(shape, dtype)), trained
-        if trained:
-            self.modules_to_save = nnx.LoRAParam(jnp.zeros(shape, jnp.float32))
+    Args:
+      name: "embed_tokens" or "lm_head".
+    """
 
-    def table(self) -> Float[Array, "V D"]:
-        """Returns the table in use: the trained copy if there is one."""
-        return (self.modules_to_save if self.trained else self.weight)[...]
+    def __init__(self, name: str, config: ModelConfig, spec: AdapterSpec, dtype: DTypeLike) -> None:
+        shape, tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
+        self.method = table_method(spec, name, tied=tied)
+        if name == "embed_tokens" or not tied:
+            self.weight = nnx.Param(jnp.zeros(shape, dtype))
+        for leaf, size in self.method.shapes(*shape).items():
+            setattr(self, leaf, nnx.LoRAParam(jnp.zeros(size, jnp.float32)))
+
+    def _leaves(self) -> Leaves:
+        return {leaf.name: getattr(self, leaf.name)[...] for leaf in self.method.leaves()}
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the embeddings of the tokens."""
+        return self.method.embed(tokens, self.weight[...], self._leaves())
+
+    def head(
+        self, hidden: Float[Array, "*N D"], weight: Float[Array, "V D"], key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "*N E"], Float[Array, "V E"]]:
+        """Returns hidden states and a table whose products are the logits."""
+        return self.method.head(hidden, weight, self._leaves(), key)
 
 
 class Llama(nnx.Module):
@@ -207,13 +222,13 @@ class Llama(nnx.Module):
 
     def __init__(self, config: ModelConfig, spec: AdapterSpec, compute: ComputeSettings) -> None:
         self.config, self.compute, param_dtype = config, compute, compute.param_dtype
-        self.noise, tied = spec.neftune_noise_alpha, config.tie_word_embeddings
-        self.embed_tokens = Embedding(config, param_dtype, trained=spec.saves("embed_tokens", tied=tied))
+        self.spec, tied = spec, config.tie_word_embeddings
+        self.embed_tokens = TokenTable("embed_tokens", config, spec, param_dtype)
         stack = nnx.vmap(lambda _: Layer(config, spec, compute), axis_size=config.num_hidden_layers)
         self.layers = stack(None)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
-        if not tied:
-            self.lm_head = Embedding(config, param_dtype, trained=spec.saves("lm_head", tied=tied))
+        if not tied or spec.table_rank("lm_head"):
+            self.lm_head = TokenTable("lm_head", config, spec, param_dtype)
 
     def __call__(
         self,
@@ -234,10 +249,10 @@ class Llama(nnx.Module):
           cache: keys and values so far; None in training.
         """
         cos_sin = rotary_cos_sin(self.config.rope, positions, self.config.head_dim)
-        x = self.embed_tokens.table()[tokens].astype(self.compute.compute_dtype)
-        if key is not None and self.noise:
+        x = self.embed_tokens.embed(tokens).astype(self.compute.compute_dtype)
+        if key is not None and self.spec.neftune_noise_alpha:
             key, noise_key = jax.random.split(key)
-            x = noise(x, segments, self.noise, noise_key)
+            x = noise(x, segments, self.spec.neftune_noise_alpha, noise_key)
         if cache is None:
             x = constrain_rows(x, self.compute.mesh)
         graphdef, layers = nnx.split(self.layers)
@@ -262,14 +277,26 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Returns logits of the next token; float32."""
-        return scores(hidden, self.head())
+        return scores(*self.head(hidden))
 
-    def head(self) -> Float[Array, "V D"]:
-        """Returns the output embedding, gathered from all devices that hold a part of it."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return constrain_table(head.table(), self.compute.mesh)
+    def head(
+        self, hidden: Float[Array, "*N D"], key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "*N E"], Float[Array, "V E"]]:
+        """Returns what `scores` takes. The table is gathered from all devices that hold a part of it.
+
+        Args:
+          hidden: final hidden states.
+          key: as for the hidden states.
+        """
+        tied = self.config.tie_word_embeddings
+        weight = (self.embed_tokens if tied else self.lm_head).weight[...]
+        if not tied or self.spec.table_rank("lm_head"):
+            hidden, weight = self.lm_head.head(hidden, weight, key)
+        elif self.embed_tokens.method.shared:
+            hidden, weight = self.embed_tokens.head(hidden, weight, key)
+        return hidden, constrain_table(weight, self.compute.mesh)
 
 
-def scores(hidden: Float[Array, "*N D"], table: Float[Array, "V D"]) -> Float[Array, "*N V"]:
+def scores(hidden: Float[Array, "*N E"], table: Float[Array, "V E"]) -> Float[Array, "*N V"]:
     """Returns logits of the next token; float32."""
     return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jlora.common.errors import UserError
+from jlora.common.hf_names import NAMES
 from jlora.common.typed_json import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TABLES = tuple(NAMES[table, "weight"] for table in ("embed_tokens", "lm_head"))
 ROWS = 4096  # of two tensors, compared at once
 # The safetensors name of each supported format -> dtype.
 DTYPES: dict[str, np.dtype] = {
@@ -33,11 +35,15 @@ class Weights:
 
     Like transformers, reads `model.safetensors`, or else the files that the index lists.
 
+    Args:
+      added_rows: rows for new tokens that the token tables have beyond those on disk, each the mean of those.
+
     Raises:
       UserError: there are no safetensors files, or a file or the index is broken.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, added_rows: int = 0) -> None:
+        self._added_rows = added_rows
         self._files: dict[str, Path] = {}
         self._headers: dict[str, dict[str, Any]] = {}
         self._mapped: dict[str, tuple[mmap.mmap, int]] = {}  # the file, and the offset of its data
@@ -70,8 +76,12 @@ class Weights:
         return tuple((file, file.stat().st_mtime_ns) for file in sorted(set(self._files.values())))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape on disk."""
-        return tuple(self._headers[name]["shape"])
+        """Returns the shape: that on disk, and the added rows."""
+        rows, *rest = self._headers[name]["shape"] or [None]
+        return () if rows is None else (rows + self._rows_beyond(name), *rest)
+
+    def _rows_beyond(self, name: str) -> int:
+        return self._added_rows if name in TABLES else 0
 
     def format(self, name: str) -> str:
         """Returns the safetensors name of a tensor's dtype: F32, F16, BF16, or one that jlora does not support."""
@@ -88,10 +98,14 @@ class Weights:
         return same
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a read-only view of a tensor on disk, in its own dtype; slicing it reads only the slice."""
+        """Returns a tensor in its own dtype: a read-only view of the file, or a copy if it has added rows."""
         mapped, begin, end = self._place(name)
-        values = np.frombuffer(mapped, np.uint8)[begin:end]
-        return values.view(DTYPES[self.format(name)]).reshape(self.shape(name))
+        values = np.frombuffer(mapped, np.uint8)[begin:end].view(DTYPES[self.format(name)])
+        values = values.reshape(self._headers[name]["shape"])
+        if count := self._rows_beyond(name):
+            mean = values.mean(axis=0, dtype=np.float32).astype(values.dtype)
+            values = np.concatenate([values, np.tile(mean, (count, 1))])
+        return values
 
     def release(self, name: str) -> None:
         """Frees the memory of a tensor's pages, which otherwise count as this process's; it can be read again."""

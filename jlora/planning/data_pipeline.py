@@ -12,6 +12,7 @@ from typing import Any
 from jlora.adapters.settings import spec_of
 from jlora.common import paths
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.data import preview
 from jlora.data.batches import Batches, plan_batches
@@ -27,6 +28,7 @@ from jlora.data.token_cache import load_or_tokenize
 from jlora.data.tokenizer import check_embedded
 from jlora.models.model_config import ModelConfig
 
+LISTED = 20  # new tokens that a message lists
 PROMPTS = 20  # rows whose prompt in training is compared with the served prompt
 
 
@@ -90,6 +92,28 @@ def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSo
         for line in report.lines():
             log(f"{name}: {line}")
     return replace(rows, count=reports["training"].count), held_out
+
+
+def with_new_tokens(config: Config, model: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """Returns the base model, with rows for all tokens of its tokenizer if `resize_embeddings` is set.
+
+    Raises:
+      UserError: the settings of the adapter do not train the new rows.
+    """
+    rows = max(tokenizer.get_vocab().values()) + 1 if config.resize_embeddings else 0
+    new = list(range(model.vocab_size, rows))
+    spec, tied = spec_of(asdict(config)), model.tie_word_embeddings
+    tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    for table in tables:
+        if not spec.saves(table, tied=tied) and not set(new) <= set(spec.trained_tokens(table)):
+            ids = str(new) if tied else f"{{embed_tokens: {new}, lm_head: {new}}}"
+            few = f"trainable_token_indices={ids}, or " if len(new) <= LISTED else ""
+            raise UserError(
+                f"resize_embeddings adds rows for {plural(len(new), 'token')} of the tokenizer, such as "
+                f"{tokenizer.convert_ids_to_tokens(new[0])!r}, but the settings do not train them in {table}. Set "
+                f"{few}modules_to_save={','.join(tables)}."
+            )
+    return replace(model, vocab_size=model.vocab_size + len(new))
 
 
 def read_examples(

@@ -49,6 +49,7 @@ class Generator:
         self.tokenizer, self.graphdef, self.base = tokenizer, graphdef, base
         self._end_tokens = end_tokens(directory, tokenizer)
         self._config, self._dtype = read_config(directory), compute_dtype
+        self._vocabulary = base["embed_tokens"]["weight"].shape[0]
 
         def row(
             adapter: Adapter, base: Any, tokens: Array, segments: Array, positions: Array, cache: KVCache
@@ -64,7 +65,12 @@ class Generator:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter of the same shapes that has no effect: with it, the base model answers."""
-        return jax.jit(params.neutral)(adapter, self.base)
+
+        @jax.jit
+        def neutral(adapter: Adapter, base: Any) -> Adapter:
+            return params.neutral(nnx.merge(self.graphdef, adapter, base).spec, adapter, base)
+
+        return neutral(adapter, self.base)
 
     def generate_tokens(
         self,
@@ -125,7 +131,7 @@ class Generator:
     ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], KVCache]:
         """Pads prompts on the left to one length; returns tokens, segments, positions, and an empty cache."""
         for prompt in prompts:
-            check_embedded(self.tokenizer, prompt, self._config.vocab_size)
+            check_embedded(self.tokenizer, prompt, self._vocabulary)
         length = -(-max(map(len, prompts)) // ROUND) * ROUND
         one = empty_kv_cache(self._config, self._dtype, 1, length + -(-max_new_tokens // ROUND) * ROUND)
         cache = jax.vmap(lambda _: one, out_axes=BY_ROW)(jnp.arange(len(prompts)))

@@ -1,5 +1,6 @@
 """Loads a base model with adapters."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def load_model(
     """Loads a base model and adapters.
 
     Several adapters are converted to a common form, so that switching between them does not compile again. Adapters
-    that have no such form (DoRA, IA3, trained embedding tables) must be loaded alone.
+    that have no such form (DoRA, IA3, biases, a trained embedding or head) must be loaded alone.
 
     Args:
       base: a model directory, hub id, or `pypi:NAME==VERSION`; "": the base model that the first adapter names.
@@ -79,7 +80,8 @@ def load_model(
     config, dtype = read_config(directory), default_dtype(jax.devices()[0])
     compute = ComputeSettings(dtype, dtype, quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
-    _, _, base_shapes = hf_loader.abstract_model(config, NO_ADAPTER, compute)
+    rows = max((spec.vocabulary for _, spec in found.values()), default=0)
+    _, _, base_shapes = hf_loader.abstract_model(config, dataclasses.replace(NO_ADAPTER, vocabulary=rows), compute)
     frozen = hf_loader.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
     forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NO_ADAPTER
@@ -95,7 +97,9 @@ def read_complete(directories: Mapping[str, Path], base: Path) -> dict[str, comb
     """Reads PEFT directories as `read_all` does, and computes what their files lack from the base model's weights."""
     found = read_all(directories, base)
     if any(needs_base_weights(spec) for _, spec in found.values()):
-        _, _, shapes = hf_loader.abstract_model(read_config(base), NO_ADAPTER, FLOAT32_COMPUTE)
+        rows = max(spec.vocabulary for _, spec in found.values())
+        alone = dataclasses.replace(NO_ADAPTER, vocabulary=rows)
+        _, _, shapes = hf_loader.abstract_model(read_config(base), alone, FLOAT32_COMPUTE)
         frozen = hf_loader.load_base(base, shapes, make_mesh(jax.devices()[:1]))
         found = {name: (params.complete(spec, adapter, frozen), spec) for name, (adapter, spec) in found.items()}
     return found

@@ -39,9 +39,9 @@ class Loss:
     linear: bool
 
     def __call__(
-        self, table: Float[Array, "V D"], hidden: Float[Array, "R T D"], batch: Batch, devices: int
+        self, hidden: Float[Array, "R T D"], table: Float[Array, "V D"], batch: Batch, devices: int
     ) -> Float[Array, ""]:
-        """Returns the summed loss of a micro-batch, from its final hidden states and the output embedding."""
+        """Returns the summed loss of a micro-batch, from what `Llama.head` returns."""
         slopes = None
         if self.linear:
             slopes = jax.grad(self.total)(jnp.zeros(batch.targets.shape, jnp.float32), batch)

@@ -111,7 +111,11 @@ class Programs:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
-        return jax.jit(params.neutral, out_shardings=places_of(adapter))(adapter, self.base)
+
+        def neutral(adapter: Adapter, base: Any) -> Adapter:
+            return params.neutral(nnx.merge(self.graphdef, adapter, base).spec, adapter, base)
+
+        return jax.jit(neutral, out_shardings=places_of(adapter))(adapter, self.base)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""

@@ -58,7 +58,8 @@ def loss_sum(
     """Returns the summed loss of one micro-batch (no leading axis A)."""
     model = nnx.merge(graphdef, lora, base)
     hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key)
-    return loss(model.head(), hidden, micro, devices)
+    head_key = None if key is None else jax.random.fold_in(key, 0)
+    return loss(*model.head(hidden, head_key), micro, devices)
 
 
 def make_train_step(

@@ -298,6 +298,6 @@ def read_record(run: Path, key: str) -> dict[str, Any]:
     record["config"], problems = typed(settings)
     if problems:
         raise UserError(f"{key}={run}: Its config.json is damaged: {' '.join(problems)}")
-    record["base"] = {"commit": "", **record["base"]}
+    record["base"] = {"commit": "", "vocabulary": "", **record["base"]}
     record["runtime"] = {"attention": "xla", "remat": "none", **record["runtime"]}
     return record

@@ -31,7 +31,7 @@ from jlora.models import attention_backend
 from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
-from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows
+from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows, with_new_tokens
 from jlora.training import resume
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -70,6 +70,9 @@ def prepare_run(config: Config) -> RunSetup:
     check_batch(mesh, config.batch_size)
     directory = processes.first_then_others(lambda: resolve_base(config.base_model, config.revision))
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
+    config = add_adapter_settings(config, directory, model)
+    stored, model = model.vocab_size, with_new_tokens(config, model, tokenizer)
+    check_adapter_settings(config, model)
     ends, vocab_size = end_tokens(directory, tokenizer), model.vocab_size
     examples = processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, "training", vocab_size))
     held_out: Any = []
@@ -77,7 +80,6 @@ def prepare_run(config: Config) -> RunSetup:
         held_out = processes.first_then_others(
             lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out", vocab_size)
         )
-    config = resolve_adapter_settings(config, directory, model)
     steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))
     both = [some for some in (batches, eval_batches) if some]
     longest = max(shape.length for some in both for shape in some.shapes)
@@ -93,6 +95,7 @@ def prepare_run(config: Config) -> RunSetup:
     compute = dataclasses.replace(compute, attention=attention, mesh=mesh, packing=packing)
     words = f"{attention}{why and f' (not {why})'}"
     record = make_record(config, directory, tokenizer, mesh, compute)
+    record["base"]["vocabulary"] = str(model.vocab_size) if model.vocab_size > stored else ""
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}
     shared |= {"end tokens": sorted(ends), "lengths": hashlib.sha256(batches.sizes.tobytes()).hexdigest()}
     processes.check_agreement({key: value for key, value in shared.items() if key not in MAY_DIFFER})
@@ -154,22 +157,27 @@ def choose_compute(config: Config, device: Any) -> ComputeSettings:
     return ComputeSettings(param, compute, quantize=config.quantize_base)
 
 
-def resolve_adapter_settings(config: Config, directory: Path, model: ModelConfig) -> Config:
+def add_adapter_settings(config: Config, directory: Path, model: ModelConfig) -> Config:
     """Returns the config, with the adapter settings of `init_adapter` if that is set.
 
     Raises:
-      UserError: the adapter settings, or `init_adapter`, do not fit the base model.
+      UserError: `init_adapter` cannot be read, or belongs to another base model.
     """
-    layers = model.num_hidden_layers
-    if config.init_adapter:
-        check_base(Path(config.init_adapter) / WEIGHTS, directory)
-        settings = settings_of(read_spec(Path(config.init_adapter), layers))
-        shown = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
-        print(f"Starting from the adapter {config.init_adapter}, with its own settings: {shown}")
-        return dataclasses.replace(config, **settings)
-    if problems := spec_of(dataclasses.asdict(config)).problems(hf_names.projections(), layers):
+    if not config.init_adapter:
+        return config
+    check_base(Path(config.init_adapter) / WEIGHTS, directory)
+    settings = settings_of(read_spec(Path(config.init_adapter), model.num_hidden_layers))
+    shown = ", ".join(f"{key}={settings[key]!r}" for key in ("peft_type", "lora_rank", "lora_alpha"))
+    print(f"Starting from the adapter {config.init_adapter}, with its own settings: {shown}")
+    return dataclasses.replace(config, **settings)
+
+
+def check_adapter_settings(config: Config, model: ModelConfig) -> None:
+    """Raises a UserError that lists the adapter settings of a config that do not fit the base model."""
+    spec, layers, tied = spec_of(dataclasses.asdict(config)), model.num_hidden_layers, model.tie_word_embeddings
+    problems = [] if config.init_adapter else spec.problems(hf_names.projections(), layers, model.vocab_size, tied=tied)
+    if problems:
         raise UserError("\n  ".join([f"The adapter settings do not fit {config.base_model}:", *problems]))
-    return config
 
 
 def make_record(

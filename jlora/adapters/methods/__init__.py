@@ -3,24 +3,22 @@
 import functools
 from typing import cast
 
-import jax.numpy as jnp
-
 from jlora.adapters.methods.dora import Dora
 from jlora.adapters.methods.ia3 import Ia3
 from jlora.adapters.methods.lora import Lora
-from jlora.adapters.methods.method import Leaf, Method
+from jlora.adapters.methods.lora_bias import LoraBias
+from jlora.adapters.methods.method import Method
 from jlora.adapters.methods.pissa import Pissa
 from jlora.adapters.methods.rslora import RsLora
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.methods.tables import EmbeddingLora, HeadLora, TableMethod, TrainedCopy, TrainedRows
+from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 
 # Each method may build on those before it.
-METHODS: tuple[type[Method], ...] = (Lora, RsLora, Pissa, Dora, Ia3)
+METHODS: tuple[type[Method], ...] = (Lora, RsLora, Pissa, Dora, LoraBias, Ia3)
+TABLE_METHODS: tuple[type[TableMethod], ...] = (TrainedCopy, TrainedRows, EmbeddingLora, HeadLora)
 
-# The trained copy of a token table, which `modules_to_save` adds to any LoRA; it belongs to no projection.
-TABLE = Leaf(
-    "modules_to_save", "VD", ".weight", neutral=lambda values, weight: jnp.array(weight, values.dtype, copy=True)
-)
-LEAVES = {TABLE.name: TABLE, **{leaf.name: leaf for method in METHODS for leaf in method.leaves()}}
+TABLE_LEAVES = {leaf.name: leaf for method in TABLE_METHODS for leaf in method(NO_ADAPTER, "").leaves()}
+LEAVES = {**TABLE_LEAVES, **{leaf.name: leaf for method in METHODS for leaf in method.leaves()}}
 AXES = {name: leaf.axes for name, leaf in LEAVES.items()}
 
 
@@ -46,9 +44,26 @@ def make_method(spec: AdapterSpec, module: str) -> Method:
     return method_class(spec)(spec, module)
 
 
+def table_method(spec: AdapterSpec, table: str, *, tied: bool) -> TableMethod:
+    """Returns the adapter of a token table, "embed_tokens" or "lm_head"; one that changes nothing if it has none.
+
+    Args:
+      tied: whether the base model's head is its embedding table.
+    """
+    head_of_its_own = not tied or table == "embed_tokens"
+    if head_of_its_own and spec.saves(table, tied=tied):
+        return TrainedCopy(spec, table)
+    if head_of_its_own and spec.trained_tokens(table):
+        return TrainedRows(spec, table)
+    if rank := spec.table_rank(table):
+        lora = EmbeddingLora if table == "embed_tokens" else HeadLora
+        return lora(spec, table, make_method(spec, table).scale(rank, spec.table_alpha(table)))
+    return TableMethod(spec, table)
+
+
 def training_labels(spec: AdapterSpec) -> dict[str, str]:
     """Returns how each array of an adapter trains, by name: TRAINS, FAST or FROZEN."""
-    return {leaf.name: leaf.rate for leaf in (TABLE, *method_class(spec).leaves())}
+    return {leaf.name: leaf.rate for leaf in (*TABLE_LEAVES.values(), *method_class(spec).leaves())}
 
 
 def needs_base_weights(spec: AdapterSpec) -> bool:

@@ -21,7 +21,8 @@ class Ia3(Method):
     peft_type, title, portable = "IA3", "IA3", False
     unused = (
         *("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern"),
-        *("alpha_pattern", "layers_to_transform", "modules_to_save", "loraplus_lr_ratio"),
+        *("alpha_pattern", "layers_to_transform", "modules_to_save", "trainable_token_indices", "lora_bias"),
+        "loraplus_lr_ratio",
     )
     reads = ("feedforward_modules",)
 
@@ -48,7 +49,7 @@ class Ia3(Method):
     def merge(self, weight: Float[Array, "o i"], leaves: Leaves, scale: Scale) -> Float[Array, "o i"]:
         return (weight.astype(jnp.float32) * self.in_file(leaves["ia3_l"])).astype(weight.dtype)
 
-    def merge_bias(self, bias: Float[Array, " o"], leaves: Leaves) -> Float[Array, " o"]:
+    def merge_bias(self, bias: Float[Array, " o"], leaves: Leaves, scale: Scale) -> Float[Array, " o"]:
         return bias if self.scales_input else (bias.astype(jnp.float32) * leaves["ia3_l"]).astype(bias.dtype)
 
     def in_file(self, values: Values) -> Values:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Method, Scale, Values, Weight
-from jlora.adapters.spec import EMBEDDINGS, AdapterSpec
+from jlora.adapters.spec import EMBEDDINGS, AdapterSpec, tokens_by_table
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -30,7 +30,7 @@ class Lora(Method):
     required = ("r", "lora_alpha")
     reads: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "ensure_weight_tying"),
+        *("modules_to_save", "ensure_weight_tying", "trainable_token_indices"),
     )
 
     @classmethod
@@ -76,16 +76,21 @@ class Lora(Method):
 
     @classmethod
     def peft_fields(cls, spec: AdapterSpec, *, tied: bool) -> dict[str, Any]:
-        saved = bool(spec.modules_to_save)
+        saved, rows = bool(spec.modules_to_save), dict(spec.trainable_token_indices)
+        if tied:
+            rows.pop("lm_head", None)
+        by_table = {table: list(ids) for table, ids in rows.items()}
         return {
             "r": spec.rank,
             "lora_alpha": spec.alpha,
             "lora_dropout": spec.dropout,
             "use_rslora": False,
             "use_dora": False,
+            "lora_bias": False,
             "bias": "none",
             "modules_to_save": ["embed_tokens"] if saved and tied else list(spec.modules_to_save) or None,
             "ensure_weight_tying": saved and tied,
+            "trainable_token_indices": by_table.get("embed_tokens") if rows.keys() <= {"embed_tokens"} else by_table,
             "layers_to_transform": list(spec.layers_to_transform) or None,
             "rank_pattern": dict(spec.rank_pattern),
             "alpha_pattern": dict(spec.alpha_pattern),
@@ -102,6 +107,7 @@ class Lora(Method):
             "alpha_pattern": tuple((k, float(v)) for k, v in (config.get("alpha_pattern") or {}).items()),
             "layers_to_transform": (only,) if isinstance(only, int) else tuple(only or ()),
             "modules_to_save": tuple(t for t in EMBEDDINGS if any(t == name.split(".")[-1] for name in saved)),
+            "trainable_token_indices": tokens_by_table(config.get("trainable_token_indices")),
         }
 
     @classmethod
@@ -109,7 +115,7 @@ class Lora(Method):
         return f"A LoRA (rank {config['r']}, alpha {config['lora_alpha']:g})"
 
 
-def dropout(x: Float[Array, "B T i"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "B T i"]:
+def dropout(x: Float[Array, "*B i"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B i"]:
     """Zeroes a share `rate` of x's entries and scales up the rest; returns x itself without a key."""
     if key is None or rate == 0:
         return x

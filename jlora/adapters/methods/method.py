@@ -95,6 +95,7 @@ class Method:
     peft_type: ClassVar[str]
     title: ClassVar[str]  # its name in messages
     portable: ClassVar[bool] = True  # whether the portable form can express it, that is, as a product B A
+    adds_bias: ClassVar[bool] = False  # whether it adds to the output of a projection what only a bias can hold
     reads: ClassVar[tuple[str, ...]] = ()  # fields of adapter_config.json that `read_fields` reads
     required: ClassVar[tuple[str, ...]] = ()  # those of them that must be present
     unused: ClassVar[tuple[str, ...]] = ()  # config keys that have no effect with it
@@ -147,7 +148,7 @@ class Method:
         """Returns the weight with the adapter merged into it, computed in float32, in the weight's dtype."""
         raise NotImplementedError
 
-    def merge_bias(self, bias: Float[Array, " o"], leaves: Leaves) -> Float[Array, " o"]:
+    def merge_bias(self, bias: Float[Array, " o"], leaves: Leaves, scale: Scale) -> Float[Array, " o"]:
         """Returns the bias with the adapter merged into it, in the bias's dtype."""
         return bias
 
