@@ -113,7 +113,9 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
     gathered = [c.size for c in sent if c.kind == "all-gather"]
     if many.mesh.shape["fsdp"] > 1:  # the stack never comes together, only a layer's matrices, and the head once
         matrices = [leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(many.base["layers"])]
-        assert max(gathered) == max(*matrices, many.base["lm_head"]["weight"].nbytes) // many.mesh.shape["tensor"]
+        tables = [many.base["lm_head"]["weight"], *many.state.lora.get("lm_head", {}).values()]
+        head = sum(leaf.nbytes for leaf in tables if leaf.shape[0] == 512)  # B of a head with LoRA lies beside it
+        assert max(gathered) == max(*matrices, head) // many.mesh.shape["tensor"]
     if many.mesh.shape["data"] == 8:  # nothing but the adapter's gradient, and a few scalars
         adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(many.state.lora))
         assert {c.kind for c in sent} == {"all-reduce"}

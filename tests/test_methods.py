@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jlora.adapters import params, peft_io, plain_lora
+from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.methods import AXES, LEAVES, METHODS, make_method, method_class, training_labels
 from jlora.adapters.methods.method import FROZEN, Frozen
 from jlora.adapters.peft_config import peft_config, read_spec
@@ -45,7 +46,7 @@ def combinations():
             # where a key has no effect, the spec of a run has none either
             plain = PLAIN if "rank_pattern" in core.unused else PATTERNED
             spec = dataclasses.replace(plain, **{key: value for key, value in chosen if value is not None})
-            if not spec.conflicts():
+            if not find_conflicts(spec):
                 yield spec
 
 

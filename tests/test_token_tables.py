@@ -118,7 +118,7 @@ def test_new_rows_that_nothing_trains_are_refused(tmp_path, grown):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trainable_token_indices": [VOCABULARY + 2]}, f"has {VOCABULARY + 2}: Expected token ids from 0 to"),
+        ({"trainable_token_indices": [VOCABULARY + 2]}, f"has {VOCABULARY + 2}: Expected ids from 0 to"),
         ({"trainable_token_indices": {"lm_head": [1]}}, "has other tokens for lm_head than for embed_tokens"),
         (
             {"trainable_token_indices": [1], "target_modules": ["lm_head"]},

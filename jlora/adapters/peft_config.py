@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.methods import METHODS, base_method, choices, method_class
 from jlora.adapters.provenance import VOCABULARY, WEIGHTS, metadata
 from jlora.adapters.spec import EMBEDDINGS, NO_ADAPTER, TARGETS, AdapterSpec
@@ -168,7 +169,7 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
     with _named(directory):  # matches all patterns, which may be broken or slow
         for module in hf_names.projections():
             spec.ranks(module, layers), spec.alphas(module, layers)
-        if conflicts := spec.conflicts():
+        if conflicts := find_conflicts(spec):
             raise UserError(f"{CONFIG} has settings that exclude each other: {' '.join(conflicts)}")
     return spec
 

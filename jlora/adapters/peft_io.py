@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jlora.adapters import params
+from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.methods import make_method, table_method
 from jlora.adapters.methods.method import Leaf, Leaves, Method
 from jlora.adapters.methods.tables import TableMethod
@@ -155,7 +156,7 @@ def read_adapter(directory: Path, spec: AdapterSpec, shapes: Adapter, *, tied: b
             raise UserError(
                 f"Adapter {directory} has an embedding and a head that differ, but this base model ties them."
             )
-    if conflicts := spec.conflicts(tied=tied):
+    if conflicts := find_conflicts(spec, tied=tied):
         raise UserError(f"Adapter {directory} does not fit this base model: {' '.join(conflicts)}")
     if found:
         raise UserError(

@@ -28,10 +28,11 @@ def unsupported_as_lora(spec: AdapterSpec) -> tuple[str, ...]:
 
 def _tables(spec: AdapterSpec) -> tuple[str, ...]:
     """Describes what an adapter changes in the token tables."""
-    targeted = [table for table in EMBEDDINGS if spec.table_rank(table)]
-    found = {"modules_to_save": spec.modules_to_save, "target_modules": targeted}
-    rows = ("trainable_token_indices",) if spec.trainable_token_indices else ()
-    return (*(f"{key}={','.join(tables)}" for key, tables in found.items() if tables), *rows)
+    found: dict[str, list[str]] = {}
+    for table in EMBEDDINGS:
+        for key in spec.table_keys(table):
+            found.setdefault(key, []).append(table)
+    return tuple(f"{key}={','.join(tables)}" for key, tables in found.items())
 
 
 def deltas(adapter: Adapter, spec: AdapterSpec) -> Iterator[tuple[tuple[str, ...], int, np.ndarray]]:

@@ -78,53 +78,17 @@ class AdapterSpec:
         """Returns whether a table of EMBEDDINGS is trained in full; tied tables are one."""
         return bool(self.modules_to_save) if tied else table in self.modules_to_save
 
-    def conflicts(self, *, tied: bool | None = None) -> list[str]:
-        """Lists the settings that exclude each other.
-
-        Args:
-          tied: whether the base model's head is its embedding table; None: not known yet.
-        """
-        found = [
-            f"trainable_token_indices has {table}: {list(ids)}. Expected ids of embed_tokens or lm_head, each once."
-            for table, ids in self.trainable_token_indices
-            if table not in EMBEDDINGS or len(set(ids)) < len(ids) or min(ids) < 0
-        ]
-        used: dict[str, dict[str, None]] = {table: {} for table in EMBEDDINGS}
-        for table, keys in used.items():
-            keys |= {"modules_to_save": None} if table in self.modules_to_save else {}
-            keys |= {"trainable_token_indices": None} if self.trained_tokens(table) else {}
-            keys |= {"target_modules": None} if self.table_rank(table) else {}
-        found += [
-            f"{' and '.join(keys)} both name {table}. Remove it from one of them."
-            for table, keys in used.items()
-            if len(keys) > 1
-        ]
-        variants = {
-            "peft_type=IA3": self.peft_type == "IA3",
-            "use_dora": self.use_dora,
-            "init_lora_weights=pissa": self.init_lora_weights == "pissa",
-            "lora_bias": self.lora_bias,
+    def table_keys(self, table: str) -> list[str]:
+        """Returns the settings that change a table of EMBEDDINGS."""
+        uses = {
+            "modules_to_save": table in self.modules_to_save,
+            "trainable_token_indices": bool(self.trained_tokens(table)),
+            "target_modules": self.table_rank(table) > 0,
         }
-        chosen = [key for key, on in variants.items() if on]
-        found += [
-            f"target_modules has {table}, which {chosen[0]} cannot change. Remove one of them."
-            for table, keys in used.items()
-            if chosen and "target_modules" in keys
-        ]
-        if self.lora_bias and len(chosen) > 1:
-            found.append(f"{chosen[0]} and lora_bias exclude each other. Remove one of them.")
-        every = [*dict.fromkeys(key for keys in used.values() for key in keys)]
-        if tied and not found and len(every) > 1:
-            found.append(f"{' and '.join(every)} both change the table that this base model ties. Remove one of them.")
-        if tied and self.trained_tokens("lm_head") not in ((), self.trained_tokens("embed_tokens")):
-            found.append(
-                "trainable_token_indices has other tokens for lm_head than for embed_tokens, but this base model ties "
-                "them. Name the tokens for embed_tokens only."
-            )
-        return found
+        return [key for key, used in uses.items() if used]
 
-    def problems(self, modules: list[str], layers: int, vocabulary: int, *, tied: bool) -> list[str]:
-        """Lists the settings that do not fit, or have no effect on, a model with these projections, layers and ids."""
+    def problems(self, modules: list[str], layers: int) -> list[str]:
+        """Lists the settings that have no effect on a model with these projections and layers."""
         names = {
             LAYER.format(i=i) + module
             for module in modules
@@ -144,13 +108,7 @@ class AdapterSpec:
             for target in self.target_modules
             if not any(name == target or name.endswith(f".{target}") for name in names)
         ]
-        wrong = [f"layers_to_transform has {i}: Expected layers from 0 to {layers - 1}." for i in beyond] or unused
-        wrong += [
-            f"trainable_token_indices has {token}: Expected token ids from 0 to {vocabulary - 1}."
-            for token in sorted({token for _, ids in self.trainable_token_indices for token in ids})
-            if token >= vocabulary
-        ]
-        return wrong + self.conflicts(tied=tied)
+        return [f"layers_to_transform has {i}: Expected layers from 0 to {layers - 1}." for i in beyond] or unused
 
 
 def tokens_by_table(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:

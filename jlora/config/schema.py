@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jlora.adapters import methods
+from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import ALL_LINEAR, EMBEDDINGS, TARGETS
 from jlora.bases.resolve import is_hub_id
@@ -264,7 +265,7 @@ def _adapter_problems(config: Config) -> list[str]:
             if key not in HARMLESS and getattr(config, key) != getattr(Config(), key)
         ]
     if not problems:
-        problems = spec_of(dataclasses.asdict(config)).conflicts()
+        problems = find_conflicts(spec_of(dataclasses.asdict(config)))
     if config.init_adapter and config.resume_from_checkpoint not in ("", "auto"):
         problems.append("init_adapter and resume_from_checkpoint both set a starting point. Remove one of them.")
     return problems

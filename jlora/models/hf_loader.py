@@ -38,9 +38,12 @@ def abstract_model(
     The token tables have the rows that the base model has, or more if the adapter added some.
 
     Raises:
-      UserError: the mesh does not divide the model evenly.
+      UserError: the mesh does not divide the model evenly, or the adapter trains the row of a token that has none.
     """
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, spec.vocabulary))
+    for token in (token for _, ids in spec.trainable_token_indices for token in ids):
+        if token >= config.vocab_size:
+            raise UserError(f"trainable_token_indices has {token}: Expected ids from 0 to {config.vocab_size - 1}.")
     if compute.mesh is not None:
         _check_mesh(config, compute, compute.mesh)
     model = nnx.eval_shape(lambda: Llama(config, spec, compute))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
+from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.provenance import WEIGHTS
 from jlora.adapters.settings import settings_of, spec_of
@@ -174,8 +175,10 @@ def add_adapter_settings(config: Config, directory: Path, model: ModelConfig) ->
 
 def check_adapter_settings(config: Config, model: ModelConfig) -> None:
     """Raises a UserError that lists the adapter settings of a config that do not fit the base model."""
-    spec, layers, tied = spec_of(dataclasses.asdict(config)), model.num_hidden_layers, model.tie_word_embeddings
-    problems = [] if config.init_adapter else spec.problems(hf_names.projections(), layers, model.vocab_size, tied=tied)
+    spec = spec_of(dataclasses.asdict(config))
+    problems = find_conflicts(spec, tied=model.tie_word_embeddings)
+    if not config.init_adapter:  # whose settings may name what this base model lacks
+        problems += spec.problems(hf_names.projections(), model.num_hidden_layers)
     if problems:
         raise UserError("\n  ".join([f"The adapter settings do not fit {config.base_model}:", *problems]))
 

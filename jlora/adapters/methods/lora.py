@@ -79,21 +79,22 @@ class Lora(Method):
         saved, rows = bool(spec.modules_to_save), dict(spec.trainable_token_indices)
         if tied:
             rows.pop("lm_head", None)
-        by_table = {table: list(ids) for table, ids in rows.items()}
+        indices: Any = {table: list(ids) for table, ids in rows.items()}
+        if indices.keys() == {"embed_tokens"}:
+            indices = indices["embed_tokens"]
         return {
             "r": spec.rank,
             "lora_alpha": spec.alpha,
             "lora_dropout": spec.dropout,
             "use_rslora": False,
             "use_dora": False,
-            "lora_bias": False,
             "bias": "none",
             "modules_to_save": ["embed_tokens"] if saved and tied else list(spec.modules_to_save) or None,
             "ensure_weight_tying": saved and tied,
-            "trainable_token_indices": by_table.get("embed_tokens") if rows.keys() <= {"embed_tokens"} else by_table,
             "layers_to_transform": list(spec.layers_to_transform) or None,
             "rank_pattern": dict(spec.rank_pattern),
             "alpha_pattern": dict(spec.alpha_pattern),
+            **({"trainable_token_indices": indices} if indices else {}),  # older versions of PEFT do not know it
         }
 
     @classmethod
