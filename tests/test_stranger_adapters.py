@@ -204,3 +204,7 @@ def test_an_adapter_that_a_server_does_not_support_is_not_converted(tmp_path, ad
     assert done.returncode == 2 and "vLLM does not support DoRA" in done.stderr and not (tmp_path / "made").exists()
     done = run_program("export", "--adapter", tmp_path / "dora", "--for", "vllm")
     assert done.returncode == 2 and "requires --output" in done.stderr
+    done = run_program(
+        *("export", "--adapter", tmp_path / "dora", "--for", "vllm", "--output", tmp_path / "made", "--verify")
+    )
+    assert done.returncode == 2 and "--verify requires --run" in done.stderr

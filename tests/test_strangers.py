@@ -1,5 +1,6 @@
 """Files that somebody else wrote: bases, adapters and templates are understood as their libraries do, or refused."""
 
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from jlora.adapters.spec import NO_ADAPTER
 from jlora.cli.program import run_program as run_main
 from jlora.common.atomic_io import UNFINISHED, unnamed_directory
 from jlora.common.errors import UserError
+from jlora.common.terminal import EscapedStream
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Message
 from jlora.data.named_templates import TEMPLATES
@@ -223,6 +225,13 @@ def test_control_characters_never_reach_the_terminal(capsys, stream):
     text = captured.out + captured.err
     assert not set("\x1b\x07\x9b\u202e") & set(text)
     assert "before \\u001b[2J" in text and "after\n\tline" in text and "error: \\u001b" in text
+
+
+def test_every_way_of_writing_to_a_stream_is_escaped():
+    plain = io.StringIO()
+    print(ESCAPES, file=EscapedStream(plain))
+    EscapedStream(plain).writelines([ESCAPES, ESCAPES])
+    assert plain.getvalue().count("title") == 3 and not set("\x1b\x07\x9b\u202e") & set(plain.getvalue())
 
 
 def test_a_terminal_escape_in_a_file_is_shown_as_a_code(tmp_path, tiny):

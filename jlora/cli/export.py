@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
         parser.error("--merged requires --run, or --output with --adapter, --base or both.")
     if (arguments.base or arguments.adapter) and (run or not (merged or converts)):
         parser.error("--base and --adapter require --merged or --for, and cannot be combined with --run.")
-    if merged and (arguments.verify or server):
-        parser.error("--verify and --for cannot be combined with --merged.")
+    if (merged and (arguments.verify or server)) or (converts and arguments.verify):
+        parser.error("--verify requires --run; --verify and --for cannot be combined with --merged.")
     if converts:
         rank = arguments.max_lora_rank
         print(convert_directory(arguments.adapter, arguments.base, arguments.output, server, rank))

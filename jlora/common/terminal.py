@@ -1,6 +1,7 @@
 """Keeps control characters of other people's files and models away from the terminal."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -23,6 +24,11 @@ class EscapedStream:
         """Writes the escaped text; returns the number of characters of the original."""
         self.unescaped.write(escape_controls(text, self._pattern))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Writes each escaped line."""
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unescaped, name)
