@@ -10,7 +10,7 @@ def find_conflicts(spec: AdapterSpec, *, tied: bool | None = None) -> list[str]:
       tied: whether the base model's head is its embedding table; None: not known yet.
     """
     found = [
-        f"trainable_token_indices has {table}: {list(ids)}. Expected ids of embed_tokens or lm_head, each once."
+        f"trainable_token_indices has {table}: {list(ids)}. Expected ids from 0, each once, of embed_tokens or lm_head."
         for table, ids in spec.trainable_token_indices
         if table not in EMBEDDINGS or len(set(ids)) < len(ids) or min(ids) < 0
     ]

@@ -119,7 +119,7 @@ def tokens_by_table(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """
     entries = list(value.items() if isinstance(value, Mapping) else value or ())
     pairs = entries if any(isinstance(entry, list | tuple) for entry in entries) else [("embed_tokens", entries)]
-    return tuple((str(table).split(".")[-1], tuple(map(int, ids))) for table, ids in pairs if ids)
+    return tuple((str(table).split(".")[-1], tuple(int(str(token)) for token in ids)) for table, ids in pairs if ids)
 
 
 def _matches(pattern: str, name: str) -> bool:
