@@ -179,7 +179,7 @@ BAD = [
         jsonl({"messages": [TURN, {**ANSWER, "tool_calls": [1]}]}),
         "has 'tool_calls', which jlora does not support",
     ),
-    ("rows.jsonl", jsonl({"messages": [TURN, {**ANSWER, "weight": 0}]}), "has weight 0. Only weight 1 is supported"),
+    ("rows.jsonl", jsonl({"messages": [TURN, {**ANSWER, "weight": 0.5}]}), "has weight=0.5. Expected 0 or 1"),
     (
         "rows.jsonl",
         jsonl({"messages": [TURN, {"role": "assistant", "content": None}]}),

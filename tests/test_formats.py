@@ -180,12 +180,35 @@ def test_directory_of_several_formats_is_read_in_order_of_names(file, tmp_path):
         "Q: What is due?\r\nA: Under Article 47, pay.\r\n",
         "\ufeffQuestion: What is due?\n\n\nAnswer: Under Article 47, pay.\n\n\n",
         "用户：What is due?\n律师：Under Article 47, pay.",
-        "Worker: What is due?\nCounsel: Under Article 47, pay.",  # unknown names: the first asks, the next answers
     ],
 )
 def test_text_prefixes(file, text):
     (row,) = read(file(text))[0]
     assert row.messages == PAIR
+
+
+def test_unknown_prefixes_that_repeat_are_read_as_roles_and_reported(file):
+    pair = "Worker: What is due?\nCounsel: Under Article 47, pay.\n\n"
+    rows, said = read(file(pair * 2))
+    assert [row.messages for row in rows] == [PAIR] * 2
+    assert said[0].startswith("train_data_dir: 'worker' asks and 'counsel' answers, by the order of the lines")
+    assert "asks and" not in " ".join(read(file(pair.replace("Worker", "User").replace("Counsel", "Lawyer") * 2))[1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Worker: What is due?\nCounsel: Under Article 47, pay.",
+        "Title: Sea Songs\nAuthor: Nobody\n\nThe harbour sleeps.\n\nThe boats go out.\n",
+        "---\ntitle: My notes\ndate: 2024-01-01\n---\n\nBread is baked from flour.\n",
+        "categories:\n- shop\nconversations:\n- - Are you open?\n  - Yes until six.\n",
+        "From: ann\nTo: bob\nSubject: lunch\n\nAt noon?\n",
+    ],
+)
+def test_names_that_do_not_repeat_are_no_dialogue(file, text):
+    with pytest.raises(UserError, match=r"Cannot tell which prefixes are the roles.*role_prefixes=.*=plain-text"):
+        read(file(text))
+    assert read(file(text), task_type="plain-text")[0]
 
 
 def test_row_separators_of_text_are_reported_if_ambiguous(file):

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
+from jlora.common.errors import UserError
 from jlora.data.conversation import ReadOptions
 from jlora.data.readers import files
 
@@ -207,3 +208,74 @@ def test_files_are_streamed(file):
     assert [count for count, _ in peaks] == [1000] * 10
     for name, (_, one_by_one), (_, all_at_once) in zip(files, peaks[::2], peaks[1::2], strict=True):
         assert one_by_one < 8e6 < 20e6 < all_at_once, name  # the files have 20 MB
+
+
+# Lists inside of rows
+
+
+PAIRED = [["How long?", "Two weeks."], ["When?", "In May."]]
+LISTS = {"questions": [q for q, _ in PAIRED], "answers": [a for _, a in PAIRED]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        jsonl(LISTS, LISTS),
+        json.dumps([LISTS, LISTS]),
+        json.dumps(LISTS),
+        json.dumps({"question": LISTS["questions"], "answer": LISTS["answers"]}, indent=1),
+        jsonl({"prompt": LISTS["questions"], "completion": LISTS["answers"]}),
+    ],
+)
+def test_lists_of_texts_are_paired_not_read_as_turns(file, text):
+    rows, said = read(file(text, "rows.json"))
+    assert contents(rows) in (PAIRED, PAIRED * 2)
+    assert "lists of questions and answers, read as a row for each pair" in said[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"questions": ["How long?"], "answers": ["Two weeks.", "14 days."]},
+        {"question": ["a?", "b?", "c?"], "answer": ["d", "e"]},
+        {"instruction": ["a?", "b?"], "input": "both", "output": ["c", "d"]},
+        {"question": ["a?", "b?"], "answer": ["c", "d"], "history": [["e?", "f"]]},
+    ],
+    ids=str,
+)
+def test_lists_of_texts_that_cannot_be_paired_are_refused(file, row):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* cannot pair them. Write a row for each pair"):
+        read(file(jsonl(row), "rows.jsonl"))
+
+
+def test_texts_without_roles_in_a_list_of_turns_are_reported(file):
+    rows, said = read(file(jsonl({"conversation": [*PAIRED[0], *PAIRED[1]]}), "rows.jsonl"))
+    assert roles(rows) == ["uaua"] and "texts without roles are read as question and answer in turn" in said[0]
+
+
+SOURCES = [{"title": "Atlas", "text": "page 1"}]
+TOOLS = [{"type": "function", "function": {"name": "stock_level"}}]
+TURNS = [{"role": "user", "content": "How long?"}, {"role": "assistant", "content": "Two weeks."}]
+OWN_ROWS = [
+    {"question": "How long?", "answer": "Two weeks.", "sources": SOURCES},
+    {"sources": SOURCES, "question": "How long?", "answer": "Two weeks."},
+    {"messages": TURNS, "tools": TOOLS, "parallel_tool_calls": False},
+    {"tools": TOOLS, "messages": TURNS},
+    {"instruction": "How long?", "output": "Two weeks.", "meta": {"editors": [{"name": "Ann"}]}},
+]
+
+
+@pytest.mark.parametrize("row", OWN_ROWS, ids=lambda row: ",".join(row))
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_whose_keys_make_a_row_is_the_row(file, row, count, indent):
+    rows, said = read(file("\n".join([json.dumps(row, indent=indent)] * count), "rows.json"))
+    assert contents(rows) == [["How long?", "Two weeks."]] * count
+    assert any("unused columns" in line for line in said)
+
+
+def test_an_object_that_holds_rows_is_no_row(file):
+    data = {"title": "FAQ", "data": [{"question": q, "answer": a} for q, a in PAIRED]}
+    assert contents(read(file(json.dumps(data), "rows.json"))[0]) == PAIRED
+    long = {"data": [{"question": "How?", "answer": "So. " * 500}] * 600}  # longer than what is parsed at once
+    assert len(read(file(json.dumps(long), "rows.json"))[0]) == 600

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora.common.errors import UserError
 
@@ -31,6 +31,16 @@ class Message:
 
     role: str
     content: str
+    trained: bool = True  # False: an answer that stays in the context, but is not learned
+
+
+class Turn(NamedTuple):
+    """A turn as a reader found it."""
+
+    role: str
+    content: str
+    where: str  # file:line
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,11 @@ class Conversation:
     def plain(self) -> bool:
         """Whether this is text without roles."""
         return self.messages[0].role == "text"
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything in it is learned: every answer may be marked not to be."""
+        return self.plain or any(message.trained for message in self.messages if message.role == "assistant")
 
 
 @dataclass(frozen=True)
@@ -123,18 +138,18 @@ def join_limited(things: Iterable[str], most: int = 8) -> str:
     return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")
 
 
-def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conversation:
+def make_conversation(turns: Iterable[Turn], where: str) -> Conversation:
     """Checks turns and builds a conversation from them; an empty system message is dropped.
 
     Args:
-      turns: role, content and place (`file:line`) of each.
+      turns: the turns, in order.
       where: the place of the row.
 
     Raises:
       UserError: a turn is empty, contains invalid characters, or is out of order.
     """
     messages = []
-    for role, text, place in turns:
+    for role, text, place, trained in turns:
         content = text.strip()
         if not content and role == "system":
             continue
@@ -146,7 +161,7 @@ def make_conversation(turns: Iterable[tuple[str, str, str]], where: str) -> Conv
             raise UserError(
                 f"{place}: The {ROLE_NOUNS[role]} contains a lone surrogate (half a character). Remove or replace it."
             )
-        messages.append(Message(role, content))
+        messages.append(Message(role, content, trained))
     roles = [message.role for message in messages]
     spoken = roles[roles[:1] == ["system"] :]  # without the system message
     if spoken == ["text"]:

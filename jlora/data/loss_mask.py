@@ -41,6 +41,12 @@ def encode_conversations(
         answer into one token, doubles the BOS token, or leaves no token, or every token, to train.
     """
     _reject_special_tokens(tokenizer, conversations)
+    for conversation in conversations:
+        if train_on == "all" and not all(message.trained for message in conversation.messages):
+            raise UserError(
+                f"{conversation.where}: An answer is marked not to be learned, but train_on=all trains every token. "
+                "Set train_on=assistant."
+            )
     try:
         rendered = _render_all(tokenizer, ends, conversations, train_on)
     except TemplateError as error:
@@ -117,7 +123,7 @@ def _render_all(
 def _trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
     """Returns the indices of the trained answers; with "all" too, the last one, so that its end token is checked."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    return answers if train_on == "assistant" else answers[-1:]
+    return [i for i in (answers if train_on == "assistant" else answers[-1:]) if messages[i].trained]
 
 
 def _answer_span(conversation: Conversation, turn: int, before: str, after: str, text: str) -> _AnswerSpan:

@@ -124,7 +124,8 @@ class Fingerprint:
     def update(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
         """Yields the rows, adding each to the hash."""
         for row in rows:
-            self._digest.update(json.dumps([row.where, [[m.role, m.content] for m in row.messages]]).encode())
+            turns = [[m.role, m.content, *([] if m.trained else [False])] for m in row.messages]
+            self._digest.update(json.dumps([row.where, turns]).encode())
             yield row
 
     def after(self, rows: Iterable[Conversation]) -> str:

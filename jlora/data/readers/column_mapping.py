@@ -7,9 +7,10 @@ that have content are reported.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.data.conversation import (
     ASSISTANT_NAMES,
     ROLES,
@@ -18,9 +19,11 @@ from jlora.data.conversation import (
     Conversation,
     ReaderNotes,
     ReadOptions,
+    Turn,
     join_limited,
     make_conversation,
 )
+from jlora.data.readers.training_marks import TURN_MARKS, bad_mark, is_learned
 
 NAMES = {
     "prompt": USER_NAMES | {"prompt", "instruction", "questions", "ask", "query", "request", "inputs", "提问", "指令"},
@@ -60,8 +63,8 @@ class RowConverter:
             self._parts[columns] = map_columns(columns, self._reading)
         return self._parts[columns]
 
-    def conversation(self, row: Any, where: str) -> Conversation:
-        """Converts one row.
+    def conversations(self, row: Any, where: str) -> list[Conversation]:
+        """Converts one row: to one conversation, to several if it holds lists of questions and answers, or to none.
 
         Raises:
           UserError: the row cannot be used.
@@ -72,15 +75,35 @@ class RowConverter:
             parts = self.parts(tuple(row))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        turns = [(role, content, where) for role, content in self._turns(row, parts, where)]
-        conversation = make_conversation(turns, where)
-        used = parts.values()
+        made = [make_conversation(self._turns(one, parts, where), where) for one in self._pairs(row, parts, where)]
+        mark = bad_mark({column: value for column, value in row.items() if column not in parts.values()})
         for column, value in row.items():
-            if column not in used and value not in (None, "", [], {}):
+            if column not in (*parts.values(), mark) and value not in (None, "", [], {}):
                 self._notes.add("unused columns", column)
-        return conversation
+        learned = [] if mark else [conversation for conversation in made if conversation.trained]
+        if len(learned) < len(made):
+            remark = "rows left out, because a mark says not to learn them (preference training can use them)"
+            self._notes.add(remark, mark or "every answer")
+        return learned
 
-    def _turns(self, row: dict[str, Any], parts: Parts, where: str) -> Iterator[tuple[str, str]]:
+    def _pairs(self, row: dict[str, Any], parts: Parts, where: str) -> Iterator[dict[str, Any]]:
+        """Yields the row; or, if its question and answer are lists of texts, a row for each pair."""
+        asked, answered = parts.get("prompt", ""), parts.get("response", "")
+        questions, answers = row.get(asked), row.get(answered)
+        if not (_is_text_list(questions) and _is_text_list(answers)):
+            yield row
+            return
+        shared = any(row.get(parts[part]) for part in ("history", "context") if part in parts)
+        if len(questions) != len(answers) or shared:
+            raise UserError(
+                f"{where}: {asked!r} holds {plural(len(questions), 'text')} and {answered!r} holds {len(answers)}"
+                f"{', beside other parts' if shared else ''}, so jlora cannot pair them. Write a row for each pair, or "
+                "one list of turns with roles."
+            )
+        self._notes.add("lists of questions and answers, read as a row for each pair", asked)
+        yield from ({**row, asked: q, answered: a} for q, a in zip(questions, answers, strict=True))
+
+    def _turns(self, row: dict[str, Any], parts: Parts, where: str) -> Iterator[Turn]:
         def text(part: str) -> str:
             value = row.get(parts[part]) if part in parts else None
             if not isinstance(value, str | None):
@@ -90,9 +113,9 @@ class RowConverter:
         if "text" in parts:
             if not (self._reading.plain or self._reading.columns):
                 self._notes.add("training on plain text, because no columns hold question and answer", parts["text"])
-            yield "text", text("text")
+            yield Turn("text", text("text"), where)
             return
-        yield "system", text("system")
+        yield Turn("system", text("system"), where)
         turns = [parts[part] for part in ("messages", "prompt", "response") if part in parts]
         if "messages" in parts or all(isinstance(row.get(column), list) for column in turns):
             for column in turns:  # a prompt and its response may be lists of turns as well
@@ -100,16 +123,17 @@ class RowConverter:
             return
         if "history" in parts and row.get(parts["history"]):
             yield from self._history(row[parts["history"]], parts["history"], where)
-        yield "user", "\n".join(part for part in (text("prompt"), text("context")) if part)
-        yield "assistant", text("response")
+        yield Turn("user", "\n".join(part for part in (text("prompt"), text("context")) if part), where)
+        yield Turn("assistant", text("response"), where)
 
-    def _messages(self, turns: Any, column: str, where: str) -> Iterator[tuple[str, str]]:
+    def _messages(self, turns: Any, column: str, where: str) -> Iterator[Turn]:
         for number, turn in enumerate(_turn_list(turns, column, where)):
             if isinstance(turn, str):
-                yield ("user", "assistant")[number % 2], turn
+                self._notes.add("texts without roles are read as question and answer in turn", column)
+                yield Turn(("user", "assistant")[number % 2], turn, where)
                 continue
             if pair := _question_answer_pair(turn):
-                yield from pair
+                yield from (Turn(role, content, where) for role, content in pair)
                 continue
             who = next((key for key in WHO if isinstance(turn, dict) and key in turn), None)
             what = next((key for key in WHAT if isinstance(turn, dict) and key in turn), None)
@@ -126,21 +150,18 @@ class RowConverter:
             for key in ("tool_calls", "function_call"):
                 if turn.get(key):
                     raise UserError(f"{where}: A turn of {column!r} has {key!r}, which jlora does not support.")
-            if turn.get("weight", 1) not in (1, None):
-                raise UserError(
-                    f"{where}: A turn of {column!r} has weight {_shorten(turn['weight'])}. Only weight 1 is supported."
-                )
             for key, value in turn.items():
-                if key not in (who, what, "weight") and value not in (None, "", [], {}):
+                if key not in (who, what, *TURN_MARKS) and value not in (None, "", [], {}):
                     self._notes.add("unused columns", f"{column}.{key}")
-            yield role, _content(turn[what], role, where)
+            learned = is_learned(turn, where) or role != "assistant"
+            yield Turn(role, _content(turn[what], role, where), where, learned)
 
     @staticmethod
-    def _history(earlier: Any, column: str, where: str) -> Iterator[tuple[str, str]]:
+    def _history(earlier: Any, column: str, where: str) -> Iterator[Turn]:
         for pair in _turn_list(earlier, column, where):
             if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
                 raise UserError(f"{where}: Expected pairs of question and answer in {column!r}, got {_shorten(pair)}.")
-            yield from zip(("user", "assistant"), pair, strict=True)
+            yield from (Turn(role, text, where) for role, text in zip(("user", "assistant"), pair, strict=True))
 
 
 def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
@@ -177,6 +198,10 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
         'Cannot tell which columns hold question and answer. Set columns={"prompt": "NAME", "response": "NAME"}, or '
         f'{{"messages": "NAME"}} for a list of turns, or {{"text": "NAME"}} for plain text. {available}'
     )
+
+
+def _is_text_list(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _turn_list(value: Any, column: str, where: str) -> list[Any]:

@@ -84,7 +84,7 @@ def iter_conversations(
         heading = f"{key}={path}: {share} cannot be used. Fix them, or set bad_rows=drop:"
         raise UserError("\n  ".join([heading, *bad.lines()]))
     if not used:
-        raise UserError(f"{key}={path} contains no usable rows.")
+        raise UserError("\n  ".join([f"{key}={path} contains no usable rows.", *notes.lines()]))
     for line in notes.lines():
         log(f"{key}: {line}")
 
@@ -209,10 +209,9 @@ def _convert_rows(rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: 
     converter = RowConverter(options, notes)
     for where, row in rows:
         try:
-            made: Row = row if isinstance(row, UserError) else converter.conversation(row, where)
+            yield from [row] if isinstance(row, UserError) else converter.conversations(row, where)
         except UserError as error:
-            made = error
-        yield made
+            yield error
 
 
 def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:

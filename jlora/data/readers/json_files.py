@@ -8,10 +8,11 @@ from typing import Any
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import MAX_ROW, ReaderNotes, ReadOptions
-from jlora.data.readers.column_mapping import NAMES
+from jlora.data.readers.column_mapping import NAMES, map_columns
 from jlora.data.readers.encoding import numbered_lines
 
 CHUNK = 1 << 16  # characters
+LONGEST_ROW = 1 << 20  # characters; a longer object is read as a list of rows, piece by piece
 TAIL = 16  # characters: an error this close to the end of the text read so far may be caused by an incomplete token
 SPACE = re.compile(r"\s*")
 Row = tuple[str, Any]  # file:line and the row, or a UserError if the row cannot be read
@@ -79,6 +80,7 @@ class _JsonDocument:
 
     def __init__(self, file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> None:
         self._file, self._encoding, self._notes = file, encoding, notes
+        self._options = options
         self._wanted = options.columns.get("rows", "")
         self._part_lists = {options.columns.get("messages", ""), options.columns.get("history", "")}  # part of a row
         self._lists: list[str] = []  # the key under which rows were found
@@ -90,6 +92,9 @@ class _JsonDocument:
                 where = self._where()
                 if first == "[":
                     yield from self._elements()
+                elif first == "{" and self._is_row(row := self._next_value()):
+                    self._value()
+                    yield where, row
                 elif first == "{":
                     value, found = yield from self._object("")
                     if not found:
@@ -103,6 +108,29 @@ class _JsonDocument:
             raise UserError(
                 f"{self._file}: The key columns sets rows to {self._wanted!r}, but no list of rows has that key."
             )
+
+    def _next_value(self) -> Any:
+        """Parses the next value without consuming it; None if it is long, or not valid."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._buffer, self._at)
+            except (ValueError, RecursionError):
+                end = 0
+            if end and (end < len(self._buffer) or self._ended):
+                return value
+            if self._ended or len(self._buffer) - self._at > LONGEST_ROW:
+                return None
+            self._read()
+
+    def _is_row(self, value: Any) -> bool:
+        """Returns whether an object's own keys make a row, so that a list of objects in it does not hold the rows."""
+        if not isinstance(value, dict) or self._wanted:
+            return False
+        try:
+            parts = map_columns(tuple(value), self._options)
+        except UserError:
+            return False
+        return "messages" in parts or {"prompt", "response"} <= parts.keys()
 
     def _elements(self) -> Iterator[Row]:
         """Yields the elements of a list."""

@@ -18,6 +18,7 @@ from jlora.data.conversation import (
     Conversation,
     ReaderNotes,
     ReadOptions,
+    Turn,
     make_conversation,
 )
 from jlora.data.readers.encoding import numbered_lines
@@ -57,6 +58,10 @@ def read_text(file: Path, encoding: str, options: ReadOptions, notes: ReaderNote
         yield from _paragraphs(file, encoding)
     else:
         roles = prefixes.roles(file, given)
+        if not roles.keys() <= {*given, *KNOWN}:
+            spoken = {role: name for name, role in roles.items() if role != "system"}
+            words = f"{spoken['user']!r} asks and {spoken['assistant']!r} answers, by the order of the lines"
+            notes.add(f"{words} (otherwise set role_prefixes)", file.name)
         yield from _conversations(file, encoding, pattern, roles, prefixes.row_separator(roles), notes)
 
 
@@ -135,7 +140,9 @@ class _PrefixScan:
         often = [n for n, count in self._answers.items() if count == max(self._answers.values())]
         likely = [n for n in often if n in ASSISTANT_NAMES and len(n) > 1] or often
         askers = [n for n in self.counts if n in USER_NAMES - {self._question} and len(n) > 1]
-        if len(likely) != 1 or sum(self.counts[n] for n in askers) > 1:
+        guessed = [n for n in (self._question, *likely) if n not in KNOWN]
+        once = any(self.counts[n] < 2 for n in guessed)  # as in a title, a header or YAML
+        if len(likely) != 1 or once or sum(self.counts[n] for n in askers) > 1:
             found = Counter({n: count for n, count in self.counts.items() if n not in SYSTEM_NAMES})
             listed = ", ".join(f"{n} ({count})" for n, count in found.most_common(6))
             raise UserError(
@@ -165,7 +172,7 @@ def _conversations(
         if sum(role == "user" for role, *_ in turns) > 1 and separator == "blank":
             notes.add("rows with several questions, because no blank line separates them", file.name)
         try:
-            return make_conversation([(role, "".join(text), f"{file}:{line}") for role, line, text in turns], where)
+            return make_conversation([Turn(role, "".join(text), f"{file}:{line}") for role, line, text in turns], where)
         except UserError as error:
             return error
 
@@ -207,7 +214,7 @@ def _paragraphs(file: Path, encoding: str) -> Iterator[Row]:
     def row() -> Row:
         where = f"{file}:{start}"
         try:
-            return make_conversation([("text", "".join(block), where)], where)
+            return make_conversation([Turn("text", "".join(block), where)], where)
         except UserError as error:
             return error
 

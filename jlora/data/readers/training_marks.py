@@ -1,0 +1,46 @@
+"""Marks in rows and turns that say what must not be learned, such as `train: false`, `weight: 0` or `label: false`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.common.errors import UserError
+
+LEARN = ("train", "trainable", "loss")  # false: do not learn
+HIDE = ("mask", "masked")  # true: do not learn
+TURN_MARKS = (*LEARN, *HIDE, "weight")
+ROW_MARKS = ("label", *LEARN)  # of a row; KTO's data sets mark a bad answer with label: false
+
+
+def is_learned(turn: Mapping[str, Any], where: str) -> bool:
+    """Returns whether the marks of a turn allow it to be learned.
+
+    Raises:
+      UserError: a mark has a value that jlora does not support.
+    """
+    learned = True
+    for key in TURN_MARKS:
+        value = turn.get(key)
+        if value is None or (key == "loss" and isinstance(value, float)):  # a measured loss is not a mark
+            continue
+        mark = _read_mark(value)
+        if mark is None:
+            expected = "0 or 1" if key == "weight" else "true or false"
+            raise UserError(f"{where}: A turn has {key}={value!r}. Expected {expected}.")
+        learned = learned and (mark is not (key in HIDE))
+    return learned
+
+
+def bad_mark(row: Mapping[str, Any]) -> str:
+    """Returns the key that marks a whole row as bad; "" if none does."""
+    return next((key for key in row if key.strip().lower() in ROW_MARKS and _is_false(row[key])), "")
+
+
+def _is_false(value: Any) -> bool:
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+
+
+def _read_mark(value: Any) -> bool | None:
+    """Returns true or false for a boolean, 0, 1, or their names; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
