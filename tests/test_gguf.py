@@ -167,12 +167,16 @@ def test_every_quantization_of_the_gguf_package_is_supported(tmp_path):
         file.unlink()
 
 
-def test_rope_scalings_are_converted(tmp_path):
-    rope = Llama3Rope(5e5, 32.0, 1.0, 4.0, 8192)
+def llama3_tensors():
+    """The table of divisors that scales RoPE as in Llama 3.2: theta 500000, heads of 64, factor 32."""
     waves = 2 * np.pi * 5e5 ** (np.arange(0, 64, 2) / 64)  # lengths in tokens; from 2048 to 8192 the divisor ramps
     ramp = np.clip((8192 / waves - 1) / (4 - 1), 0, 1)
-    table = (1 / ((1 - ramp) / 32 + ramp)).astype(np.float32)
-    file = write_gguf(tmp_path / "llama3.gguf", "llama", tensors={"rope_freqs.weight": table})
+    return {"rope_freqs.weight": (1 / ((1 - ramp) / 32 + ramp)).astype(np.float32)}
+
+
+def test_rope_scalings_are_converted(tmp_path):
+    rope = Llama3Rope(5e5, 32.0, 1.0, 4.0, 8192)
+    file = write_gguf(tmp_path / "llama3.gguf", "llama", tensors=llama3_tensors())
     assert read_config(converted(file)).rope == rope
     extra = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     rope = read_config(converted(write_gguf(tmp_path / "linear.gguf", "llama", extra=extra))).rope
