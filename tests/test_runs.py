@@ -59,8 +59,8 @@ def whole(tmp_path_factory, tiny, pairs):
 def test_a_run_prints_its_progress_and_writes_its_files(whole):
     run, _, said = whole
     for words in (
-        "training: 37 examples",
-        "held out: 3 examples",
+        "training: 36 examples",
+        "held out: 4 examples",
         "Starting a new run",
         "Training for 12 steps on 1 CPU device; ",
         "Compiling the training step for",

@@ -62,9 +62,9 @@ def test_preview_needs_no_weights(tiny, config_file, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.match(
-        r"training: 37 examples, [\d,]+ tokens, \d+% of them trained on; the longest example has \d+ tokens", lines[0]
+        r"training: 36 examples, [\d,]+ tokens, \d+% of them trained on; the longest example has \d+ tokens", lines[0]
     )
-    assert lines[1].startswith("held out: 3 examples")
+    assert lines[1].startswith("held out: 4 examples")
     assert re.search(
         r"On one device: 12 steps of 4 examples; batch shapes to compile: .* tokens; \d+\.\d% padding", done.stdout
     )
