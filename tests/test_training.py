@@ -126,10 +126,10 @@ def peft_losses(setup, initial, directory, count):
     ids=["cosine", "linear-decay", "accumulation"],
 )
 def test_the_loss_curve_equals_pefts(config_file, varied_pairs, tmp_path, changes):
-    file = config_file(train_data_dir=str(varied_pairs), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
+    file = config_file(train_data_dir=str(varied_pairs), max_steps=12, learning_rate=5e-3, warmup_ratio=0.1)
     setup = Setup(file, **changes)
-    want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
-    got = setup.losses(20)
+    want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 12)
+    got = setup.losses(12)
     assert np.abs(got / want - 1).max() < 1e-4
     assert want[-1] < want[0] - 0.1  # it learns, so the bound is meaningful
 
@@ -209,7 +209,8 @@ def test_eight_devices_equal_one_on_batches_of_all_shapes(config_file, varied_pa
     file = config_file(train_data_dir=str(varied_pairs), **changes)
     one, eight = Setup(file, devices=1), Setup(file, devices=8)
     assert eight.batches.rows % 8 == 0
-    assert np.abs(one.losses(10) - eight.losses(10)).max() < 1e-5
+    assert np.abs(one.losses(5) - eight.losses(5)).max() < 1e-5
+    assert all(len(setup.programs.compiled) == len(setup.batches.shapes) > 1 for setup in (one, eight))
     for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(eight.state.lora), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
     assert len(jax.tree.leaves(eight.state.lora)[0].sharding.device_set) == 8

@@ -68,8 +68,8 @@ def test_preview_needs_no_weights(tiny, config_file, tmp_path):
     assert re.search(
         r"On one device: 12 steps of 4 examples; batch shapes to compile: .* tokens; \d+\.\d% padding", done.stdout
     )
-    assert sum(int(count) for count in re.findall(r"tokens  #* *(\d+)\n", done.stdout)) == 37
-    assert "Showing 2 of 37 rows" in done.stdout
+    assert sum(int(count) for count in re.findall(r"tokens  #* *(\d+)\n", done.stdout)) == 36
+    assert "Showing 2 of 36 rows" in done.stdout
     assert done.stdout.count("<|im_start|>system\nBe brief.<|im_end|>\n") == 2
     assert len(re.findall(r"<\|im_start\|>assistant\n\[\[Under Article .*?<\|im_end\|>\]\]", done.stdout)) == 2
     assert not (tmp_path / "run").exists()
