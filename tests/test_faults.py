@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, adapter_of, run_program, short_run, start_module, wait_for
+from conftest import ROOT, adapter_of, process_options, run_program, short_run, start_module, wait_for
 
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
@@ -197,14 +197,15 @@ def test_a_loss_spike_stops_the_run_and_names_the_rows(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_random_kills_do_not_change_the_result(monkeypatch, capsys, tiny):
+def test_random_kills_do_not_change_the_result(monkeypatch, capsys, tiny, pairs):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for name, value in process_options(1)["env"].items():
+        monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts/faults.py")
     faults = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faults)
-    monkeypatch.setattr(
-        sys, "argv", ["faults.py", "--kills", "2", "--terms", "1", "--processes", "1", "--base", str(tiny)]
-    )
+    counts = ["--kills", "2", "--terms", "1", "--processes", "1"]
+    monkeypatch.setattr(sys, "argv", ["faults.py", *counts, "--base", str(tiny), "--data", str(pairs)])
     assert faults.main() == 0, capsys.readouterr().out
 
 

@@ -9,7 +9,18 @@ import time
 
 import numpy as np
 import pytest
-from conftest import adapter_of, command, free_port, logged, losses_of, make_model, process_options, short_run, wait_for
+from conftest import (
+    adapter_of,
+    command,
+    free_port,
+    logged,
+    losses_of,
+    make_model,
+    process_options,
+    run_program,
+    short_run,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 STEPS = 10
@@ -70,8 +81,8 @@ def place(tmp_path_factory, tiny, pairs):
 def alone(place):
     """A run with one process on one device."""
     directory, write = place
-    (code,), _, (err,) = ended(start(write("alone"), 1))
-    assert code == 0, err
+    done = run_program("jlora.train", "--config", write("alone"))
+    assert done.returncode == 0, done.stderr
     curve = losses(directory / "alone")
     assert curve[-1] < curve[0] - 0.1  # it learns, so the bounds are meaningful
     return directory / "alone"
@@ -114,11 +125,11 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(place, alone):
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert 2 <= step < STEPS and saved == [*range(5, step, 5), step]  # at each evaluation, and at its end
     assert len(losses(run)) == step  # no step is lost or logged twice
-    (code,), (out,), (err,) = ended(start(config, 1, "--config.resume_from_checkpoint=auto"))
-    assert code == 0, err
+    done = run_program("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    assert done.returncode == 0, done.stderr
     assert (
         f"from step {step}, but not bit for bit, because devices changed from 2 to 1; processes changed from 2 to 1"
-        in out
+        in done.stdout
     )
     assert_close(alone, run)
 

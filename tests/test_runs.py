@@ -44,13 +44,13 @@ def whole(tmp_path_factory, tiny, pairs):
     directory = tmp_path_factory.mktemp("whole")
 
     def write(name, **changes):
-        own = {"lora_dropout": 0.1, "learning_rate": 5e-3, "eval_share": 0.1, "eval_steps": 6, "sample_questions": 1}
+        own = {"lora_dropout": 0.1, "learning_rate": 5e-3, "eval_share": 0.1, "eval_steps": 6}
         values = short_run(tiny, pairs, **{"output": directory / name, **own, **changes})
         file = directory / f"{name}.yaml"
         file.write_text(json.dumps(values))
         return file
 
-    done = run_module("jlora.train", "--config", write("run"))
+    done = run_module("jlora.train", "--config", write("run", sample_questions=1))
     assert done.returncode == 0, done.stderr
     return directory / "run", write, done.stdout + done.stderr
 
@@ -59,8 +59,8 @@ def whole(tmp_path_factory, tiny, pairs):
 def test_a_run_prints_its_progress_and_writes_its_files(whole):
     run, _, said = whole
     for words in (
-        "training: 37 examples",
-        "held out: 3 examples",
+        "training: 36 examples",
+        "held out: 4 examples",
         "Starting a new run",
         "Training for 12 steps on 1 CPU device; ",
         "Compiling the training step for",

@@ -209,7 +209,8 @@ def test_eight_devices_equal_one_on_batches_of_all_shapes(config_file, varied_pa
     file = config_file(train_data_dir=str(varied_pairs), **changes)
     one, eight = Setup(file, devices=1), Setup(file, devices=8)
     assert eight.batches.rows % 8 == 0
-    assert np.abs(one.losses(10) - eight.losses(10)).max() < 1e-5
+    assert np.abs(one.losses(5) - eight.losses(5)).max() < 1e-5
+    assert all(len(setup.programs.compiled) == len(setup.batches.shapes) > 1 for setup in (one, eight))
     for a, b in zip(jax.tree.leaves(one.state.lora), jax.tree.leaves(eight.state.lora), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
     assert len(jax.tree.leaves(eight.state.lora)[0].sharding.device_set) == 8

@@ -62,14 +62,14 @@ def test_preview_needs_no_weights(tiny, config_file, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert re.match(
-        r"training: 37 examples, [\d,]+ tokens, \d+% of them trained on; the longest example has \d+ tokens", lines[0]
+        r"training: 36 examples, [\d,]+ tokens, \d+% of them trained on; the longest example has \d+ tokens", lines[0]
     )
-    assert lines[1].startswith("held out: 3 examples")
+    assert lines[1].startswith("held out: 4 examples")
     assert re.search(
         r"On one device: 12 steps of 4 examples; batch shapes to compile: .* tokens; \d+\.\d% padding", done.stdout
     )
-    assert sum(int(count) for count in re.findall(r"tokens  #* *(\d+)\n", done.stdout)) == 37
-    assert "Showing 2 of 37 rows" in done.stdout
+    assert sum(int(count) for count in re.findall(r"tokens  #* *(\d+)\n", done.stdout)) == 36
+    assert "Showing 2 of 36 rows" in done.stdout
     assert done.stdout.count("<|im_start|>system\nBe brief.<|im_end|>\n") == 2
     assert len(re.findall(r"<\|im_start\|>assistant\n\[\[Under Article .*?<\|im_end\|>\]\]", done.stdout)) == 2
     assert not (tmp_path / "run").exists()
