@@ -119,6 +119,9 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(place, alone):
     processes = start(config, 2)
     wait_for(logged(run, 2), *processes)
     processes[1].send_signal(signal.SIGTERM)
+    processes[0].send_signal(signal.SIGSTOP)  # a pause in training: JAX looks for a signal only once a second
+    time.sleep(2)
+    processes[0].send_signal(signal.SIGCONT)
     codes, outs, errs = ended(processes)
     assert codes == [0, 0], errs
     step = int(re.search(r"Stopped after step (\d+) of", outs[0])[1])

@@ -159,7 +159,7 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
     """Stopped twice, on three different meshes; the loss curve equals that of a single device."""
 
     def config(name):
-        values = {"save_steps": 100, "max_steps": 14, "batch_size": 8}
+        values = {"save_steps": 100, "max_steps": 20, "batch_size": 8}
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / name, learning_rate=2e-3, **values)))
         return file
@@ -170,19 +170,19 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
     done = run_program("jlora.train", "--config", config("still"))
     assert done.returncode == 0, done.stderr
     file, at = config("moving"), 0
-    for devices, mesh, until in [(8, "{fsdp: 2, tensor: 2}", 2), (1, "{}", 8), (4, "{fsdp: 4}", 14)]:
+    for devices, mesh, until in [(8, "{fsdp: 2, tensor: 2}", 2), (1, "{}", 8), (4, "{fsdp: 4}", 20)]:
         told = ["--config", file, f"--config.mesh={mesh}", "--config.resume_from_checkpoint=auto"]
         process = start_module("jlora.train", *told, devices=devices)
-        if until < 14:
+        if until < 20:
             wait_for(logged(tmp_path / "moving", until), process)
             process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
-        assert f"Training for 14 steps on {devices} CPU device" in out and (
+        assert f"Training for 20 steps on {devices} CPU device" in out and (
             at == 0 or f"from step {at}, but not bit for bit" in out
         )
-        if until < 14:
-            at = int(re.search(r"Stopped after step (\d+) of 14", out)[1])
+        if until < 20:
+            at = int(re.search(r"Stopped after step (\d+) of 20", out)[1])
     assert len(losses("moving")) == len(losses("still"))
     assert np.abs(np.subtract(losses("moving"), losses("still"))).max() < 1e-5
     assert losses("still")[-1] < losses("still")[0] - 0.1
