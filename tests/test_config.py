@@ -164,6 +164,7 @@ def test_settings_of_a_run_of_any_version_are_read_as_they_were(yaml_config):
         ("c.trainable_token_indices = (3, 'x')", r"trainable_token_indices has \(3, 'x'\): Expected token ids"),
         ("c.trainable_token_indices = (1.5,)", r"trainable_token_indices has \(1.5,\): Expected token ids"),
         ("c.trainable_token_indices = (3, 3)", r"has embed_tokens: \[3, 3\]. Expected ids from 0, each once"),
+        ("c.trainable_token_indices = (('lm_head', (1,)), ('lm_head', (2,)))", r"has lm_head: \[1\]. Expected ids"),
         ("c.trainable_token_indices = (('head', (1,)),)", r"has head: \[1\]. Expected ids from 0, each once, of embed"),
         ("c.init_lora_weights = 'olora'", r"init_lora_weights='olora': Expected one of true, pissa"),
         ("c.peft_type = 'IA3'; c.use_dora = True", r"use_dora=True has no effect with peft_type=IA3. Remove it"),

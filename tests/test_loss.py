@@ -61,7 +61,7 @@ def test_chunked_loss_and_gradients_equal_those_of_all_logits(drawn, name, dtype
     hidden = hidden.astype(dtype)
 
     def ours(table, hidden, batch=batch):
-        return LOSSES[name](table, hidden, batch, 1) / 7
+        return LOSSES[name](hidden, table, batch, 1) / 7
 
     def theirs(table, hidden):
         return plain(name, table, hidden, batch) / 7
@@ -93,7 +93,7 @@ def test_all_logits_and_a_float32_copy_of_a_frozen_table_never_exist(drawn, name
 
     def lowered(table, argnums):
         def of(table, hidden):
-            return LOSSES[name](table, hidden, batch, 1)
+            return LOSSES[name](hidden, table, batch, 1)
 
         return jax.jit(jax.grad(of, argnums=argnums)).lower(table, hidden.astype(jnp.bfloat16)).as_text()
 
@@ -109,7 +109,7 @@ def test_logits_are_made_once_for_a_linear_loss_and_for_a_frozen_table(drawn, na
     chunk = f"tensor<{R}x{S // 3 + 1}x{V}xf32>"
 
     def logits_made(argnums):
-        gradient = jax.grad(lambda table, hidden: LOSSES[name](table, hidden, batch, 1), argnums=argnums)
+        gradient = jax.grad(lambda table, hidden: LOSSES[name](hidden, table, batch, 1), argnums=argnums)
         lines = jax.jit(gradient).lower(table, hidden).as_text().splitlines()
         return sum("dot_general" in line and line.endswith(f"-> {chunk}") for line in lines)
 

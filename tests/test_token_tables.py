@@ -97,6 +97,12 @@ def test_new_words_are_trained_exported_answered_and_merged(tmp_path, grown, way
     assert done.returncode == 0, done.stderr
     assert np.abs(peft_logits(tmp_path / "run/merged", None, ids) - theirs).max() < 1e-4
 
+    metadata = {"jlora_vocabulary": "99999999999"}
+    shutil.copytree(adapter, tmp_path / "huge")
+    save_file(named, tmp_path / "huge" / WEIGHTS, metadata=metadata)
+    asked = run_program("jlora.generate", "--adapter", tmp_path / "huge", "--prompt", QUESTION)
+    assert asked.returncode == 2 and "records jlora_vocabulary='99999999999', but it trains no token" in asked.stderr
+
     further = write_config(tmp_path, base, init_adapter=str(adapter), output_dir=str(tmp_path / "more"), max_steps=1)
     done = run_program("jlora.train", "--config", further)
     assert done.returncode == 0, done.stderr

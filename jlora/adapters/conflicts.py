@@ -9,10 +9,11 @@ def find_conflicts(spec: AdapterSpec, *, tied: bool | None = None) -> list[str]:
     Args:
       tied: whether the base model's head is its embedding table; None: not known yet.
     """
+    named = [table for table, _ in spec.trainable_token_indices]
     found = [
         f"trainable_token_indices has {table}: {list(ids)}. Expected ids from 0, each once, of embed_tokens or lm_head."
         for table, ids in spec.trainable_token_indices
-        if table not in EMBEDDINGS or len(set(ids)) < len(ids) or min(ids) < 0
+        if table not in EMBEDDINGS or named.count(table) > 1 or len(set(ids)) < len(ids) or min(ids) < 0
     ]
     keys = {table: spec.table_keys(table) for table in EMBEDDINGS}
     found += [f"{' and '.join(keys[t])} both name {t}. Remove it from one of them." for t in keys if len(keys[t]) > 1]

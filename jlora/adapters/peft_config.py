@@ -10,7 +10,7 @@ import pydantic
 
 from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.methods import METHODS, base_method, choices, method_class
-from jlora.adapters.provenance import VOCABULARY, WEIGHTS, metadata
+from jlora.adapters.provenance import WEIGHTS, recorded_vocabulary
 from jlora.adapters.spec import EMBEDDINGS, NO_ADAPTER, TARGETS, AdapterSpec
 from jlora.common import hf_names, patterns, typed_json
 from jlora.common.errors import UserError
@@ -162,10 +162,10 @@ def read_spec(directory: Path, layers: int) -> AdapterSpec:
         raise UserError(f"Adapter {directory} has settings that jlora does not support: {'; '.join(problems)}.")
     if any(config.get(field) is None for field in base_method(kind).required):
         raise UserError(f"Adapter {directory}: {CONFIG} must set {' and '.join(base_method(kind).required)}.")
-    rows = metadata(directory / WEIGHTS).get(VOCABULARY, "")
     spec = dataclasses.replace(NO_ADAPTER, target_modules=targets, **_chosen(config, kind))
-    spec = dataclasses.replace(spec, vocabulary=int(rows) if rows.isdecimal() else 0)
     spec = dataclasses.replace(spec, **method_class(spec).read_fields(config))
+    trained = (token for _, ids in spec.trainable_token_indices for token in ids)
+    spec = dataclasses.replace(spec, vocabulary=recorded_vocabulary(directory / WEIGHTS, trained))
     with _named(directory):  # matches all patterns, which may be broken or slow
         for module in hf_names.projections():
             spec.ranks(module, layers), spec.alphas(module, layers)

@@ -1,11 +1,13 @@
 """Provenance of an adapter: what it was trained with, as metadata in its safetensors file."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from jlora.common.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"  # PEFT's name for the tensors of an adapter
 # Keys of the safetensors metadata; all values are strings.
@@ -24,6 +26,30 @@ def metadata(weights: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
+
+
+def recorded_vocabulary(weights: Path, trained_tokens: Iterable[int]) -> int:
+    """Returns the rows that the token tables of the base model must have for an adapter; 0 if it added none.
+
+    Args:
+      trained_tokens: the ids of its trained rows.
+
+    Raises:
+      UserError: the adapter has neither a table nor a trained row that reaches so far.
+    """
+    recorded = metadata(weights).get(VOCABULARY, "")
+    if not recorded:
+        return 0
+    with safe_open(weights, framework="numpy") as file:
+        tables = [name for name in list(file.keys()) if name.endswith((".embed_tokens.weight", ".lm_head.weight"))]
+        heights = {rows for name in tables for rows in file.get_slice(name).get_shape()[:1]}
+    heights.add(max(trained_tokens, default=-1) + 1)
+    if not recorded.isdecimal() or int(recorded) not in heights:
+        raise UserError(
+            f"Adapter {weights.parent} records {VOCABULARY}={recorded[:20]!r}, but it trains no token with the id "
+            "before that. Export it again."
+        )
+    return int(recorded)
 
 
 def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:

@@ -77,8 +77,8 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape: that on disk, and the added rows."""
-        rows, *rest = self._headers[name]["shape"] or [None]
-        return () if rows is None else (rows + self._rows_beyond(name), *rest)
+        rows = self._headers[name]["shape"][:1]
+        return (*(count + self._rows_beyond(name) for count in rows), *self._headers[name]["shape"][1:])
 
     def _rows_beyond(self, name: str) -> int:
         return self._added_rows if name in TABLES else 0
