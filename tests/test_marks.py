@@ -51,7 +51,9 @@ def test_other_values_hide_nothing(file, tokenizer, tiny, mark):
     assert trained_text(tokenizer, tiny, row) == f"{WRONG}<|im_end|>{RIGHT}<|im_end|>"
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": -1}, {"mask": [0, 1]}, {"train": "later"}], ids=str)
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0.5}, {"weight": -1}, {"mask": [0, 1]}, {"mask": 1}, {"train": "later"}], ids=str
+)
 def test_a_mark_that_is_not_understood_is_refused(file, mark):
     ((key, value),) = mark.items()
     with pytest.raises(UserError) as error:
@@ -86,6 +88,8 @@ def test_a_row_marked_as_bad_is_left_out_and_counted(tmp_path, mark, kind):
 
 
 def test_a_class_label_is_no_mark(file):
+    rows, _ = read(file(jsonl({"text": "The moon is cheese.", "label": "false"}, {"text": "It is.", "label": False})))
+    assert len(rows) == 2
     rows, said = read(file(jsonl({**ROW, "label": 0}, {**ROW, "label": 1}), "rows.jsonl"))
     assert len(rows) == 2 and said == ["train_data_dir: unused columns: label (2)"]
 

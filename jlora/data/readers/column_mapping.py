@@ -76,7 +76,8 @@ class RowConverter:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         made = [make_conversation(self._turns(one, parts, where), where) for one in self._pairs(row, parts, where)]
-        mark = bad_mark({column: value for column, value in row.items() if column not in parts.values()})
+        others = {column: value for column, value in row.items() if column not in parts.values()}
+        mark = "" if "text" in parts else bad_mark(others)
         for column, value in row.items():
             if column not in (*parts.values(), mark) and value not in (None, "", [], {}):
                 self._notes.add("unused columns", column)

@@ -6,7 +6,7 @@ from typing import Any
 from jlora.common.errors import UserError
 
 LEARN = ("train", "trainable", "loss")  # false: do not learn
-HIDE = ("mask", "masked")  # true: do not learn
+HIDE = ("mask", "masked")  # true: do not learn; 0 and 1 mean one thing to some programs, the reverse to others
 TURN_MARKS = (*LEARN, *HIDE, "weight")
 ROW_MARKS = ("label", *LEARN)  # of a row; KTO's data sets mark a bad answer with label: false
 
@@ -22,7 +22,7 @@ def is_learned(turn: Mapping[str, Any], where: str) -> bool:
         value = turn.get(key)
         if value is None or (key == "loss" and isinstance(value, float)):  # a measured loss is not a mark
             continue
-        mark = _read_mark(value)
+        mark = None if key in HIDE and value in (0, 1) and not isinstance(value, bool) else _read_mark(value)
         if mark is None:
             expected = "0 or 1" if key == "weight" else "true or false"
             raise UserError(f"{where}: A turn has {key}={value!r}. Expected {expected}.")
