@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from conftest import run_program
 
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import TARGETS
@@ -137,6 +138,7 @@ def test_settings_of_a_run_of_any_version_are_read_as_they_were(yaml_config):
     ("line", "message"),
     [
         ("c.lora_rnk = 8", r"config.py:6: .*lora_r"),
+        ("c.lr = 1e-4", r"config.py:6: Unknown key 'lr'. Did you mean learning_rate\?$"),
         ("c.lora_rank = 'eight'", r"config.py:6: .*int"),
         ("c.lora_rank = 1 / 0", r"config.py:6: division by zero"),
         ("c.lora_rank = (", r"config.py"),
@@ -197,6 +199,9 @@ def test_mistakes_in_a_python_config(python_config, line, message):
     ("text", "message"),
     [
         ("lora_rnk: 8", "Unknown key 'lora_rnk'. Did you mean lora_rank"),
+        ("lr: 1e-4", "Unknown key 'lr'. Did you mean learning_rate?"),
+        ("num_train_epochs: 3", "Did you mean epochs?"),
+        ("zzz: 3", "`jlora train --help` lists all keys."),
         ("lora_rank: eight", "lora_rank='eight': Expected int"),
         ("fp16: 1", "fp16=1: Expected bool"),
         ("lora_rank: [", "is not valid YAML"),
@@ -252,3 +257,10 @@ def test_missing_and_empty_files(tmp_path, python_config):
 def test_nan_is_rejected(python_config):
     with pytest.raises(UserError, match="learning_rate=nan"):
         load_config(python_config(), ["--config.learning_rate=.nan"])
+
+
+def test_help_lists_every_key_with_its_default():
+    said = run_program("train", "--help").stdout
+    for field in dataclasses.fields(Config):
+        assert f"\n{field.name}: " in said, field.name
+    assert "\nlora_rank: int = 16  # rank r of the update" in said

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.config.schema import ENTRIES, Config, default_config, suggest_nearest, validate
+from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key, validate
 
 
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -26,8 +26,9 @@ def config_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"jlora {program}",
         description=description,
-        epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8. All settings are "
-        "described in jlora/config/schema.py.",
+        epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8.\n"
+        f"All settings, with their defaults:\n\n{described_keys().replace('%', '%%')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config file")
     return parser
@@ -113,7 +114,7 @@ def _field_names() -> list[str]:
 def _set_key(config: ConfigDict, key: str, value: Any, where: str) -> None:
     """Sets one key from text or YAML, converted to the type of its default."""
     if key not in config:
-        raise UserError(f"{where}: Unknown key {key!r}. Did you mean {suggest_nearest(key, _field_names())}?")
+        raise UserError(f"{where}: Unknown key {key!r}. {suggest_key(key)}")
     kind = type(config[key])
     if key == "init_lora_weights" and value is True:
         value = "true"
@@ -176,6 +177,8 @@ def _from_python(path: str) -> ConfigDict:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = f":{frames[-1].lineno}" if frames else ""
         text = error.msg if isinstance(error, SyntaxError) else str(error)
+        if unknown := re.match(r"['\"]?Key \"(\w+)\" does not exist", text):
+            text = f"Unknown key {unknown[1]!r}. {suggest_key(unknown[1])}"
         raise UserError(f"{path}{line}: {text.strip()}") from None
     if not isinstance(config, ConfigDict) or set(config) != set(_field_names()):
         raise UserError(f"{path}: get_config() must start from jlora.config.default_config().")

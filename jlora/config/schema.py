@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
@@ -164,6 +166,25 @@ BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
 HARMLESS = ("lora_rank", "lora_alpha", "feedforward_modules")
 
 
+# Names that other programs give to these keys.
+OTHER_NAMES = {
+    **dict.fromkeys(("lr", "learningrate"), "learning_rate"),
+    **dict.fromkeys(("r", "rank", "network_dim"), "lora_rank"),
+    **dict.fromkeys(("alpha", "network_alpha"), "lora_alpha"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "max_train_epochs"), "epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "bs"), "batch_size"),
+    **dict.fromkeys(("model", "model_name_or_path", "pretrained_model_name_or_path"), "base_model"),
+    **dict.fromkeys(("dataset", "data", "train_file", "data_path"), "train_data_dir"),
+    **dict.fromkeys(("validation_file", "eval_file", "eval_dataset"), "eval_data_dir"),
+    **dict.fromkeys(("max_length", "cutoff_len", "model_max_length"), "max_seq_length"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "quantize_base"),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "lr_scheduler_type"),
+    "bf16": "compute_dtype",
+    "gradient_checkpointing": "remat",
+    "max_train_steps": "max_steps",
+}
+
+
 def default_config() -> ConfigDict:
     """Returns the defaults as a locked ConfigDict, from which a `.py` config starts."""
     return ConfigDict(dataclasses.asdict(Config())).lock()
@@ -277,6 +298,21 @@ def _is_pattern(text: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def suggest_key(name: str) -> str:
+    """Asks for the key that was probably meant instead of an unknown one."""
+    known = [field.name for field in dataclasses.fields(Config)]
+    meant = [OTHER_NAMES[name.lower()]] if name.lower() in OTHER_NAMES else difflib.get_close_matches(name, known, n=1)
+    if meant:
+        return f"Did you mean {meant[0]}?"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return f"Did you mean {', '.join(near[:-1])} or {near[-1]}? `jlora train --help` lists all keys."
+
+
+def described_keys() -> str:
+    """Returns all keys with their defaults and comments, as they are written in this file."""
+    return textwrap.dedent(inspect.getsource(Config).split('"""')[2]).strip()
 
 
 def suggest_nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
