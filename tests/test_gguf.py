@@ -226,6 +226,10 @@ REFUSED = {
     "type": ({"extra": {"llama.rope.scaling.type": 3}}, "llama.rope.scaling.type=3 (expected string)"),
     "infinite": ({"extra": {"llama.rope.freq_base": float("inf")}}, "llama.rope.freq_base=inf (expected a finite"),
     "text": ({"extra": {"tokenizer.ggml.eot_token_id": "2"}}, "tokenizer.ggml.eot_token_id='2' (expected integer)"),
+    "heads": (
+        {"extra": {"llama.attention.head_count": 3}},
+        "A tensor does not have the shape that the fields imply",
+    ),
     "field": ({"drop": ["llama.embedding_length"]}, "Field 'embedding_length' is missing"),
 }
 

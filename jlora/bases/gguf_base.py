@@ -94,6 +94,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
         write_weights(directory, sizes, read)
     except NotImplementedError as error:
         raise UserError(f"{file} uses an unsupported quantization: {error}.") from None
+    except ValueError as error:
+        raise UserError(f"{file}: A tensor does not have the shape that the fields imply: {error}.") from None
 
 
 def config_from_gguf(field: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
