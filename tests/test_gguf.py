@@ -226,6 +226,10 @@ REFUSED = {
     "type": ({"extra": {"llama.rope.scaling.type": 3}}, "llama.rope.scaling.type=3 (expected string)"),
     "infinite": ({"extra": {"llama.rope.freq_base": float("inf")}}, "llama.rope.freq_base=inf (expected a finite"),
     "text": ({"extra": {"tokenizer.ggml.eot_token_id": "2"}}, "tokenizer.ggml.eot_token_id='2' (expected integer)"),
+    "layers": (
+        {"extra": {"llama.block_count": 50_000_000}},
+        "llama.block_count=50000000 (expected less than or equal to 1000)",
+    ),
     "heads": (
         {"extra": {"llama.attention.head_count": 3}},
         "A tensor does not have the shape that the fields imply",

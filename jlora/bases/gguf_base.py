@@ -20,7 +20,7 @@ from jlora.bases.gguf_tokenizer import write_tokenizer
 from jlora.common.errors import UserError
 from jlora.common.hf_names import NAMES, tensor_names
 from jlora.common.plural import plural
-from jlora.common.typed_json import Count, Size, mismatches
+from jlora.common.typed_json import Count, Layers, Size, mismatches
 from jlora.models.families import FAMILIES
 from jlora.models.rope import Llama3Rope, plain_frequencies
 from jlora.models.safetensors_files import write_weights
@@ -30,7 +30,8 @@ ARCHITECTURES = list(dict.fromkeys(family.gguf_architecture for family in FAMILI
 Positive = Annotated[float, pydantic.Field(gt=0)]
 # Types of the architecture's fields that jlora reads. It rejects a file that sets any other, except to zero or false.
 ARCHITECTURE: dict[str, Any] = {
-    **dict.fromkeys(("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"), Size),
+    **dict.fromkeys(("context_length", "embedding_length", "feed_forward_length", "vocab_size"), Size),
+    "block_count": Layers,
     **dict.fromkeys(("attention.head_count", "attention.head_count_kv", "rope.dimension_count"), Size),
     **dict.fromkeys(("attention.key_length", "attention.value_length"), Size),
     **dict.fromkeys(("attention.sliding_window", "rope.scaling.original_context_length"), Count),

@@ -27,6 +27,7 @@ def whole(value: Any) -> Any:
 
 Whole = Annotated[int, pydantic.BeforeValidator(whole)]
 Size = Annotated[Whole, pydantic.Field(gt=0, le=10**8)]
+Layers = Annotated[Whole, pydantic.Field(gt=0, le=1000)]
 Count = Annotated[Whole, pydantic.Field(ge=0)]
 
 

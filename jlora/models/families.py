@@ -16,7 +16,7 @@ import pydantic
 
 from jlora.common import typed_json
 from jlora.common.errors import UserError
-from jlora.common.typed_json import Size, Whole
+from jlora.common.typed_json import Layers, Size, Whole
 from jlora.models.model_config import ModelConfig
 from jlora.models.rope import KINDS, DefaultRope, yarn_attention_factor
 from jlora.models.safetensors_files import equal_tensors
@@ -28,7 +28,7 @@ class Keys(typed_json.Strict):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Annotated[Whole, pydantic.Field(gt=0, le=1000)]
+    num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
