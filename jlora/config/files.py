@@ -21,14 +21,19 @@ from jlora.common.plural import plural
 from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key, validate
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help ends with all settings; their descriptions are read only then."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}All settings, with their defaults:\n\n{described_keys()}\n"
+
+
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Returns a parser with `--config`; `parse_known_args` leaves the overrides for `load_config`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"jlora {program}",
         description=description,
-        epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8.\n"
-        f"All settings, with their defaults:\n\n{described_keys().replace('%', '%%')}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config file")
     return parser

@@ -99,7 +99,7 @@ def _merged_table(method: TableMethod, leaves: Leaves, values: jax.Array) -> jax
 
 def _check_mergeable(spec: AdapterSpec, weights: Weights, changes: Mapping[str, Any], *, tied: bool) -> None:
     """Raises a UserError if the base model has no tensor for a part of the adapter."""
-    missing = sorted(name for name in changes if name.endswith(".bias") and name not in weights.names())
+    missing = sorted(name for name in changes.keys() - weights.names() if name.endswith(".bias"))
     if method_class(spec).adds_bias and missing:
         raise UserError(
             f"--merged: lora_bias trains biases that the base model does not have, such as {missing[0]}. Load "

@@ -17,9 +17,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jlora.adapters import params
 from jlora.adapters.methods import make_method, table_method
 from jlora.adapters.methods.method import FROZEN, Frozen, Leaves
 from jlora.adapters.neftune import noise
+from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed.sharding import constrain_rows, constrain_table
 from jlora.models.attention import attention
@@ -295,6 +297,11 @@ class Llama(nnx.Module):
         elif self.embed_tokens.method.shared:
             hidden, weight = self.embed_tokens.head(hidden, weight, key)
         return hidden, constrain_table(weight, self.compute.mesh)
+
+
+def neutral_adapter(graphdef: nnx.GraphDef[Llama], adapter: Adapter, base: Any) -> Adapter:
+    """Returns an adapter of the same form that changes nothing, for a model from `hf_loader.abstract_model`."""
+    return params.neutral(nnx.merge(graphdef, adapter, base).spec, adapter, base)
 
 
 def scores(hidden: Float[Array, "*N E"], table: Float[Array, "V E"]) -> Float[Array, "*N V"]:

@@ -15,14 +15,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.adapters import params
 from jlora.adapters.params import Adapter
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import check_embedded, end_tokens
 from jlora.models.families import read_config
 from jlora.models.kv_cache import KVCache, empty_kv_cache
-from jlora.models.llama import Llama
+from jlora.models.llama import Llama, neutral_adapter
 
 ROUND = 64  # prompts and caches are padded to multiples of this many tokens, so that few programs are compiled
 BY_ROW = KVCache._make((0, 0, 0, None))  # the row axis of the caches; all rows write at the same position
@@ -65,12 +64,7 @@ class Generator:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter of the same shapes that has no effect: with it, the base model answers."""
-
-        @jax.jit
-        def neutral(adapter: Adapter, base: Any) -> Adapter:
-            return params.neutral(nnx.merge(self.graphdef, adapter, base).spec, adapter, base)
-
-        return neutral(adapter, self.base)
+        return jax.jit(neutral_adapter, static_argnums=0)(self.graphdef, adapter, self.base)
 
     def generate_tokens(
         self,

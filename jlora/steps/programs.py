@@ -13,12 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from jlora.adapters import params
 from jlora.adapters.methods import AXES
 from jlora.adapters.params import Adapter
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.distributed.sharding import data_parallel_size, place, places_of, shardings
-from jlora.models.llama import Llama
+from jlora.models.llama import Llama, neutral_adapter
 from jlora.steps import loss_scale, optim
 from jlora.steps.compilation import Compiler
 from jlora.steps.loss import CROSS_ENTROPY, Loss
@@ -111,11 +110,8 @@ class Programs:
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
-
-        def neutral(adapter: Adapter, base: Any) -> Adapter:
-            return params.neutral(nnx.merge(self.graphdef, adapter, base).spec, adapter, base)
-
-        return jax.jit(neutral, out_shardings=places_of(adapter))(adapter, self.base)
+        made = jax.jit(neutral_adapter, static_argnums=0, out_shardings=places_of(adapter))
+        return made(self.graphdef, adapter, self.base)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""

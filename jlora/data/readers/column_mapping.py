@@ -78,8 +78,8 @@ class RowConverter:
         made = [make_conversation(self._turns(one, parts, where), where) for one in self._pairs(row, parts, where)]
         others = {column: value for column, value in row.items() if column not in parts.values()}
         mark = "" if "text" in parts else bad_mark(others)
-        for column, value in row.items():
-            if column not in (*parts.values(), mark) and value not in (None, "", [], {}):
+        for column, value in others.items():
+            if column != mark and value not in (None, "", [], {}):
                 self._notes.add("unused columns", column)
         learned = [] if mark else [conversation for conversation in made if conversation.trained]
         if len(learned) < len(made):

@@ -92,10 +92,12 @@ class _JsonDocument:
                 where = self._where()
                 if first == "[":
                     yield from self._elements()
-                elif first == "{" and self._is_row(row := self._next_value()):
-                    self._value()
-                    yield where, row
                 elif first == "{":
+                    row, end = self._next_value()
+                    if self._is_row(row):
+                        self._move(end)
+                        yield where, row
+                        continue
                     value, found = yield from self._object("")
                     if not found:
                         yield where, value
@@ -109,17 +111,17 @@ class _JsonDocument:
                 f"{self._file}: The key columns sets rows to {self._wanted!r}, but no list of rows has that key."
             )
 
-    def _next_value(self) -> Any:
-        """Parses the next value without consuming it; None if it is long, or not valid."""
+    def _next_value(self) -> tuple[Any, int]:
+        """Parses the next value without consuming it, and returns where it ends; None if it is long, or not valid."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError):
                 end = 0
             if end and (end < len(self._buffer) or self._ended):
-                return value
+                return value, end
             if self._ended or len(self._buffer) - self._at > LONGEST_ROW:
-                return None
+                return None, 0
             self._read()
 
     def _is_row(self, value: Any) -> bool:

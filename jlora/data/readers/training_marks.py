@@ -22,7 +22,7 @@ def is_learned(turn: Mapping[str, Any], where: str) -> bool:
         value = turn.get(key)
         if value is None or (key == "loss" and isinstance(value, float)):  # a measured loss is not a mark
             continue
-        mark = None if key in HIDE and value in (0, 1) and not isinstance(value, bool) else _read_mark(value)
+        mark = bool(value) if value in (0, 1) and key not in HIDE else _read_mark(value)
         if mark is None:
             expected = "0 or 1" if key == "weight" else "true or false"
             raise UserError(f"{where}: A turn has {key}={value!r}. Expected {expected}.")
@@ -32,15 +32,11 @@ def is_learned(turn: Mapping[str, Any], where: str) -> bool:
 
 def bad_mark(row: Mapping[str, Any]) -> str:
     """Returns the key that marks a whole row as bad; "" if none does."""
-    return next((key for key in row if key.strip().lower() in ROW_MARKS and _is_false(row[key])), "")
-
-
-def _is_false(value: Any) -> bool:
-    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+    return next((key for key in row if key.strip().lower() in ROW_MARKS and _read_mark(row[key]) is False), "")
 
 
 def _read_mark(value: Any) -> bool | None:
-    """Returns true or false for a boolean, 0, 1, or their names; None for anything else."""
+    """Returns a boolean, or the one that a text names; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
-    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+    return value if isinstance(value, bool) else None
