@@ -32,7 +32,8 @@ from typing import Any
 from jlora.adapters.provenance import exported_step
 from jlora.common.errors import UserError, VerificationError
 from jlora.config import files
-from jlora.config.schema import Config, validate
+from jlora.config.schema import Config
+from jlora.config.validation import validate
 from jlora.distributed import processes
 from jlora.distributed.sharding import place, places_of
 from jlora.export.exporter import export_adapter, verify_adapter

@@ -24,7 +24,7 @@ from typing import Any
 
 from jlora.bases.resolve import resolve_base
 from jlora.cli.program import run_program
-from jlora.data.chat_template import render_chat
+from jlora.data.chat_template import Chat, render_chat
 from jlora.data.conversation import Conversation
 from jlora.data.readers.files import iter_conversations, read_conversations
 from jlora.data.token_cache import ROWS_PER_BATCH, load_or_tokenize
@@ -71,7 +71,7 @@ def measure_tokenizer(file: Path, answer: Connection) -> None:
     tokenizer = load_tokenizer(resolve_base(BASE), "")
     seconds, source = 0.0, iter(Rows(file))
     while some := [row.messages for _, row in zip(range(ROWS_PER_BATCH), source, strict=False)]:
-        texts = render_chat(tokenizer, some, prompt=False)
+        texts = render_chat(tokenizer, [Chat(messages) for messages in some], prompt=False)
         start = time.perf_counter()
         tokenizer(texts, add_special_tokens=False)
         seconds += time.perf_counter() - start

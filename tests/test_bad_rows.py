@@ -173,13 +173,21 @@ BAD = [
         jsonl({"messages": [{"role": "robot", "content": "a"}]}),
         "Unknown role 'robot'. Expected one of",
     ),
-    ("rows.jsonl", jsonl({"messages": [TURN, {"role": "tool", "content": "x"}]}), "Unknown role 'tool'"),
+    (
+        "rows.jsonl",
+        jsonl({"messages": [TURN, {"role": "tool", "content": "x"}]}),
+        "rows.jsonl:1: This tool's result has no call before it: 'x'",
+    ),
     (
         "rows.jsonl",
         jsonl({"messages": [TURN, {**ANSWER, "tool_calls": [1]}]}),
-        "has 'tool_calls', which jlora does not support",
+        "Expected a call with a name and arguments, got 1",
     ),
-    ("rows.jsonl", jsonl({"messages": [TURN, {**ANSWER, "weight": 0.5}]}), "has weight=0.5. Expected 0 or 1"),
+    (
+        "rows.jsonl",
+        jsonl({"messages": [TURN, {**ANSWER, "weight": -0.5}]}),
+        "has weight=-0.5. Expected a number that is 0 or more",
+    ),
     (
         "rows.jsonl",
         jsonl({"messages": [TURN, {"role": "assistant", "content": None}]}),

@@ -69,8 +69,8 @@ def test_only_answers_and_their_end_tokens_are_trained(tokenizer, template, answ
             "<repo_name>.*the model stops at '<.im_end.>'",
         ),
         (
-            "{{ messages|length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}",
-            "changes earlier turns",
+            "{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}",
+            "The chat template writes .* where the prompt of the served model has .* Correct the template, or set",
         ),
         (
             "{% for m in messages %}{{ m['content']|upper }}<|im_end|>{% endfor %}",

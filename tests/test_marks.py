@@ -52,7 +52,7 @@ def test_other_values_hide_nothing(file, tokenizer, tiny, mark):
 
 
 @pytest.mark.parametrize(
-    "mark", [{"weight": 0.5}, {"weight": -1}, {"mask": [0, 1]}, {"mask": 1}, {"train": "later"}], ids=str
+    "mark", [{"weight": "1"}, {"weight": -1}, {"mask": [0, 1]}, {"mask": 1}, {"train": "later"}], ids=str
 )
 def test_a_mark_that_is_not_understood_is_refused(file, mark):
     ((key, value),) = mark.items()
@@ -105,8 +105,8 @@ def test_a_conversation_with_every_answer_marked_is_left_out(file):
 
 def test_a_changed_mark_is_tokenized_anew(tmp_path, tokenizer, tiny):
     ends, made = end_tokens(tiny, tokenizer), []
-    for learned in (True, False, True):
-        messages = (Message("user", ASKED), Message("assistant", WRONG, learned), Message("user", "?"))
+    for weight in (1.0, 0.0, 1.0):
+        messages = (Message("user", ASKED), Message("assistant", WRONG, weight), Message("user", "?"))
         row = Conversation((*messages, Message("assistant", RIGHT)), "rows:1")
         (example,) = load_or_tokenize(tokenizer, ends, [row], tmp_path, "assistant")
         made.append(np.asarray(example.loss_mask).tolist())

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from jlora.common.errors import UserError
-from jlora.data.chat_template import encode_prompt, render_chat
+from jlora.data.chat_template import Chat, encode_prompt, render_chat
 from jlora.data.conversation import Conversation, Message
 from jlora.data.loss_mask import encode_conversation, encode_conversations
 from jlora.data.tokenizer import load_tokenizer
@@ -270,4 +270,4 @@ def test_render_equals_apply_chat_template(smollm):
         want = tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=prompt
         )
-        assert render_chat(tokenizer, [messages, messages], prompt=prompt) == [want, want]
+        assert render_chat(tokenizer, [Chat(messages), Chat(messages)], prompt=prompt) == [want, want]

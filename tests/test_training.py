@@ -1,6 +1,8 @@
 """Training in one process: the loss curve equals PEFT's, frozen weights cost nothing, many devices equal one."""
 
 import dataclasses
+import itertools
+import json
 import warnings
 
 import jax
@@ -19,6 +21,7 @@ from jlora.adapters.settings import spec_of
 from jlora.bases.resolve import resolve_base
 from jlora.config.files import load_config
 from jlora.data.batches import plan_batches
+from jlora.data.readers.files import read_conversations
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed import sharding
 from jlora.models import hf_loader
@@ -86,22 +89,21 @@ def peft_losses(setup, initial, directory, count):
     losses = []
     for step in range(count):
         chosen = [setup.examples[i] for i in setup.batches.example_indices(step)]
-        total = sum(int(e.loss_mask[1:].sum()) for e in chosen)
+        total = sum(float(e.weights[1:].sum()) for e in chosen)
         optimizer.zero_grad()
         loss_of_step = 0.0
         for start in range(0, len(chosen), config.batch_size):
             micro = chosen[start : start + config.batch_size]
             length = max(len(e.tokens) for e in micro)
             ids = torch.zeros((len(micro), length), dtype=torch.long)
-            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+            weights, mask = torch.zeros(ids.shape), torch.zeros_like(ids)
             for i, e in enumerate(micro):
                 ids[i, : len(e.tokens)] = torch.tensor(e.tokens)
-                labels[i, : len(e.tokens)] = torch.tensor(np.where(e.loss_mask, e.tokens, -100))
+                weights[i, : len(e.tokens)] = torch.tensor(e.weights)
                 mask[i, : len(e.tokens)] = 1
             logits = model(ids, attention_mask=mask).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-            )
+            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            loss = (each * weights[:, 1:].flatten()).sum()
             (loss / total).backward()
             loss_of_step += float(loss.detach()) / total
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
@@ -111,22 +113,37 @@ def peft_losses(setup, initial, directory, count):
     return np.array(losses)
 
 
+def weighted(row, weight):
+    """Returns the turns of a row, whose answers have a weight."""
+    turns = [{"role": message.role, "content": message.content} for message in row.messages]
+    return [{**turn, "weight": weight} if turn["role"] == "assistant" else turn for turn in turns]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
+    ("weights", "changes"),
     [
-        {"lr_scheduler_type": "cosine"},
-        {
-            "lr_scheduler_type": "linear",
-            "weight_decay": 0.1,
-            "target_modules": ("k_proj", "o_proj", "up_proj"),
-        },
-        {"gradient_accumulation_steps": 3, "batch_size": 2, "max_seq_length": 200},
+        ((), {"lr_scheduler_type": "cosine"}),
+        (
+            (),
+            {
+                "lr_scheduler_type": "linear",
+                "weight_decay": 0.1,
+                "target_modules": ("k_proj", "o_proj", "up_proj"),
+            },
+        ),
+        ((1, 0.25, 2, 0.001), {"gradient_accumulation_steps": 3, "batch_size": 2, "max_seq_length": 200}),
     ],
-    ids=["cosine", "linear-decay", "accumulation"],
+    ids=["cosine", "linear-decay", "weights-accumulation"],
 )
-def test_the_loss_curve_equals_pefts(config_file, varied_pairs, tmp_path, changes):
-    file = config_file(train_data_dir=str(varied_pairs), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
+def test_the_loss_curve_equals_pefts(config_file, varied_pairs, tmp_path, weights, changes):
+    """Also with weights of the answers, which weigh the sum and its divisor."""
+    data = varied_pairs
+    if weights:
+        data = tmp_path / "weighted.jsonl"
+        rows = zip(read_conversations(str(varied_pairs), "train_data_dir"), itertools.cycle(weights), strict=False)
+        data.write_text("".join(json.dumps({"messages": weighted(row, weight)}) + "\n" for row, weight in rows))
+    file = config_file(train_data_dir=str(data), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
     setup = Setup(file, **changes)
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
     got = setup.losses(20)

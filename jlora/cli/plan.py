@@ -7,6 +7,7 @@ It reads the base model's config.json, not its weights, and compiles the real tr
 """
 
 import dataclasses
+from datetime import date
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from jlora.models import attention_backend
 from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
-from jlora.planning.data_pipeline import read_examples, read_rows, with_new_tokens
+from jlora.planning.data_pipeline import fix_template_settings, read_examples, read_rows, with_new_tokens
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
 from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
@@ -82,6 +83,8 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
     if not tokens and directory.is_dir() and Path(config.train_data_dir).exists():
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
+        today = config.chat_date or date.today().isoformat()
+        config = fix_template_settings(config, tokenizer, rows, today, lambda line: None)
         ends = end_tokens(directory, tokenizer)
         vocab_size = with_new_tokens(config, model, tokenizer).vocab_size
         examples = read_examples(config, tokenizer, ends, rows, "training", vocab_size, lambda line: None)

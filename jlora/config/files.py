@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key, validate
+from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key
+from jlora.config.validation import validate
 
 
 class _Parser(argparse.ArgumentParser):

@@ -126,11 +126,11 @@ class Batches:
                     tokens[a, r, places] = example.tokens[: len(places)]
                     segments[a, r, :prefix], segments[a, r, own] = PREFIX, segment
                     positions[a, r, places] = np.arange(len(places))
-                    at = np.flatnonzero(example.loss_mask[1:]) + 1  # no token predicts the first one
+                    at = np.flatnonzero(example.weights[1:]) + 1  # no token predicts the first one
                     into = slice(filled, filled + len(at))
                     predict_at[a, r, into] = places[at - 1]
                     target[a, r, into] = example.tokens[at]
-                    weights[a, r, into] = 1.0
+                    weights[a, r, into] = example.weights[at]
                     start, filled = start + len(own), into.stop
         return Batch(tokens, segments, positions, predict_at, target, weights)
 
@@ -161,7 +161,7 @@ def plan_batches(
     if isinstance(examples, SizedExamples):
         sizes, prefix = np.asarray(examples.sizes), examples.prefix
     else:
-        sizes = np.array([example_sizes(example.loss_mask) for example in examples])
+        sizes = np.array([example_sizes(example.weights) for example in examples])
         prefix = len(functools.reduce(common_prefix, (example.tokens for example in examples)))
     prefix = min(prefix, int(sizes[:, 2].min())) if share else 0
     sizes = sizes - (0, 0, prefix)

@@ -1,14 +1,19 @@
 """Applies the chat template: conversations to text, prompts to token ids."""
 
+import datetime
+import json
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.data.named_templates import TEMPLATES
+from jlora.data.template_forms import Forms, Turns, find_forms, turn_values
 
+DATE_CODES = "aAbBdmyYjUwWHMSpIuGVFDe"  # of strftime
 TEXT = "text"  # the role of the only message when the conversation is plain text
 
 
@@ -16,14 +21,32 @@ class TemplateError(UserError):
     """The chat template does not accept a conversation, or is broken."""
 
 
-def render_chat(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
-    """Renders each list of turns with the chat template; `prompt` appends the opening of the assistant's next turn.
+class Chat(NamedTuple):
+    """What the chat template renders."""
+
+    messages: Sequence[Message]
+    tools: str = ""  # as in `Conversation`
+    thinking: bool | None = None  # `enable_thinking` of templates that have this switch; None: the tokenizer's
+
+
+def states_date(tokenizer: Any) -> bool:
+    """Returns whether the chat template asks for today's date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def has_thinking_switch(tokenizer: Any) -> bool:
+    """Returns whether the chat template asks whether the model shall reason before it answers."""
+    return "enable_thinking" in str(tokenizer.chat_template)
+
+
+def render_chat(tokenizer: Any, chats: Sequence[Chat], *, prompt: bool) -> list[str]:
+    """Renders each chat with the chat template; `prompt` appends the opening of the assistant's next turn.
 
     Raises:
       TemplateError: the template does not accept a conversation, or is broken.
-      UserError: the base model has no chat template.
+      UserError: the base model has no chat template, or the template has no place for a chat's tools.
     """
-    if not conversations:
+    if not chats:
         return []
     if not tokenizer.chat_template:
         raise UserError(
@@ -31,14 +54,58 @@ def render_chat(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, p
             f"the one it was trained with: {', '.join(TEMPLATES)}, or a Jinja file. If it is not, set "
             "chat_template=alpaca to teach it one."
         )
-    turns = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
+    forms = Forms()  # of conversations that have only roles and content
+    if any(chat.tools or any(_has_parts(message) for message in chat.messages) for chat in chats):
+        forms = chat_forms(tokenizer)
+    alike = defaultdict(list)
+    for index, chat in enumerate(chats):
+        _check_parts(tokenizer, chat, forms)
+        alike[chat.tools, chat.thinking].append(index)
+    texts = [""] * len(chats)
+    for (tools, thinking), indices in alike.items():
+        turns = [turn_values(chats[index].messages, forms) for index in indices]
+        for index, text in zip(indices, _render(tokenizer, turns, tools, thinking, prompt), strict=True):
+            texts[index] = text
+    return texts
+
+
+def chat_forms(tokenizer: Any) -> Forms:
+    """Returns the forms in which the chat template takes reasoning, calls and tools."""
+    return find_forms(lambda turns, tools: _render(tokenizer, [turns], tools, True, False)[0])
+
+
+def _has_parts(message: Message) -> bool:
+    return bool(message.tool_calls or message.thoughts[0]) or message.role == "tool"
+
+
+def _check_parts(tokenizer: Any, chat: Chat, forms: Forms) -> None:
+    calls = any(message.tool_calls or message.role == "tool" for message in chat.messages)
+    if (chat.tools and not forms.tools) or (calls and not forms.calls):
+        raise TemplateError(
+            f"The chat template of base_model={tokenizer.name_or_path} has no place for "
+            f"{'calls of tools' if calls and not forms.calls else 'tools'}. Remove these rows, or set chat_template to "
+            "a template that has, of a model that was trained with tools."
+        )
+
+
+def _render(tokenizer: Any, turns: list[Turns], tools: str, thinking: bool | None, prompt: bool) -> list[str]:
+    """Renders chats with the same tools, as the tokenizer's apply_chat_template does."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # apply_chat_template calls this function too, after converting the turns to the form they already have here.
-    special = tokenizer.special_tokens_map
+    thinking = getattr(tokenizer, "thinking", None) if thinking is None else thinking
+    values = {} if thinking is None else {"enable_thinking": thinking}
+    template = tokenizer.get_chat_template(tools=[] if tools else None)
     try:
-        template = tokenizer.get_chat_template()
-        return list(render_jinja_template(turns, chat_template=template, add_generation_prompt=prompt, **special)[0])
+        return list(
+            render_jinja_template(
+                turns,
+                tools=json.loads(tools) if tools else None,
+                chat_template=_date_macro(tokenizer.chat_date) + template if states_date(tokenizer) else template,
+                add_generation_prompt=prompt,
+                **tokenizer.special_tokens_map,
+                **values,
+            )[0]
+        )
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"The chat template is broken, line {error.lineno}: {error.message}.") from None
     except Exception as error:  # a template is a program: it can fail in any way
@@ -46,7 +113,18 @@ def render_chat(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, p
         raise TemplateError(f"The chat template rejects this conversation: {words}.") from None
 
 
-def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
+def _date_macro(chat_date: str) -> str:
+    """Returns Jinja code that makes a template state a fixed date, YYYY-MM-DD, instead of today's."""
+    day = datetime.date.fromisoformat(chat_date)
+    values = {f"%{code}": day.strftime(f"%{code}") for code in DATE_CODES}
+    values |= {f"%-{code}": values[f"%{code}"].lstrip("0") or "0" for code in "dmjHMSIyUW"}
+    replaced = "".join(f"|replace('{code}', '{value}')" for code, value in values.items())
+    return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+
+def encode_prompt(
+    tokenizer: Any, messages: Sequence[Message], tools: str = "", thinking: bool | None = None
+) -> list[int]:
     """Returns the token ids that the served model receives: all turns and the opening of the assistant's next turn.
 
     Plain text gets the BOS token if the tokenizer adds one, and nothing else.
@@ -54,7 +132,7 @@ def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
     if messages[0].role == TEXT:
         return tokenizer(text_opening(tokenizer) + messages[0].content, add_special_tokens=False)["input_ids"]
     try:
-        (text,) = render_chat(tokenizer, [messages], prompt=True)
+        (text,) = render_chat(tokenizer, [Chat(messages, tools, thinking)], prompt=True)
     except TemplateError as error:
         raise UserError(
             f"{error} Change the turns ({', '.join(message.role for message in messages)}), or correct the template "

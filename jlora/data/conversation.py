@@ -1,8 +1,9 @@
 """Conversations, which every reader produces, and the options and checks that all readers share."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from jlora.common.errors import UserError
@@ -14,33 +15,58 @@ ASSISTANT_NAMES = {
     *("lawyer", "answer", "a", "assistant", "doctor", "advisor", "adviser", "bot"),
 }
 SYSTEM_NAMES = {"系统", "system"}
-ROLE_NOUNS = {"system": "system message", "user": "question", "assistant": "answer", "text": "text"}
+ROLE_NOUNS = {"system": "system message", "user": "question", "assistant": "answer", "tool": "tool's result"}
+ROLE_NOUNS["text"] = "text"
 # What a column can hold. `rows` is not a column but the key under which a JSON object keeps its list of rows.
-PARTS = ("prompt", "context", "response", "system", "history", "messages", "text", "rows")
+PARTS = ("prompt", "context", "response", "reasoning", "system", "history", "messages", "tools", "text", "rows")
 ROW_FORMS = (  # the parts that a kind of row requires, and all parts that it may have
-    ({"prompt", "response"}, {"prompt", "response", "context", "system", "history"}),
-    ({"messages"}, {"messages", "system"}),
+    ({"prompt", "response"}, {"prompt", "response", "reasoning", "context", "system", "history", "tools"}),
+    ({"messages"}, {"messages", "system", "tools"}),
     ({"text"}, {"text"}),
 )
 MAX_ROW = 1 << 24  # characters of a line or row; anything longer is a broken file and would fill the memory
+REASONING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<answer>.*)", re.DOTALL)  # at the start of an answer
+
+
+class ToolCall(NamedTuple):
+    """A call that an answer makes."""
+
+    name: str
+    arguments: str  # a JSON object
+    id: str = ""  # which call a result belongs to
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: its role ("system", "user" or "assistant") and content; or the role "text" for text without roles."""
+    """One turn: its role ("system", "user", "assistant" or "tool") and content; or "text" for text without roles."""
 
     role: str
     content: str
-    trained: bool = True  # False: an answer that stays in the context, but is not learned
+    weight: float = 1.0  # of the loss on an answer; 0: it stays in the context, but is not learned
+    reasoning: str = ""  # what the assistant thought before the answer, if the row keeps it apart from the content
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool: str = ""  # of a tool's result: the name of the tool
+    call_id: str = ""  # of a tool's result: the `id` of the call
+
+    @property
+    def thoughts(self) -> tuple[str, str]:
+        """The reasoning ("" if there is none) and the answer without it."""
+        if not self.reasoning and self.role == "assistant" and (found := REASONING.fullmatch(self.content)):
+            return found["reasoning"].strip(), found["answer"].strip()
+        return self.reasoning, self.content
+
+    @property
+    def full_text(self) -> str:
+        """The reasoning, the content and the calls, as a person reads them."""
+        calls = (f"{call.name}({call.arguments})" for call in self.tool_calls)
+        return "\n".join(filter(None, (self.reasoning, self.content, *calls)))
 
 
 class Turn(NamedTuple):
     """A turn as a reader found it."""
 
-    role: str
-    content: str
+    message: Message
     where: str  # file:line
-    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +75,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     where: str
+    tools: str = ""  # the tools that the assistant may call: a JSON list of OpenAI's function definitions
 
     @property
     def plain(self) -> bool:
@@ -58,7 +85,12 @@ class Conversation:
     @property
     def trained(self) -> bool:
         """Whether anything in it is learned: every answer may be marked not to be."""
-        return self.plain or any(message.trained for message in self.messages if message.role == "assistant")
+        return self.plain or any(message.weight for message in self.messages if message.role == "assistant")
+
+    @property
+    def reasons(self) -> bool:
+        """Whether any answer that is learned has reasoning."""
+        return any(message.weight and message.thoughts[0] for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -138,38 +170,64 @@ def join_limited(things: Iterable[str], most: int = 8) -> str:
     return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")
 
 
-def make_conversation(turns: Iterable[Turn], where: str) -> Conversation:
+def make_conversation(turns: Iterable[Turn], where: str, tools: str = "") -> Conversation:
     """Checks turns and builds a conversation from them; an empty system message is dropped.
 
     Args:
       turns: the turns, in order.
       where: the place of the row.
+      tools: as in `Conversation`.
 
     Raises:
       UserError: a turn is empty, contains invalid characters, or is out of order.
     """
     messages = []
-    for role, text, place, trained in turns:
-        content = text.strip()
-        if not content and role == "system":
+    for turn, place in turns:
+        message = replace(turn, content=turn.content.strip(), reasoning=turn.reasoning.strip())
+        if not message.content and message.role == "system":
             continue
-        if not content:
-            raise UserError(f"{place}: The {ROLE_NOUNS[role]} is empty.")
-        if "\0" in content:
-            raise UserError(f"{place}: The {ROLE_NOUNS[role]} contains a NUL character. Remove it.")
-        if not (content.isascii() or _is_unicode(content)):
+        if not message.content and not message.tool_calls and message.role != "tool":
+            raise UserError(f"{place}: The {ROLE_NOUNS[message.role]} is empty.")
+        _check_characters(message, place)
+        messages.append(message)
+    _check_order(messages, where)
+    return Conversation(tuple(messages), where, tools)
+
+
+def _check_characters(message: Message, place: str) -> None:
+    for text in (message.content, message.reasoning, *(call.arguments for call in message.tool_calls)):
+        if "\0" in text:
+            raise UserError(f"{place}: The {ROLE_NOUNS[message.role]} contains a NUL character. Remove it.")
+        if not (text.isascii() or _is_unicode(text)):
             raise UserError(
-                f"{place}: The {ROLE_NOUNS[role]} contains a lone surrogate (half a character). Remove or replace it."
+                f"{place}: The {ROLE_NOUNS[message.role]} contains a lone surrogate (half a character). Remove or "
+                "replace it."
             )
-        messages.append(Message(role, content, trained))
+
+
+def _check_order(messages: list[Message], where: str) -> None:
+    """Raises a UserError unless questions and answers alternate; tools' results come between a call and an answer."""
     roles = [message.role for message in messages]
-    spoken = roles[roles[:1] == ["system"] :]  # without the system message
-    if spoken == ["text"]:
-        return Conversation(tuple(messages), where)
-    if spoken[:1] == ["assistant"]:
-        raise UserError(
-            f"{where}: This answer has no question before it: {messages[len(roles) - len(spoken)].content[:60]!r}."
-        )
+    start = int(roles[:1] == ["system"])
+    if roles[start:] == ["text"]:
+        return
+    if roles[start : start + 1] == ["assistant"]:
+        raise UserError(f"{where}: This answer has no question before it: {messages[start].content[:60]!r}.")
+    spoken = []  # without tools' results and the answers that call them
+    calling = False
+    for number, message in enumerate(messages[start:], start):
+        if message.role == "tool":
+            if not calling:
+                raise UserError(f"{where}: This tool's result has no call before it: {message.content[:60]!r}.")
+            continue
+        answered = number > 0 and roles[number - 1] == "tool"
+        if answered and message.role != "assistant":
+            raise UserError(f"{where}: Expected an answer after the tool's result, got {ROLE_NOUNS[message.role]}.")
+        if not answered:
+            spoken.append(message.role)
+        calling = bool(message.tool_calls)
+    if roles[-1:] == ["tool"]:
+        raise UserError(f"{where}: This tool's result has no answer: {messages[-1].content[:60]!r}.")
     if spoken[-1:] == ["user"] and spoken[:-1] == ["user", "assistant"] * (len(spoken) // 2):
         raise UserError(f"{where}: This question has no answer: {messages[-1].content[:60]!r}.")
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
@@ -178,7 +236,6 @@ def make_conversation(turns: Iterable[Turn], where: str) -> Conversation:
             f"{where}: Expected user and assistant turns to alternate, ending with the assistant. Got "
             f"{got or 'no turns'}."
         )
-    return Conversation(tuple(messages), where)
 
 
 def _is_unicode(text: str) -> bool:

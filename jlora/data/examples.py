@@ -1,4 +1,4 @@
-"""An example: one conversation as token ids, with its loss mask."""
+"""An example: a conversation, or a part of one, as token ids with the weights of their loss."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,11 +7,16 @@ import numpy as np
 
 
 class Example(NamedTuple):
-    """One conversation as the model sees it."""
+    """What the model sees of a conversation."""
 
     tokens: np.ndarray  # [T] int32
-    loss_mask: np.ndarray  # [T] bool: True where the loss trains the model to predict this token
+    weights: np.ndarray  # [T] float32: the weight of the loss on predicting this token; 0: not trained
     where: str  # file:line
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """[T] bool: whether each token is trained."""
+        return self.weights > 0
 
 
 class SizedExamples(Sequence[Example]):
@@ -21,13 +26,13 @@ class SizedExamples(Sequence[Example]):
     prefix: int  # number of leading tokens that all examples share
 
 
-def example_sizes(loss_mask: np.ndarray) -> tuple[int, int, int]:
+def example_sizes(weights: np.ndarray) -> tuple[int, int, int]:
     """Returns an example's number of tokens, of targets, and of positions it takes in a row of a batch.
 
     The last target and the tokens after it predict nothing that is trained, so they take no position in a row.
     """
-    targets = np.flatnonzero(loss_mask[1:])  # no token predicts the first one
-    return len(loss_mask), len(targets), int(targets[-1]) + 1 if len(targets) else 1
+    targets = np.flatnonzero(weights[1:])  # no token predicts the first one
+    return len(weights), len(targets), int(targets[-1]) + 1 if len(targets) else 1
 
 
 def common_prefix(some: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.data.conversation import Conversation, Message
+from jlora.data.conversation import Conversation
 
 
 def refuse_overlap(train: Iterable[Conversation], held_out: list[Conversation]) -> None:
@@ -25,10 +25,10 @@ def is_held_out(row: Conversation, share: float, seed: int) -> bool:
     The choice depends only on the row's question and the seed: adding rows moves no other row, and equal questions
     always end up on the same side.
     """
-    text = f"{seed}\n" + "\n".join(message.content for message in _question(row))
+    text = f"{seed}\n" + "\n".join(_question(row))
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64 < share
 
 
-def _question(row: Conversation) -> tuple[Message, ...]:
+def _question(row: Conversation) -> tuple[str, ...]:
     """Returns the turns before the last answer, without the system message; of plain text, all of it."""
-    return tuple(message for message in row.messages[:-1] or row.messages if message.role != "system")
+    return tuple(message.full_text for message in row.messages[:-1] or row.messages if message.role != "system")

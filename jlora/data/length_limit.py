@@ -27,8 +27,8 @@ class ExampleParts(SizedExamples):
 
     def __getitem__(self, index: Any) -> Any:
         row, start, stop = self._bounds[index].tolist()
-        tokens, loss_mask, where = self._source[row]
-        return Example(tokens[start:stop], loss_mask[start:stop], where)
+        tokens, weights, where = self._source[row]
+        return Example(tokens[start:stop], weights[start:stop], where)
 
 
 def limit_length(examples: SizedExamples, limit: int, overlong: str, name: str) -> tuple[SizedExamples, str]:
@@ -59,14 +59,14 @@ def limit_length(examples: SizedExamples, limit: int, overlong: str, name: str) 
     sizes = [np.asarray(examples.sizes[short])]
     parts = shortened = empty = 0
     for row in long if overlong != "drop" else []:
-        loss_mask = examples[row].loss_mask
-        starts = range(0, len(loss_mask) - 1, limit - 1) if overlong == "split" else (0,)
+        weights = examples[row].weights
+        starts = range(0, len(weights) - 1, limit - 1) if overlong == "split" else (0,)
         for start in starts:
-            stop = min(start + limit, len(loss_mask))
-            size = example_sizes(loss_mask[start:stop])
+            stop = min(start + limit, len(weights))
+            size = example_sizes(weights[start:stop])
             targets = size[1]
             empty += not targets
-            shortened += bool(overlong == "truncate" and targets and loss_mask[stop:].any())
+            shortened += bool(overlong == "truncate" and targets and weights[stop:].any())
             if targets:
                 parts += 1
                 bounds.append(np.array([[row, start, stop]]))

@@ -1,34 +1,34 @@
-"""Conversations to token ids and loss masks, which mark the tokens to train, with any chat template.
+"""Conversations to token ids and loss weights, which are 0 for the tokens that are not trained.
 
-The template needs no changes. Each conversation is rendered up to each assistant turn, once without and once with the
-answer. The characters that the answer adds, up to its end token, are trained. In tokens, these are the ones after the
-prompt's own tokens, up to and including the next end token.
+`answer_text` finds the characters of each trained answer. In tokens, these are the ones after the prompt's own
+tokens, up to and including the next end token.
 """
 
 import bisect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jlora.common.errors import UserError
-from jlora.data.chat_template import TemplateError, render_chat, text_closing, text_opening
-from jlora.data.conversation import Conversation, Message
+from jlora.data.answer_text import AnswerSpan, answer_texts
+from jlora.data.chat_template import TemplateError
+from jlora.data.conversation import Conversation
 from jlora.data.examples import Example
 
 
 def encode_conversation(
     tokenizer: Any, ends: frozenset[int], conversation: Conversation, train_on: str = "assistant"
 ) -> Example:
-    """Encodes one conversation; see `encode_conversations`."""
-    return encode_conversations(tokenizer, ends, [conversation], train_on)[0]
+    """Encodes one conversation, and returns the example of its last answer; see `encode_conversations`."""
+    return encode_conversations(tokenizer, ends, [conversation], train_on)[-1]
 
 
 def encode_conversations(
     tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
 ) -> list[Example]:
-    """Tokenizes conversations and builds their loss masks.
+    """Tokenizes conversations: each to one example, or to one for each answer (see `answer_texts`).
 
     Args:
       ends: the token ids at which the served model stops.
@@ -36,33 +36,36 @@ def encode_conversations(
         Plain text is trained in full, followed by an end token.
 
     Raises:
-      UserError: a message contains one of the model's special tokens; or the template rejects the turns, changes
-        earlier turns, does not end the assistant's turn with a token at which the model stops, merges prompt and
-        answer into one token, doubles the BOS token, or leaves no token, or every token, to train.
+      UserError: a message contains one of the model's special tokens; or the template rejects the turns, does not
+        end the assistant's turn with a token at which the model stops, merges prompt and answer into one token,
+        doubles the BOS token, or leaves no token, or every token, to train.
     """
     _reject_special_tokens(tokenizer, conversations)
     for conversation in conversations:
-        if train_on == "all" and not all(message.trained for message in conversation.messages):
+        if train_on == "all" and any(message.weight != 1 for message in conversation.messages):
             raise UserError(
-                f"{conversation.where}: An answer is marked not to be learned, but train_on=all trains every token. "
-                "Set train_on=assistant."
+                f"{conversation.where}: An answer has a weight of its own, or is marked not to be learned, but "
+                "train_on=all trains every token alike. Set train_on=assistant."
             )
     try:
-        rendered = _render_all(tokenizer, ends, conversations, train_on)
+        texts = answer_texts(tokenizer, ends, conversations, train_on)
     except TemplateError as error:
         if len(conversations) > 1:  # encode them one by one, to name the one that fails
-            return [encode_conversation(tokenizer, ends, conversation, train_on) for conversation in conversations]
+            return [
+                example for one in conversations for example in encode_conversations(tokenizer, ends, [one], train_on)
+            ]
         raise UserError(f"{conversations[0].where}: {error}") from None
-    encoded = _token_ids(tokenizer, [text for text, _ in rendered])
+    pairs = [(conversation, made) for conversation, some in zip(conversations, texts, strict=True) for made in some]
+    encoded = _token_ids(tokenizer, [made.text for _, made in pairs])
     locator = _AnswerLocator(tokenizer, ends)
     examples = []
-    for conversation, (text, spans), ids in zip(conversations, rendered, encoded, strict=True):
+    for (conversation, (text, spans)), ids in zip(pairs, encoded, strict=True):
         tokens = np.array(ids, np.int32)
         train_all = train_on == "all" or conversation.plain
-        loss_mask = np.full(len(ids), train_all)
-        for first, last in locator.find(text, spans, tokens, conversation.where):
-            loss_mask[first : last + 1] = True
-        examples.append(Example(tokens, loss_mask, conversation.where))
+        weights = np.full(len(ids), float(train_all), np.float32)
+        for span, (first, last) in zip(spans, locator.find(text, spans, tokens, conversation.where), strict=True):
+            weights[first : last + 1] = 1.0 if train_all else span.weight
+        examples.append(Example(tokens, weights, conversation.where))
         _check_example(tokenizer, examples[-1], train_all)
     return examples
 
@@ -72,19 +75,12 @@ def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-class _AnswerSpan(NamedTuple):
-    """Character offsets of one answer in a rendered conversation."""
-
-    start: int  # the end of the prompt
-    words_end: int  # the end of the answer's own text
-    end: int  # the end of the assistant's turn
-
-
 def _reject_special_tokens(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
     special = _pattern(token for token in tokenizer.added_tokens_decoder.values() if token.special)
     for conversation in conversations:
         for message in conversation.messages:
-            if found := special.search(message.content):
+            calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
+            if found := special.search("\n".join((*message.thoughts, *calls))):
                 raise UserError(
                     f"{conversation.where}: The {message.role}'s text contains {found[0]!r}, a special token of the "
                     "model. Remove it from the text."
@@ -94,52 +90,6 @@ def _reject_special_tokens(tokenizer: Any, conversations: Sequence[Conversation]
 def _pattern(tokens: Iterable[Any]) -> re.Pattern[str]:
     """Returns a pattern that matches any of the added tokens; without tokens it matches nothing."""
     return re.compile("|".join(re.escape(str(token)) for token in tokens) or r"(?!)")
-
-
-def _render_all(
-    tokenizer: Any, ends: frozenset[int], conversations: Sequence[Conversation], train_on: str
-) -> list[tuple[str, list[_AnswerSpan]]]:
-    """Returns the text of each conversation and the spans of its trained answers."""
-    chats = [c for c in conversations if not c.plain]
-    whole = iter(render_chat(tokenizer, [c.messages for c in chats], prompt=False))
-    answers = [(c, i) for c in chats for i in _trained_turns(c.messages, train_on)]
-    before = iter(render_chat(tokenizer, [c.messages[:i] for c, i in answers], prompt=True))
-    earlier = [c.messages[: i + 1] for c, i in answers if i + 1 < len(c.messages)]
-    after = iter(render_chat(tokenizer, earlier, prompt=False))
-    rendered: list[tuple[str, list[_AnswerSpan]]] = []
-    for c in conversations:
-        if c.plain:
-            rendered.append((text_opening(tokenizer) + c.messages[0].content + text_closing(tokenizer, ends), []))
-            continue
-        text = next(whole)
-        spans = [
-            _answer_span(c, i, next(before), next(after) if i + 1 < len(c.messages) else text, text)
-            for i in _trained_turns(c.messages, train_on)
-        ]
-        rendered.append((text, spans))
-    return rendered
-
-
-def _trained_turns(messages: Sequence[Message], train_on: str) -> list[int]:
-    """Returns the indices of the trained answers; with "all" too, the last one, so that its end token is checked."""
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    return [i for i in (answers if train_on == "assistant" else answers[-1:]) if messages[i].trained]
-
-
-def _answer_span(conversation: Conversation, turn: int, before: str, after: str, text: str) -> _AnswerSpan:
-    if not after.startswith(before) or not text.startswith(after):
-        raise UserError(
-            f"{conversation.where}: The chat template changes earlier turns when an answer is added, so not every "
-            "answer can be trained. Set train_on=last to train only the last one."
-        )
-    words = conversation.messages[turn].content.strip()
-    found = after.find(words, len(before))
-    if found < 0:
-        raise UserError(
-            f"{conversation.where}: The chat template rewrites the answer, so the model would learn different text. "
-            f"Expected {words[:60]!r}, rendered {after[len(before) :][:60]!r}. Fix the template, or set chat_template."
-        )
-    return _AnswerSpan(len(before), found + len(words), len(after))
 
 
 class _AnswerLocator:
@@ -156,7 +106,7 @@ class _AnswerLocator:
         self._text = _pattern(added[token] for token in self._ends.tolist())
         self._openings: dict[str, list[int]] = {}
 
-    def find(self, text: str, spans: list[_AnswerSpan], tokens: np.ndarray, where: str) -> Iterator[tuple[int, int]]:
+    def find(self, text: str, spans: list[AnswerSpan], tokens: np.ndarray, where: str) -> Iterator[tuple[int, int]]:
         """Yields the index of each answer's first token and of its end token."""
         if not spans:
             return
@@ -197,8 +147,8 @@ class _AnswerLocator:
 
 
 def _check_example(tokenizer: Any, example: Example, train_all: bool) -> None:
-    """Rejects a doubled BOS token, and a mask that is empty or, unless `train_all`, covers everything."""
-    targets = int(np.count_nonzero(example.loss_mask[1:]))  # no token predicts the first one
+    """Rejects a doubled BOS token, and weights that are all 0 or, unless `train_all`, train everything."""
+    targets = int(np.count_nonzero(example.weights[1:]))  # no token predicts the first one
     bos = tokenizer.bos_token_id
     if bos is not None and example.tokens[:2].tolist() == [bos, bos]:
         raise UserError(

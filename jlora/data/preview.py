@@ -29,7 +29,7 @@ mark {{ background: #a6e3a1; color: #000 }} h2 {{ font-size: 1em; margin: 1.5em 
 
 
 def split_by_mask(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
-    """Splits an example's text at each change of the loss mask; special tokens are spelled out."""
+    """Splits an example's text where training starts or stops; special tokens are spelled out."""
     cuts = np.flatnonzero(np.diff(example.loss_mask)) + 1
     starts = [0, *cuts.tolist()]
     runs = np.split(example.tokens, cuts)
@@ -67,7 +67,7 @@ def as_html(tokenizer: Any, title: str, summary: Iterable[str], examples: Sequen
 
 def example_heading(example: Example) -> str:
     """Returns the place and size of an example."""
-    return f"{example.where}: {plural(len(example.tokens), 'token')}, {int(example.loss_mask.sum())} trained on"
+    return f"{example.where}: {plural(len(example.tokens), 'token')}, {np.count_nonzero(example.weights)} trained on"
 
 
 def batch_summary(batches: Batches, steps: int, most: int = 10_000) -> str:

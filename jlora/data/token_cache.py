@@ -1,4 +1,4 @@
-"""Cache of token ids and loss masks: a TFDS directory (array_record), written once, read at random without TensorFlow.
+"""Cache of token ids and loss weights: a TFDS directory (array_record), written once, read without TensorFlow.
 
 The directory's name is a hash of the rows, the tokenizer and the chat template, so a change to any of them makes a new
 directory. The name starts with the hash of the first rows alone, so that new data is recognized without reading all of
@@ -29,11 +29,12 @@ from tqdm import tqdm
 from jlora.common.atomic_io import publish_directory, unnamed_directory
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.data.conversation import Conversation
+from jlora.data.chat_template import states_date
+from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
 from jlora.data.loss_mask import encode_conversations
 
-LAYOUT = 5  # raise it with any change to loss_mask.py, tokenizer.py or the features below that alters the stored data
+LAYOUT = 6  # raise it with any change to answer_text, loss_mask, tokenizer or the features that alters the stored data
 SPLIT = "rows"
 SIZES, PREFIX, LARGEST = "sizes.npy", "prefix.npy", "largest.npy"
 ROWS_PER_BATCH = 500  # rows encoded at once
@@ -57,7 +58,10 @@ class CachedExamples(SizedExamples):
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = self._source[int(index)]
-        return Example(row["tokens"], row["trained"], row["where"].decode())  # "trained" is the loss mask
+        weights = np.zeros(len(row["tokens"]), np.float32)
+        for (start, stop), weight in zip(row["trained"], row["weights"], strict=True):
+            weights[start:stop] = weight
+        return Example(row["tokens"], weights, row["where"].decode())
 
 
 def load_or_tokenize(
@@ -90,11 +94,11 @@ def load_or_tokenize(
         cache.chmod(0o700)  # the rows are private
         with unnamed_directory(cache) as made:
             expected = operator.length_hint(rows)
-            written = _write(_encode_in_background(encode, fingerprint.update(rows)), made, expected)
-            if expected and written != expected:
+            _write(_encode_in_background(encode, fingerprint.update(rows)), made, expected)
+            if expected and fingerprint.rows != expected:
                 raise UserError(
-                    f"The files changed while they were read: {plural(expected, 'row')} at first, {written:,} when "
-                    "tokenizing. Start again."
+                    f"The files changed while they were read: {plural(expected, 'row')} at first, "
+                    f"{fingerprint.rows:,} when tokenizing. Start again."
                 )
             for path in (made, *made.rglob("*")):
                 path.chmod(0o700 if path.is_dir() else 0o600)
@@ -118,14 +122,17 @@ class Fingerprint:
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         version = importlib.metadata.version("transformers")
         settings = [LAYOUT, version, tokenizer.chat_template, special, sorted(ends), train_on]
+        settings += [tokenizer.chat_date if states_date(tokenizer) else "", getattr(tokenizer, "thinking", None)]
         self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         self._digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        self.rows = 0  # hashed so far
 
     def update(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
         """Yields the rows, adding each to the hash."""
         for row in rows:
-            turns = [[m.role, m.content, *([] if m.trained else [False])] for m in row.messages]
-            self._digest.update(json.dumps([row.where, turns]).encode())
+            turns = [[m.role, m.content, *([] if m == Message(m.role, m.content) else [repr(m)])] for m in row.messages]
+            self._digest.update(json.dumps([row.where, turns, row.tools]).encode())
+            self.rows += 1
             yield row
 
     def after(self, rows: Iterable[Conversation]) -> str:
@@ -155,11 +162,20 @@ def _encode_in_background(
             yield future.result()
 
 
-def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int:
-    """Writes examples, sizes and prefix; returns the number of examples."""
+def _stored(example: Example) -> dict[str, Any]:
+    """Returns an example as it is stored: its weights as runs of tokens that have the same one."""
+    bounds = np.flatnonzero(np.diff(example.weights, prepend=0, append=0)).astype(np.int32)
+    runs = np.stack([bounds[:-1], bounds[1:]], axis=1) if len(bounds) else np.zeros((0, 2), np.int32)
+    runs = runs[example.weights[runs[:, 0]] != 0]
+    return {"tokens": example.tokens, "trained": runs, "weights": example.weights[runs[:, 0]], "where": example.where}
+
+
+def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> None:
+    """Writes examples, sizes and prefix, for about `count` examples."""
     features = {  # encoded as bytes: takes a tenth of the time of lists of int64
         "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
-        "trained": tfds.features.Tensor(shape=(None,), dtype=np.bool_, encoding="bytes"),
+        "trained": tfds.features.Tensor(shape=(None, 2), dtype=np.int32, encoding="bytes"),  # each run's start and stop
+        "weights": tfds.features.Tensor(shape=(None,), dtype=np.float32, encoding="bytes"),  # of each run
         "where": tfds.features.Text(),
     }
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -173,16 +189,13 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> int
     sizes, prefix, largest = array("i"), np.empty(0, np.int32), 0
     with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
-            writer.add_examples(
-                {SPLIT: [{"tokens": e.tokens, "trained": e.loss_mask, "where": e.where} for e in examples]}
-            )
+            writer.add_examples({SPLIT: [_stored(example) for example in examples]})
             for example in examples:
                 prefix = common_prefix(prefix, example.tokens) if sizes else example.tokens
-                sizes.extend(example_sizes(example.loss_mask))
+                sizes.extend(example_sizes(example.weights))
                 largest = max(largest, int(example.tokens.max()))
             bar.update(len(examples))
     writer.close_all()
     np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 3))
     np.save(directory / PREFIX, prefix)
     np.save(directory / LARGEST, largest)
-    return len(sizes) // 3

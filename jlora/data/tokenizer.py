@@ -1,5 +1,6 @@
 """Loads the base model's tokenizer, and finds the tokens that end an answer."""
 
+import datetime
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,17 @@ from jlora.common.typed_json import Whole
 from jlora.data.named_templates import find_template
 from jlora.data.template_check import find_excess
 
+TEMPLATE_KEYS = ("chat_template", "chat_date", "enable_thinking")  # the settings that `load_tokenizer` takes
+THINKING = {"true": True, "false": False}  # values of `enable_thinking`; "auto" leaves it to the template
 
-def load_tokenizer(directory: Path, chat_template: str) -> Any:
+
+def load_tokenizer(directory: Path, chat_template: str, chat_date: str = "", enable_thinking: str = "auto") -> Any:
     """Loads the fast tokenizer of a base model. It may lack a chat template, which plain text does not need.
 
     Args:
       chat_template: a name in named_templates.py or a Jinja file, used instead of the base model's own; "": keep that.
+      chat_date: the date that the template states, YYYY-MM-DD; "": today's.
+      enable_thinking: "true" or "false" for templates with this switch; "auto": as the template has it.
 
     Raises:
       UserError: the tokenizer or the template cannot be read.
@@ -44,6 +50,8 @@ def load_tokenizer(directory: Path, chat_template: str) -> Any:
     if isinstance(tokenizer.chat_template, str) and (excess := find_excess(tokenizer.chat_template)):
         named = f"chat_template={chat_template}" if chat_template else f"The chat template of base_model={directory}"
         raise UserError(f"{named} was stopped: {excess}. Set chat_template to another template.")
+    tokenizer.chat_date = chat_date or datetime.date.today().isoformat()
+    tokenizer.thinking = THINKING.get(enable_thinking)
     tokenizer("")  # this call turns off the truncation and padding that tokenizer.json may set
     return tokenizer
 

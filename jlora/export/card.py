@@ -9,6 +9,7 @@ from jlora.adapters import provenance
 from jlora.adapters.methods import base_method
 from jlora.bases.hashes import rendered_template_hash, tokenizer_hash, weights_hash
 from jlora.config.schema import MAY_CHANGE_ON_RESUME, Config
+from jlora.data.tokenizer import THINKING
 
 HASHES = {
     provenance.BASE: "base model weights (the first values of each tensor)",
@@ -36,7 +37,7 @@ def card(config: dict[str, Any], metadata: dict[str, str], public: str, *, own_t
     defaults = json.loads(json.dumps(dataclasses.asdict(Config())))
     changed = {key: _without_path(value) for key, value in settings.items() if value != defaults[key]}
     chats = provenance.TEMPLATE in metadata and settings["task_type"] != "plain-text"
-    inputs = _chat_inputs(settings["system_prompt"]) if chats else TEXT
+    inputs = _chat_inputs(settings["system_prompt"], settings["enable_thinking"]) if chats else TEXT
     hashes = [f"| {part} | `{metadata[key]}` |" for key, part in HASHES.items() if key in metadata]
     lines = [
         "---",
@@ -117,12 +118,13 @@ def _snippet(config: dict[str, Any], inputs: list[str], base: str, rows: str, *,
     ]
 
 
-def _chat_inputs(system_prompt: str) -> list[str]:
+def _chat_inputs(system_prompt: str, enable_thinking: str) -> list[str]:
     """Returns Python code that renders a question with the chat template, after the system prompt of training."""
     system = f'{{"role": "system", "content": {_quoted(system_prompt)}}}, ' if system_prompt else ""
     return [
         f'chat = [{system}{{"role": "user", "content": "Your question?"}}]',
         'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',
+        *([f'options["enable_thinking"] = {THINKING[enable_thinking]}'] if enable_thinking in THINKING else []),
         "inputs = tokenizer.apply_chat_template(chat, **options)",
     ]
 

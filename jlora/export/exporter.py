@@ -20,7 +20,7 @@ from jlora.bases.hashes import check_base
 from jlora.bases.resolve import public_id, resolve_base
 from jlora.common.errors import UserError
 from jlora.data.named_templates import find_template
-from jlora.data.tokenizer import load_tokenizer
+from jlora.data.tokenizer import TEMPLATE_KEYS, load_tokenizer
 from jlora.export.card import card, provenance_metadata
 from jlora.export.gguf_adapter import write_gguf
 from jlora.export.merged import write_merged
@@ -124,7 +124,8 @@ def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:
 
 def trained_tokenizer(record: dict[str, Any]) -> Any:
     """Loads a run's tokenizer and chat template; raises a UserError if they or the base model changed since then."""
-    tokenizer = load_tokenizer(Path(record["base"]["directory"]), record["config"]["chat_template"])
+    settings = [record["config"][key] for key in TEMPLATE_KEYS]
+    tokenizer = load_tokenizer(Path(record["base"]["directory"]), *settings)
     hashes.check_unchanged(record, tokenizer)
     return tokenizer
 

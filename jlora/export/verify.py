@@ -23,7 +23,7 @@ from jlora.common.plural import plural
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import ReadOptions
 from jlora.data.readers.files import read_conversations
-from jlora.data.tokenizer import end_tokens, load_tokenizer
+from jlora.data.tokenizer import TEMPLATE_KEYS, end_tokens, load_tokenizer
 from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings
@@ -70,11 +70,11 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
       VerificationError: they disagree, or PEFT warns.
     """
     directory = Path(record["base"]["directory"])
-    tokenizer = load_tokenizer(directory, record["config"]["chat_template"])
+    tokenizer = load_tokenizer(directory, *(record["config"][key] for key in TEMPLATE_KEYS))
     reading = ReadOptions.from_config(record["config"])
     rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
     asked = [row.messages[:-1] or row.messages for row in rows]
-    prompts = [encode_prompt(tokenizer, messages) for messages in asked]
+    prompts = [encode_prompt(tokenizer, asks, row.tools) for asks, row in zip(asked, rows, strict=True)]
     compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=record["config"]["quantize_base"])
     weaker = not all(map(importlib.util.find_spec, ("torch", "peft")))
     peft_warnings: list[str] = []

@@ -5,6 +5,7 @@ Training and the preview (`jlora data`) both use it, so the preview shows exactl
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,16 +17,17 @@ from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.data import preview
 from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat_template import encode_prompt
+from jlora.data.chat_template import encode_prompt, has_thinking_switch, states_date
 from jlora.data.checks import pii
 from jlora.data.checks.report import DataReport
 from jlora.data.conversation import Conversation, Message, ReadOptions
 from jlora.data.examples import Example, SizedExamples
 from jlora.data.held_out_split import is_held_out, refuse_overlap
 from jlora.data.length_limit import limit_length
+from jlora.data.loss_mask import encode_conversation
 from jlora.data.readers import files
 from jlora.data.token_cache import load_or_tokenize
-from jlora.data.tokenizer import check_embedded
+from jlora.data.tokenizer import THINKING, check_embedded
 from jlora.models.model_config import ModelConfig
 
 LISTED = 20  # new tokens that a message lists
@@ -41,6 +43,7 @@ class RowSource:
       held_out: with `eval_share`, whether these are the held-out rows or the training rows.
       log: receives the reader's remarks on the files.
       count: the number of rows if they were counted before, else 0.
+      reasoning: how many of them have reasoning that is learned.
     """
 
     config: Config
@@ -48,6 +51,7 @@ class RowSource:
     held_out: bool = False
     log: Callable[[str], object] = lambda line: None
     count: int = 0
+    reasoning: int = 0
 
     def __length_hint__(self) -> int:
         return self.count
@@ -91,7 +95,29 @@ def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSo
             raise UserError(f"eval_share={config.eval_share} leaves {side}. Choose another share, or add rows.")
         for line in report.lines():
             log(f"{name}: {line}")
-    return replace(rows, count=reports["training"].count), held_out
+    return replace(rows, count=reports["training"].count, reasoning=reports["training"].reasoning), held_out
+
+
+def fix_template_settings(
+    config: Config, tokenizer: Any, rows: RowSource, chat_date: str, log: Callable[[str], None] = print
+) -> Config:
+    """Returns the config with the settings that the chat template asks for; the tokenizer then renders with them.
+
+    Args:
+      chat_date: the date, as YYYY-MM-DD, if the template states one.
+    """
+    if states_date(tokenizer):
+        config = replace(config, chat_date=chat_date)
+        log(f"The chat template states the date; chat_date={config.chat_date} is fixed for this run")
+        tokenizer.chat_date = config.chat_date
+    if has_thinking_switch(tokenizer) and config.enable_thinking == "auto":
+        config = replace(config, enable_thinking="true" if rows.reasoning else "false")
+        why = (
+            f"{plural(rows.reasoning, 'row', ('has', 'have'))} reasoning" if rows.reasoning else "no row has reasoning"
+        )
+        log(f"enable_thinking={config.enable_thinking}, because {why}. Serve the adapter with the same setting")
+    tokenizer.thinking = THINKING.get(config.enable_thinking)
+    return config
 
 
 def with_new_tokens(config: Config, model: ModelConfig, tokenizer: Any) -> ModelConfig:
@@ -136,17 +162,28 @@ def read_examples(
         for example in tokenized:
             check_embedded(tokenizer, example.tokens, vocab_size, f"{example.where}: ")
     examples, changes = limit_length(tokenized, config.max_seq_length, config.overlong, name)
-    mismatch = _prompt_mismatch(tokenizer, rows, tokenized, name)
-    for line in (preview.examples_summary(name, examples), changes, mismatch):
+    mismatch = _prompt_mismatch(tokenizer, ends, rows, config.train_on, name)
+    count, split = operator.length_hint(rows), ""
+    if len(tokenized) > count > 0:
+        split = (
+            f"{name}: {plural(count, 'row')} made {len(tokenized):,} examples, one for each answer, because the chat "
+            "template changes earlier turns"
+        )
+    for line in (preview.examples_summary(name, examples), split, changes, mismatch):
         if line:
             log(line)
     return examples
 
 
-def _prompt_mismatch(tokenizer: Any, rows: Iterable[Conversation], examples: SizedExamples, name: str) -> str:
+def _prompt_mismatch(
+    tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], train_on: str, name: str
+) -> str:
     """Warns if one of the first rows' prompts is tokenized differently in training and when served; else ""."""
-    for row, example in zip(itertools.islice(rows, PROMPTS), examples, strict=False):
-        prompt = encode_prompt(tokenizer, row.messages[:-1] or row.messages)
+    for row in itertools.islice(rows, PROMPTS):
+        example = encode_conversation(tokenizer, ends, row, train_on)
+        prompt = encode_prompt(
+            tokenizer, row.messages[:-1] or row.messages, row.tools, bool(row.messages[-1].thoughts[0])
+        )
         if example.tokens[: len(prompt)].tolist() != prompt:
             return (
                 f"{name}: The tokens before an answer depend on the answer (for example in {row.where}), so the served "

@@ -135,11 +135,13 @@ class Generator:
         positions = np.maximum(np.arange(length)[None] - pads, 0).astype(np.int32)
         return ids, segments, positions, cache
 
-    def generate_text(self, adapter: Adapter, messages: tuple[Message, ...], **options: Any) -> Iterator[str]:
+    def generate_text(
+        self, adapter: Adapter, messages: tuple[Message, ...], tools: str = "", **options: Any
+    ) -> Iterator[str]:
         """Yields the answer's text in pieces of whole characters; options as for `generate_tokens`."""
         answer: list[int] = []
         shown = 0
-        for token in self.generate_tokens(adapter, encode_prompt(self.tokenizer, messages), **options):
+        for token in self.generate_tokens(adapter, encode_prompt(self.tokenizer, messages, tools), **options):
             answer.append(token)
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
             if not text.endswith("\ufffd"):
@@ -180,10 +182,12 @@ def compare_answers(generator: Generator, adapter: Adapter, rows: list[Conversat
     """Yields, for each held-out row, its question, its own answer, and those of the base model and the adapter."""
     neutral = generator.neutral(adapter)
     for row in rows:
-        question, expected = row.messages[:-1], row.messages[-1].content
+        question, expected = row.messages[:-1], row.messages[-1].full_text
         room = len(generator.tokenizer(expected)["input_ids"]) + 40
         base, tuned = (
-            "".join(generator.generate_text(weights, question, max_new_tokens=room)).strip().replace("\n", " ")
+            "".join(generator.generate_text(weights, question, row.tools, max_new_tokens=room))
+            .strip()
+            .replace("\n", " ")
             for weights in (neutral, adapter)
         )
         yield f"\nQuestion: {question[-1].content}\n  expected: {expected}\n  base:     {base}\n  adapter:  {tuned}"

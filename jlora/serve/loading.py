@@ -1,6 +1,7 @@
 """Loads a base model with adapters."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jlora.adapters.methods import needs_base_weights
 from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.plain_lora import unsupported_as_lora
-from jlora.adapters.provenance import WEIGHTS
+from jlora.adapters.provenance import CONFIG, WEIGHTS, metadata
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base
@@ -88,7 +89,7 @@ def load_model(
     if forms and not unsupported_as_lora(spec):
         weights, spec = combining.to_common_form(forms)
     graphdef, _, _ = hf_loader.abstract_model(config, spec, compute)
-    tokenizer = load_tokenizer(directory, template)
+    tokenizer = load_tokenizer(directory, template, *template_settings(directories))
     generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
     return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
 
@@ -120,6 +121,14 @@ def read_all(directories: Mapping[str, Path], base: Path) -> dict[str, combining
         _, shapes, _ = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
         found[name] = read_adapter(place, spec, shapes, tied=config.tie_word_embeddings), spec
     return found
+
+
+def template_settings(directories: Mapping[str, Path]) -> tuple[str, str]:
+    """Returns the `chat_date` and `enable_thinking` that adapters were trained with; the defaults if they differ."""
+    recorded = [json.loads(metadata(place / WEIGHTS).get(CONFIG, "{}")) for place in directories.values()]
+    dates = {settings.get("chat_date", "") for settings in recorded}
+    thinking = {settings.get("enable_thinking", "auto") for settings in recorded}
+    return dates.pop() if len(dates) == 1 else "", thinking.pop() if len(thinking) == 1 else "auto"
 
 
 def common_template(directories: Mapping[str, Path]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,14 @@ def check_output(config: Config) -> None:
                 f"--config.{RESUME_KEY}=auto. To start a new run, set another output_dir."
             )
         raise UserError(f"output_dir={output} already contains files, and jlora never overwrites. Set another one.")
+
+
+def find_date(config: Config) -> str:
+    """Returns the date that a chat template states: `chat_date`, that of the run which continues, or today's."""
+    output, recorded = Path(config.output_dir), ""
+    if config.resume_from_checkpoint == "auto" and (output / "config.json").exists():
+        recorded = read_record(output, f"{RESUME_KEY}=auto, output_dir")["config"]["chat_date"]
+    return config.chat_date or recorded or datetime.date.today().isoformat()
 
 
 @contextlib.contextmanager

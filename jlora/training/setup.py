@@ -32,7 +32,13 @@ from jlora.models import attention_backend
 from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
-from jlora.planning.data_pipeline import make_run_batches, read_examples, read_rows, with_new_tokens
+from jlora.planning.data_pipeline import (
+    fix_template_settings,
+    make_run_batches,
+    read_examples,
+    read_rows,
+    with_new_tokens,
+)
 from jlora.training import resume
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -71,6 +77,8 @@ def prepare_run(config: Config) -> RunSetup:
     check_batch(mesh, config.batch_size)
     directory = processes.first_then_others(lambda: resolve_base(config.base_model, config.revision))
     model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
+    chat_date = processes.broadcast_from_first(lambda: resume.find_date(config))
+    config = fix_template_settings(config, tokenizer, rows, chat_date)
     config = add_adapter_settings(config, directory, model)
     stored, model = model.vocab_size, with_new_tokens(config, model, tokenizer)
     check_adapter_settings(config, model)

@@ -5,10 +5,11 @@ numbers, dates and amounts, so a bare number counts only if its check digits are
 can be dialed.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import phonenumbers
 import stdnum.br.cpf
@@ -104,13 +105,29 @@ def mask(row: Conversation, regions: tuple[str, ...], amounts: bool = False) -> 
             numbers[key] = counts[kind]
         return f"[{kind}_{numbers[key]}]"
 
+    def masked(text: str) -> str:
+        parts, end = [], 0
+        for start, stop, kind in find(text, regions, amounts):
+            parts += [text[end:start], placeholder(kind, text[start:stop])]
+            end = stop
+        return "".join([*parts, text[end:]])
+
+    def masked_json(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: masked_json(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [masked_json(inner) for inner in value]
+        text = value if isinstance(value, str) else json.dumps(value)
+        return value if masked(text) == text else masked(text)
+
     messages = []
     for message in row.messages:
-        parts, end = [], 0
-        for start, stop, kind in find(message.content, regions, amounts):
-            parts += [message.content[end:start], placeholder(kind, message.content[start:stop])]
-            end = stop
-        messages.append(replace(message, content="".join([*parts, message.content[end:]])))
+        calls = tuple(
+            call._replace(arguments=json.dumps(masked_json(json.loads(call.arguments)), ensure_ascii=False))
+            for call in message.tool_calls
+        )
+        content, reasoning = masked(message.content), masked(message.reasoning)
+        messages.append(replace(message, content=content, reasoning=reasoning, tool_calls=calls))
     return replace(row, messages=tuple(messages))
 
 

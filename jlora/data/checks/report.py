@@ -47,9 +47,15 @@ class DataReport:
         self._beginnings: list[str] = []
         self._signatures: list[np.ndarray] = []
         self._empty: list[int] = []
+        self._unreasoned: list[int] = []
         self._misdecoded: list[int] = []
         self._prefixes: Counter[str] = Counter()
         self._personal: dict[str, list[int]] = defaultdict(list)
+
+    @property
+    def reasoning(self) -> int:
+        """The number of rows with reasoning that is learned."""
+        return self.count - len(self._unreasoned)
 
     def inspect(self, rows: Iterable[Conversation]) -> Iterator[Conversation]:
         """Yields the rows unchanged, inspecting each."""
@@ -58,20 +64,22 @@ class DataReport:
             yield row
 
     def _inspect_row(self, row: Conversation) -> None:
-        index, answer = self.count, row.messages[-1].content
+        index, answer = self.count, row.messages[-1].full_text
         turns = [message for message in row.messages if message.role != "system"]
-        text = "\n".join(message.content for message in turns)
+        text = "\n".join(message.full_text for message in turns)
         self.count += 1
         self._plain = self._plain or row.plain
         self._where.append(Path(row.where).name)
-        self._rows.append(_hash("\0".join(f"{m.role}\0{m.content}" for m in turns)))
-        self._questions.append(_hash("\0".join(" ".join(m.content.split()).casefold() for m in turns[:-1])))
+        self._rows.append(_hash("\0".join(f"{m.role}\0{m.full_text}" for m in turns)))
+        self._questions.append(_hash("\0".join(" ".join(m.full_text.split()).casefold() for m in turns[:-1])))
         self._lengths.append(len(answer))
         self._beginnings.append(answer[:BEGINNING])
         if index < NEAR_DUPLICATE_ROWS:
             self._signatures.append(signature(text))
         if not re.search(r"\w", answer):
             self._empty.append(index)
+        if not row.reasons:
+            self._unreasoned.append(index)
         if MISDECODED.search(text):
             self._misdecoded.append(index)
         for kind in self._personal_kinds(row):
@@ -83,8 +91,8 @@ class DataReport:
         if self._rule == "allow":
             return set()
         if self._rule == "mask":
-            return {kind for message in row.messages for kind in PLACEHOLDER.findall(message.content)}
-        found = (pii.find(message.content, self._regions, self._amounts) for message in row.messages)
+            return {kind for message in row.messages for kind in PLACEHOLDER.findall(message.full_text)}
+        found = (pii.find(message.full_text, self._regions, self._amounts) for message in row.messages)
         return {finding.kind for findings in found for finding in findings}
 
     def lines(self) -> list[str]:
@@ -102,6 +110,7 @@ class DataReport:
             self._listed("answer", self._empty, ("has", "have"), "no text"),
             self._listed("answer", self._short_answers(), ("is", "are"), "unusually short"),
             self._odd_beginnings(),
+            self._listed("row", self._unreasoned if self.reasoning else [], ("has", "have"), "no reasoning"),
             self._unread_prefixes(),
             self._listed("row", self._misdecoded, ("contains", "contain"), "characters damaged by a wrong encoding"),
         ]

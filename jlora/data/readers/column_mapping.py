@@ -17,13 +17,15 @@ from jlora.data.conversation import (
     SYSTEM_NAMES,
     USER_NAMES,
     Conversation,
+    Message,
     ReaderNotes,
     ReadOptions,
     Turn,
     join_limited,
     make_conversation,
 )
-from jlora.data.readers.training_marks import TURN_MARKS, bad_mark, is_learned
+from jlora.data.readers.tool_calls import calls_of, read_tagged, result_text, text_calls, tools_json
+from jlora.data.readers.training_marks import TURN_MARKS, bad_mark, loss_weight
 
 NAMES = {
     "prompt": USER_NAMES | {"prompt", "instruction", "questions", "ask", "query", "request", "inputs", "提问", "指令"},
@@ -33,14 +35,21 @@ NAMES = {
     "system": SYSTEM_NAMES | {"system_prompt", "系统提示"},
     "history": {"history"},
     "messages": {"messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat"},
+    "reasoning": {"reasoning_content", "thinking"},
+    "tools": {"tools", "functions"},
     "text": {"text", "文本", "正文"},
 }
+CALL = "call"  # the role of ShareGPT's turns that hold only an assistant's call
 SPEAKERS = {
     **dict.fromkeys(SYSTEM_NAMES | {"developer"}, "system"),
     **dict.fromkeys(USER_NAMES, "user"),
     **dict.fromkeys(ASSISTANT_NAMES | {"gpt", "chatgpt", "bard", "bing", "model", "ai", "chatbot"}, "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_result", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), CALL),
 }
 WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")
+CALLS = ("tool_calls", "function_call")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 Parts = dict[str, str]  # one of conversation.PARTS -> the name of its column
 
 
@@ -75,8 +84,13 @@ class RowConverter:
             parts = self.parts(tuple(row))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        made = [make_conversation(self._turns(one, parts, where), where) for one in self._pairs(row, parts, where)]
-        others = {column: value for column, value in row.items() if column not in parts.values()}
+        tools = tools_json(row.get(parts.get("tools", "")))
+        used = [column for part, column in parts.items() if part != "tools" or tools]
+        made = [
+            make_conversation(read_tagged(list(self._turns(one, parts, where)), tools), where, tools)
+            for one in self._pairs(row, parts, where)
+        ]
+        others = {column: value for column, value in row.items() if column not in used}
         mark = "" if "text" in parts else bad_mark(others)
         for column, value in others.items():
             if column != mark and value not in (None, "", [], {}):
@@ -114,9 +128,9 @@ class RowConverter:
         if "text" in parts:
             if not (self._reading.plain or self._reading.columns):
                 self._notes.add("training on plain text, because no columns hold question and answer", parts["text"])
-            yield Turn("text", text("text"), where)
+            yield Turn(Message("text", text("text")), where)
             return
-        yield Turn("system", text("system"), where)
+        yield Turn(Message("system", text("system")), where)
         turns = [parts[part] for part in ("messages", "prompt", "response") if part in parts]
         if "messages" in parts or all(isinstance(row.get(column), list) for column in turns):
             for column in turns:  # a prompt and its response may be lists of turns as well
@@ -124,45 +138,59 @@ class RowConverter:
             return
         if "history" in parts and row.get(parts["history"]):
             yield from self._history(row[parts["history"]], parts["history"], where)
-        yield Turn("user", "\n".join(part for part in (text("prompt"), text("context")) if part), where)
-        yield Turn("assistant", text("response"), where)
+        yield Turn(Message("user", "\n".join(part for part in (text("prompt"), text("context")) if part)), where)
+        yield Turn(Message("assistant", text("response"), reasoning=text("reasoning")), where)
 
     def _messages(self, turns: Any, column: str, where: str) -> Iterator[Turn]:
         for number, turn in enumerate(_turn_list(turns, column, where)):
             if isinstance(turn, str):
                 self._notes.add("texts without roles are read as question and answer in turn", column)
-                yield Turn(("user", "assistant")[number % 2], turn, where)
-                continue
-            if pair := _question_answer_pair(turn):
-                yield from (Turn(role, content, where) for role, content in pair)
-                continue
-            who = next((key for key in WHO if isinstance(turn, dict) and key in turn), None)
-            what = next((key for key in WHAT if isinstance(turn, dict) and key in turn), None)
-            if not (who and what):
-                raise UserError(
-                    f"{where}: Expected a role and content in each turn of {column!r}, got {_shorten(turn)}."
-                )
-            role = self._speakers.get(str(turn[who]).strip().lower())
-            if role is None:
-                raise UserError(
-                    f"{where}: Unknown {who} {turn[who]!r}. Expected one of {', '.join(ROLES)}. Map it to a role with "
-                    f'role_prefixes, for example {{"assistant": {str(turn[who])!r}}}.'
-                )
-            for key in ("tool_calls", "function_call"):
-                if turn.get(key):
-                    raise UserError(f"{where}: A turn of {column!r} has {key!r}, which jlora does not support.")
-            for key, value in turn.items():
-                if key not in (who, what, *TURN_MARKS) and value not in (None, "", [], {}):
-                    self._notes.add("unused columns", f"{column}.{key}")
-            learned = is_learned(turn, where) or role != "assistant"
-            yield Turn(role, _content(turn[what], role, where), where, learned)
+                yield Turn(Message(("user", "assistant")[number % 2], turn), where)
+            elif pair := _question_answer_pair(turn):
+                yield from (Turn(Message(role, content), where) for role, content in pair)
+            else:
+                yield Turn(self._message(turn, column, where), where)
+
+    def _message(self, turn: Any, column: str, where: str) -> Message:
+        """Reads a turn with a role and content, calls or reasoning."""
+        who = next((key for key in WHO if isinstance(turn, dict) and key in turn), None)
+        what = next((key for key in WHAT if isinstance(turn, dict) and key in turn), None)
+        if not who or not (what or any(turn.get(key) for key in CALLS)):
+            raise UserError(f"{where}: Expected a role and content in each turn of {column!r}, got {_shorten(turn)}.")
+        role = self._speakers.get(str(turn[who]).strip().lower())
+        if role is None:
+            raise UserError(
+                f"{where}: Unknown {who} {turn[who]!r}. Expected one of {', '.join(ROLES)}, tool. Map it to a role "
+                f'with role_prefixes, for example {{"assistant": {str(turn[who])!r}}}.'
+            )
+        content, calls = turn[what] if what else None, calls_of(turn, where)
+        if role == CALL:
+            role, content, calls = "assistant", None, text_calls(_content(content, role, where), where)
+        elif role == "tool":
+            content = result_text(content)
+        thought = next((key for key in REASONING_KEYS if isinstance(turn.get(key), str)), "")
+        known = {who, what, thought, *CALLS, *TURN_MARKS, *(("name", "tool_call_id") if role == "tool" else ())}
+        for key in turn.keys() - known:
+            if turn[key] not in (None, "", [], {}):
+                self._notes.add("unused columns", f"{column}.{key}")
+        return Message(
+            role,
+            "" if content is None and calls else _content(content, role, where),
+            loss_weight(turn, where) if role == "assistant" else 1.0,
+            turn[thought] if thought else "",
+            calls,
+            str(turn.get("name") or "") if role == "tool" else "",
+            str(turn.get("tool_call_id") or "") if role == "tool" else "",
+        )
 
     @staticmethod
     def _history(earlier: Any, column: str, where: str) -> Iterator[Turn]:
         for pair in _turn_list(earlier, column, where):
             if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
                 raise UserError(f"{where}: Expected pairs of question and answer in {column!r}, got {_shorten(pair)}.")
-            yield from (Turn(role, text, where) for role, text in zip(("user", "assistant"), pair, strict=True))
+            yield from (
+                Turn(Message(role, text), where) for role, text in zip(("user", "assistant"), pair, strict=True)
+            )
 
 
 def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
@@ -188,11 +216,11 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
         found["prompt"], found["context"] = ["input"], [c for c in found["context"] if c != "input"]
     sure = {part: names[0] for part, names in found.items() if len(names) == 1}
     pair, turns = {"prompt", "response"} <= sure.keys(), "messages" in sure and not found["response"]
-    many = [names for part, names in found.items() if len(names) > 1 and part != "text"]
+    many = [names for part, names in found.items() if len(names) > 1 and part not in ("text", "tools")]
     if pair and not found["messages"] and not many:
         return {part: column for part, column in sure.items() if part != "text"}
     if turns and not many:
-        return {part: column for part, column in sure.items() if part in ("messages", "system")}
+        return {part: column for part, column in sure.items() if part in ("messages", "system", "tools")}
     if "text" in sure and not (found["prompt"] or found["response"] or found["messages"]):
         return {"text": sure["text"]}
     raise UserError(

@@ -16,6 +16,7 @@ from jlora.data.conversation import (
     SYSTEM_NAMES,
     USER_NAMES,
     Conversation,
+    Message,
     ReaderNotes,
     ReadOptions,
     Turn,
@@ -172,7 +173,9 @@ def _conversations(
         if sum(role == "user" for role, *_ in turns) > 1 and separator == "blank":
             notes.add("rows with several questions, because no blank line separates them", file.name)
         try:
-            return make_conversation([Turn(role, "".join(text), f"{file}:{line}") for role, line, text in turns], where)
+            return make_conversation(
+                (Turn(Message(role, "".join(text)), f"{file}:{line}") for role, line, text in turns), where
+            )
         except UserError as error:
             return error
 
@@ -214,7 +217,7 @@ def _paragraphs(file: Path, encoding: str) -> Iterator[Row]:
     def row() -> Row:
         where = f"{file}:{start}"
         try:
-            return make_conversation([Turn("text", "".join(block), where)], where)
+            return make_conversation([Turn(Message("text", "".join(block)), where)], where)
         except UserError as error:
             return error
 
