@@ -7,7 +7,6 @@ builds the rows.
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import (
@@ -22,6 +21,7 @@ from jlora.data.conversation import (
     make_conversation,
 )
 from jlora.data.readers.encoding import numbered_lines
+from jlora.data.readers.source import Source
 
 PREFIX = re.compile(r"^\s*(?P<name>[^\W\d_][\w -]{0,19}?)\s*[:：](?!//)\s*(?P<rest>.*)$", re.DOTALL)
 RULE = re.compile(r"^\s*([-=*_])\1{2,}\s*$")  # a line such as ---, which separates rows
@@ -41,7 +41,7 @@ def begins_with_role(line: str, options: ReadOptions) -> bool:
     return line_prefix(line, pattern) in (given or KNOWN)
 
 
-def read_text(file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def read_text(file: Source, encoding: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     """Yields the rows of a text file.
 
     Raises:
@@ -121,7 +121,7 @@ class _PrefixScan:
         """Returns whether this is plain text: no prefix in the first line, and none that is a role's or repeats."""
         return not self._first[2] and not self.counts.keys() & KNOWN and all(n == 1 for n in self.counts.values())
 
-    def roles(self, file: Path, given: dict[str, str]) -> dict[str, str]:
+    def roles(self, file: Source, given: dict[str, str]) -> dict[str, str]:
         """Returns the role of each prefix: the first line's asks, and the one that follows every question answers.
 
         Raises:
@@ -160,7 +160,7 @@ class _PrefixScan:
 
 
 def _conversations(
-    file: Path, encoding: str, pattern: re.Pattern[str], roles: dict[str, str], separator: str, notes: ReaderNotes
+    file: Source, encoding: str, pattern: re.Pattern[str], roles: dict[str, str], separator: str, notes: ReaderNotes
 ) -> Iterator[Row]:
     """Yields conversations; an answer continues to the next role or separator, blank lines included."""
     turns: list[tuple[str, int, list[str]]] = []  # role, line number, lines
@@ -206,7 +206,7 @@ def _conversations(
         notes.add("every question starts a row, because no blank line separates rows", file.name)
 
 
-def _paragraphs(file: Path, encoding: str) -> Iterator[Row]:
+def _paragraphs(file: Source, encoding: str) -> Iterator[Row]:
     """Yields plain text, one row per block of lines between blank lines."""
     block: list[str] = []
     start = size = 0
