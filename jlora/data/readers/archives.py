@@ -85,7 +85,7 @@ def _members(file: Source) -> Iterator[tuple[str, Callable[[int], bytes]]]:
             yield file.shown, packed.read
         return
     with _opened(file) as archive:
-        members = [m for m in archive.infolist() if not (m.is_dir() or any(map(is_skipped, m.filename.split("/"))))]
+        members = [member for member in archive.infolist() if not member.is_dir() and _holds_rows(member.filename)]
         if not members:
             raise UserError(f"{file}: The archive contains no data files.")
         for member in sorted(members, key=lambda member: member.filename):
@@ -97,6 +97,10 @@ def _members(file: Source) -> Iterator[tuple[str, Callable[[int], bytes]]]:
                 raise UserError(f"{shown} is compressed with {method}. Unpack {file}, and pass the directory.")
             with archive.open(member) as content:
                 yield shown, content.read
+
+
+def _holds_rows(name: str) -> bool:
+    return not any(is_skipped(part) for part in re.split(r"[/\\]", name) if part.strip("."))
 
 
 @contextlib.contextmanager
