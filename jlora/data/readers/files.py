@@ -5,6 +5,7 @@ archives; the other modules of this package read them.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -28,11 +29,12 @@ from jlora.data.readers import parquet_tfds
 from jlora.data.readers.archives import archive_kind, unpack
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
-from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
+from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines, numbered_lines
 from jlora.data.readers.excel import read_workbook
 from jlora.data.readers.json_files import read_json
 from jlora.data.readers.source import Source, is_skipped
 from jlora.data.readers.text_files import Row, begins_with_role, read_text
+from jlora.data.readers.word import read_document
 
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start of JSON, and of hardly any text
 # In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
@@ -190,6 +192,11 @@ def _read_file(file: Source, options: ReadOptions, notes: ReaderNotes, sheet: st
     if kind == "workbook":
         yield from _convert_rows(read_workbook(file, sheet, options, notes), options, notes)
         return
+    if kind == "document":
+        tables, text = read_document(file, options, notes)
+        yield from _convert_rows(tables, options, notes)
+        yield from text
+        return
     if kind in ("gzip", "zip"):
         for member in unpack(file):
             yield from _read_file(member, options, notes, sheet)
@@ -208,7 +215,7 @@ def _read_file(file: Source, options: ReadOptions, notes: ReaderNotes, sheet: st
     elif kind == "table":
         yield from _convert_rows(read_table(file, encoding, options, notes), options, notes)
     else:
-        yield from read_text(file, encoding, options, notes)
+        yield from read_text(file, functools.partial(numbered_lines, file, encoding), options, notes)
 
 
 def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
