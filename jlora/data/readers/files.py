@@ -25,7 +25,7 @@ from jlora.data.conversation import (
     join_limited,
     names_complete_row,
 )
-from jlora.data.readers import parquet_tfds
+from jlora.data.readers import hub, parquet_tfds
 from jlora.data.readers.archives import archive_kind, unpack
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
@@ -56,7 +56,7 @@ def iter_conversations(
     """Yields the conversations of a file, of a directory's files in order of their names, or of a TFDS data set.
 
     Args:
-      path: the file, the directory, `tfds:NAME/SPLIT`, or `WORKBOOK#SHEET`.
+      path: the file, the directory, `tfds:NAME/SPLIT`, `hf:OWNER/NAME/SPLIT`, or `WORKBOOK#SHEET`.
       key: the config key that holds the path, for messages.
       options: how rows are written.
       log: receives one line for each thing that was inferred or left unused, after the last row.
@@ -128,20 +128,35 @@ def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL) -> str:
         digest.update(f"{split}\n".encode())
         path = str(directory)
     digest.update(split_sheet(path)[1].encode())
-    files = data_files(path, key)
+    files = _sources(path, key)
     if options.metadata_path:
-        files.append(Path(options.metadata_path).expanduser())
+        metadata = Path(options.metadata_path).expanduser()
+        files.append(Source(metadata, str(metadata)))
     for file in files:
-        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+        digest.update(f"{file.path.name}\n{file.path.stat().st_size}\n".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def resolved_path(path: str) -> str:
-    """Returns the absolute path, as a run's record stores it; `tfds:` names stay as they are."""
+def resolved_path(path: str, key: str) -> str:
+    """Returns the path as a run's record stores it: absolute, or with the commit of a data set on the hub."""
+    if path.startswith(hub.HUB):
+        return hub.find_split(path, key).pinned
     return path if path.startswith(parquet_tfds.TFDS) else str(Path(path).expanduser().resolve())
+
+
+def hub_commit(path: str, key: str) -> str:
+    """Returns the commit of a data set on the hub; "" for other paths."""
+    return hub.find_split(path, key).commit if path.startswith(hub.HUB) else ""
+
+
+def _sources(path: str, key: str) -> list[Source]:
+    """Returns the files that hold rows; those of a data set on the hub are downloaded first."""
+    if path.startswith(hub.HUB):
+        return list(hub.find_split(path, key).files)
+    return [Source(file, str(file)) for file in data_files(path, key)]
 
 
 def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -168,7 +183,9 @@ def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iter
         return
     own = _metadata(options)
     metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
-    files = [Source(file, str(file)) for file in data_files(path, key)]
+    files = _sources(path, key)
+    if path.startswith(hub.HUB) and hub.find_split(path, key).offline:
+        notes.add("read from the hub's cache, because the hub could not be asked", hub.find_split(path, key).pinned)
     sheet = split_sheet(path)[1]
     if sheet and not any(archive_kind(file) in ("workbook", "zip") for file in files):
         raise UserError(f"{key}={path}: Only Excel workbooks have sheets. Remove #{sheet}.")
