@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, from a server on this machine that answers as the hub does, and from the cache."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -16,7 +17,9 @@ from test_excel import HEADER, ONE, PAIRS, TWO
 from test_formats_fuzz import as_parquet
 from test_layouts import jsonl, quoted
 
+from jlora.config.schema import Config
 from jlora.data.readers import hub
+from jlora.training import resume
 
 OLD, NEW = "a" * 40, "b" * 40
 ROWS = jsonl(*({"question": q, "answer": a} for q, a in (ONE, TWO))).encode()
@@ -217,3 +220,13 @@ def test_errors_are_plain(outcomes):
 )
 def test_splits_by_the_names_of_files(name, split):
     assert hub._split_of(name) == split
+
+
+def test_a_resumed_run_names_the_commit_it_was_trained_on():
+    kept = {"runtime": {"compute_dtype": "float32"}, "base": {"fingerprint": "x", "commit": ""}}
+    configs = {"config": dict.fromkeys(dataclasses.asdict(Config()))}
+    old, new = ({**kept, **configs, "data": {"train": name, "commits": {"train": name * 40}}} for name in "ab")
+    assert resume._changes(old, new) == {"train": f"the training data changed (it was commit {OLD} on the hub)"}
+    for record in (old, new):
+        del record["data"]["commits"]  # as older versions wrote it
+    assert resume._changes(old, new) == {"train": "the training data changed"}
