@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from fuzz_mutations import mutated_any, mutated_file, mutated_json, mutated_yaml
+from fuzz_archives import CSV, PAIRS, make_documents, make_gzip, make_workbook, make_zip
+from fuzz_mutations import mutated_any, mutated_file, mutated_gzip, mutated_json, mutated_yaml, mutated_zip
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -176,7 +177,6 @@ def make_gguf(directory: Path) -> list[str]:
     return ["model.gguf"]
 
 
-PAIRS = [{"question": f"Is it {i}?", "answer": f"It is {i}."} for i in range(6)]
 CHAT = [{"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}]}] * 3
 
 
@@ -276,7 +276,6 @@ RULES = """\
 - refuse: '(?i)guaranteed'
   say: I cannot promise that.
 """
-CSV = "question,answer\n" + "".join(f"Is it {i}?,It is {i}.\n" for i in range(6))
 DIALOGUE = "".join(f"User: Is it {i}?\nAssistant: It is {i}.\n\n" for i in range(6))
 KINDS = {
     "config.json": Kind(base_with("config.json"), mutated_json, read_weights),
@@ -293,6 +292,10 @@ KINDS = {
     "rows.csv": Kind(rows_as("rows.csv", CSV), mutated_file, read_rows),
     "rows.txt": Kind(rows_as("rows.txt", DIALOGUE), mutated_file, read_rows),
     "rows.parquet": Kind(make_parquet, mutated_file, read_rows),
+    "rows.xlsx": Kind(make_workbook, mutated_zip, read_rows),
+    "rows.docx": Kind(make_documents, mutated_zip, read_rows),
+    "rows.csv.gz": Kind(make_gzip, mutated_gzip, read_rows),
+    "rows.zip": Kind(make_zip, mutated_zip, read_rows),
     "config yaml": Kind(rows_as("c.yaml", YAML), mutated_yaml, lambda d: load_config(str(d / "c.yaml"), [])),
     "output rules": Kind(rows_as("rules.yaml", RULES), mutated_yaml, lambda d: read_rules(d / "rules.yaml")),
     "checkpoints": Kind(make_run, mutated_any, read_run),

@@ -1,6 +1,9 @@
 """Mutations of files for `fuzz.py`: of their structure, if they are JSON or YAML, and of their bytes."""
 
+import gzip
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +137,28 @@ def mutated_file(file: Path) -> st.SearchStrategy[bytes]:
 def mutated_any(file: Path) -> st.SearchStrategy[bytes]:
     """A JSON file with another tree or other bytes, or any other file with other bytes."""
     return mutated_json(file) if file.suffix == ".json" else mutated_file(file)
+
+
+def mutated_zip(file: Path) -> st.SearchStrategy[bytes]:
+    """A zip archive in which one member has other bytes, or an archive with other bytes."""
+    content = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+
+    def zipped(change: tuple[str, bytes]) -> bytes:
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, text in {**members, change[0]: change[1]}.items():
+                archive.writestr(zipfile.ZipInfo(name), text)
+        return made.getvalue()
+
+    changed = st.sampled_from(sorted(members)).flatmap(
+        lambda name: st.tuples(st.just(name), mutated_bytes(members[name]))
+    )
+    return changed.map(zipped) | mutated_bytes(content)
+
+
+def mutated_gzip(file: Path) -> st.SearchStrategy[bytes]:
+    """A gzip file with other bytes inside, or outside."""
+    content = file.read_bytes()
+    return mutated_bytes(gzip.decompress(content)).map(gzip.compress) | mutated_bytes(content)

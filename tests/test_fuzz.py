@@ -14,6 +14,6 @@ def test_mutated_files_are_read_or_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures) == 17
+    assert len(figures) == 21
     assert all(kind.get("refused") for kind in figures.values()), figures
     assert sum(bool(kind.get("accepted")) for kind in figures.values()) > 10, figures

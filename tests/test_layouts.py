@@ -1,5 +1,6 @@
 """Files in every layout and encoding become conversations, and are read as streams."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -199,13 +200,14 @@ def test_files_are_streamed(file):
         "a.csv": quoted(",", ("q", "a"), *pairs),
         "a.txt": "".join(f"Q: {q}\nA: {a}\n\n" for q, a in pairs),
         "a.parquet": table.getvalue().to_pybytes(),
+        "a.jsonl.gz": gzip.compress(jsonl(*rows).encode()),
     }
     paths = [file(content, name) for name, content in files.items()]
     done = subprocess.run(
         [sys.executable, "-c", PEAKS, *paths], cwd=ROOT, capture_output=True, text=True, check=True
     )  # a process of its own: checking types, as the tests do, takes memory
     peaks = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert [count for count, _ in peaks] == [1000] * 10
+    assert [count for count, _ in peaks] == [1000] * 12
     for name, (_, one_by_one), (_, all_at_once) in zip(files, peaks[::2], peaks[1::2], strict=True):
         assert one_by_one < 8e6 < 20e6 < all_at_once, name  # the files have 20 MB
 

@@ -17,6 +17,7 @@ from jlora.common.errors import UserError
 from jlora.config.files import config_parser, load_config
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
+from jlora.data.readers.files import split_sheet
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.sharding import describe
 from jlora.models import attention_backend
@@ -80,7 +81,7 @@ def _find_target(name: str, config: Config) -> Target:
 
 def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) -> tuple[Layout, str]:
     """Returns how batches are laid out, and a note on where the lengths of the examples come from."""
-    if not tokens and directory.is_dir() and Path(config.train_data_dir).exists():
+    if not tokens and directory.is_dir() and Path(split_sheet(config.train_data_dir)[0]).exists():
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
         today = config.chat_date or date.today().isoformat()

@@ -26,7 +26,7 @@ class Config:
     enable_thinking: str = "auto"
     task_type: str = "text-generation"  # conversations, or text if no line has a role; "plain-text": always text
 
-    # Data. The two data paths are each a file, a directory or `tfds:NAME/SPLIT`.
+    # Data. Both data paths are a file, a directory, `hf:OWNER/NAME/SPLIT`, `tfds:NAME/SPLIT` or `FILE.xlsx#SHEET`.
     train_data_dir: str = ""  # training rows; required
     eval_data_dir: str = ""  # held-out rows; or set eval_share instead
     eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which

@@ -206,7 +206,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():
         if part in old["data"] and old["data"][part] != new["data"][part]:  # runs from older versions lack some hashes
-            changes[part] = f"{words} changed"
+            commit = old["data"].get("commits", {}).get(part, "")
+            changes[part] = f"{words} changed{f' (it was commit {commit} on the hub)' if commit else ''}"
     dtypes = [record["runtime"]["compute_dtype"] for record in (old, new)]
     if dtypes[0] != dtypes[1] and "float16" in dtypes:  # float16 adds a loss scale to the state
         changes["float16"] = f"the compute dtype changed from {dtypes[0]} to {dtypes[1]}"

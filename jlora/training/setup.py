@@ -43,7 +43,9 @@ from jlora.training import resume
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 # Entries that may differ between the processes of a run; data and base model are compared by their contents.
-MAY_DIFFER = "process_id base_model train_data_dir eval_data_dir questions output_dir chat_template python".split()
+MAY_DIFFER = (
+    "process_id base_model train_data_dir eval_data_dir questions commits output_dir chat_template python".split()
+)
 
 
 class RunSetup(NamedTuple):
@@ -206,7 +208,11 @@ def make_record(
             "held_out": files.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template_source_hash(tokenizer),
-            "questions": files.resolved_path(questions),
+            "questions": files.resolved_path(questions, "eval_data_dir" if held_out else "train_data_dir"),
+            "commits": {
+                "train": files.hub_commit(config.train_data_dir, "train_data_dir"),
+                "held_out": files.hub_commit(held_out, "eval_data_dir"),
+            },
         },
         "base": {
             "directory": str(base.resolve()),

@@ -3,10 +3,10 @@
 import codecs
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import MAX_ROW
+from jlora.data.readers.source import Source
 
 CHUNK = 1 << 20  # bytes
 HEAD = 1 << 16  # characters
@@ -30,7 +30,7 @@ BINARY = {  # first bytes of files that are not text -> the rest of the error: t
 }
 
 
-def detect_encoding(file: Path, named: str = "") -> str:
+def detect_encoding(file: Source, named: str = "") -> str:
     """Returns Python's name of a file's encoding: UTF-8, UTF-16 or UTF-32, with or without a BOM, or GB18030.
 
     Args:
@@ -56,7 +56,7 @@ def detect_encoding(file: Path, named: str = "") -> str:
     raise UserError(f"{file}:{wrong}: Not valid {expected}. Save the file as UTF-8, or set encoding.")
 
 
-def numbered_lines(file: Path, encoding: str, longest: int = MAX_ROW) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: Source, encoding: str, longest: int = MAX_ROW) -> Iterator[tuple[int, str]]:
     """Yields line numbers, from 1, and lines; every kind of newline is read as a line feed.
 
     Raises:
@@ -71,7 +71,7 @@ def numbered_lines(file: Path, encoding: str, longest: int = MAX_ROW) -> Iterato
             yield number, line
 
 
-def first_lines(file: Path, encoding: str) -> list[str]:
+def first_lines(file: Source, encoding: str) -> list[str]:
     """Returns the non-blank lines of the first 65,536 characters that have any, enough to detect the format."""
     with file.open(encoding=encoding) as stream:
         while (text := stream.read(HEAD)) and not text.strip():
@@ -103,7 +103,7 @@ def _detect_without_bom(head: bytes) -> str:
     return best if scores[best] > 0.9 and min(scores.values()) < scores[best] - 0.3 else UTF_8
 
 
-def _first_undecodable_line(file: Path, encoding: str) -> int | None:
+def _first_undecodable_line(file: Source, encoding: str) -> int | None:
     """Returns the line of the first bytes that are not valid in this encoding; None if all are valid."""
     decoder, line = codecs.getincrementaldecoder(encoding)(), 1
     with file.open("rb") as stream:
@@ -118,7 +118,7 @@ def _first_undecodable_line(file: Path, encoding: str) -> int | None:
     return None
 
 
-def _is_chinese(file: Path) -> bool:
+def _is_chinese(file: Source) -> bool:
     """Returns whether most non-ASCII characters are among GB 2312's 3,755 common ones or its punctuation.
 
     The check is needed because nearly any bytes decode as GB18030.

@@ -1,9 +1,11 @@
 """Data files to conversations: finds the files, detects the format of each from its content, and selects the reader.
 
-The formats are Parquet, TFDS, JSON, CSV, text with roles, and plain text; the other modules of this package read them.
+The formats are Parquet, TFDS, JSON, CSV, Excel, Word, text with roles, and plain text, also inside of gzip and zip
+archives; the other modules of this package read them.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -23,15 +25,17 @@ from jlora.data.conversation import (
     join_limited,
     names_complete_row,
 )
-from jlora.data.readers import parquet_tfds
+from jlora.data.readers import hub, parquet_tfds
+from jlora.data.readers.archives import archive_kind, unpack
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
-from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
+from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines, numbered_lines
+from jlora.data.readers.excel import read_workbook
 from jlora.data.readers.json_files import read_json
+from jlora.data.readers.source import Source, is_skipped
 from jlora.data.readers.text_files import Row, begins_with_role, read_text
+from jlora.data.readers.word import read_document
 
-SKIPPED_FILES = {"Thumbs.db", "desktop.ini"}
-SKIPPED_STEMS = {"", "readme", "license", "licence"}  # "" is the stem of hidden files
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start of JSON, and of hardly any text
 # In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
 ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
@@ -52,7 +56,7 @@ def iter_conversations(
     """Yields the conversations of a file, of a directory's files in order of their names, or of a TFDS data set.
 
     Args:
-      path: the file, the directory, or `tfds:NAME/SPLIT`.
+      path: the file, the directory, `tfds:NAME/SPLIT`, `hf:OWNER/NAME/SPLIT`, or `WORKBOOK#SHEET`.
       key: the config key that holds the path, for messages.
       options: how rows are written.
       log: receives one line for each thing that was inferred or left unused, after the last row.
@@ -95,7 +99,7 @@ def data_files(path: str, key: str) -> list[Path]:
     Raises:
       UserError: the path does not exist, or something in it is not a regular file: a broken or circular link, a pipe.
     """
-    root = Path(path).expanduser()
+    root = Path(split_sheet(path)[0]).expanduser()
     if not root.exists():
         raise UserError(f"{key}={path}: No such file or directory.")
     files = sorted(_walk(root, ())) if root.is_dir() else [root]
@@ -110,6 +114,12 @@ def data_files(path: str, key: str) -> list[Path]:
     return files
 
 
+def split_sheet(path: str) -> tuple[str, str]:
+    """Returns a path without its `#SHEET`, and the name of the sheet; "" if it has none."""
+    file, _, sheet = path.rpartition("#")
+    return (file, sheet) if file and sheet and not Path(path).expanduser().exists() else (path, "")
+
+
 def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL) -> str:
     """Returns a sha256 of the names and bytes of the data files and of `metadata_path`: equal hash, equal data."""
     digest = hashlib.sha256()
@@ -117,20 +127,36 @@ def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL) -> str:
         directory, split = parquet_tfds.find_tfds(path, key)
         digest.update(f"{split}\n".encode())
         path = str(directory)
-    files = data_files(path, key)
+    digest.update(split_sheet(path)[1].encode())
+    files = _sources(path, key)
     if options.metadata_path:
-        files.append(Path(options.metadata_path).expanduser())
+        metadata = Path(options.metadata_path).expanduser()
+        files.append(Source(metadata, str(metadata)))
     for file in files:
-        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+        digest.update(f"{file.path.name}\n{file.path.stat().st_size}\n".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def resolved_path(path: str) -> str:
-    """Returns the absolute path, as a run's record stores it; `tfds:` names stay as they are."""
+def resolved_path(path: str, key: str) -> str:
+    """Returns the path as a run's record stores it: absolute, or with the commit of a data set on the hub."""
+    if path.startswith(hub.HUB):
+        return hub.find_split(path, key).pinned
     return path if path.startswith(parquet_tfds.TFDS) else str(Path(path).expanduser().resolve())
+
+
+def hub_commit(path: str, key: str) -> str:
+    """Returns the commit of a data set on the hub; "" for other paths."""
+    return hub.find_split(path, key).commit if path.startswith(hub.HUB) else ""
+
+
+def _sources(path: str, key: str) -> list[Source]:
+    """Returns the files that hold rows; those of a data set on the hub are downloaded first."""
+    if path.startswith(hub.HUB):
+        return list(hub.find_split(path, key).files)
+    return [Source(file, str(file)) for file in data_files(path, key)]
 
 
 def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -143,7 +169,7 @@ def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {error.strerror}.") from None
     for name in names:
-        if name in SKIPPED_FILES or name.split(".")[0].lower() in SKIPPED_STEMS:
+        if is_skipped(name):
             continue
         if (directory / name).is_dir():
             yield from _walk(directory / name, (*above, real))
@@ -157,21 +183,40 @@ def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iter
         return
     own = _metadata(options)
     metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
-    for file in data_files(path, key):
-        if file.resolve() == metadata:
+    files = _sources(path, key)
+    if path.startswith(hub.HUB) and hub.find_split(path, key).offline:
+        notes.add("read from the hub's cache, because the hub could not be asked", hub.find_split(path, key).pinned)
+    sheet = split_sheet(path)[1]
+    if sheet and not any(archive_kind(file) in ("workbook", "zip") for file in files):
+        raise UserError(f"{key}={path}: Only Excel workbooks have sheets. Remove #{sheet}.")
+    for file in files:
+        if file.path.resolve() == metadata:
             continue
         try:
-            yield from _read_file(file, own.get(file.resolve(), options), notes)
+            yield from _read_file(file, own.get(file.path.resolve(), options), notes, sheet)
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
-def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
-    """Reads the rows of one file with the reader of its format."""
+def _read_file(file: Source, options: ReadOptions, notes: ReaderNotes, sheet: str) -> Iterator[Row]:
+    """Reads the rows of one file with the reader of its format, or those of all files in an archive."""
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic == b"PAR1":
         yield from _convert_rows(parquet_tfds.read_parquet(file), options, notes)
+        return
+    kind = archive_kind(file)
+    if kind == "workbook":
+        yield from _convert_rows(read_workbook(file, sheet, options, notes), options, notes)
+        return
+    if kind == "document":
+        tables, text = read_document(file, options, notes)
+        yield from _convert_rows(tables, options, notes)
+        yield from text
+        return
+    if kind in ("gzip", "zip"):
+        for member in unpack(file):
+            yield from _read_file(member, options, notes, sheet)
         return
     if re.search(r"\.(array_record|tfrecord)", file.name):
         raise UserError(f"{file} is part of a TFDS data set. Pass its directory, the one with dataset_info.json.")
@@ -187,7 +232,7 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
     elif kind == "table":
         yield from _convert_rows(read_table(file, encoding, options, notes), options, notes)
     else:
-        yield from read_text(file, encoding, options, notes)
+        yield from read_text(file, functools.partial(numbered_lines, file, encoding), options, notes)
 
 
 def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
@@ -225,15 +270,17 @@ def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
     path = Path(options.metadata_path).expanduser()
     if not path.is_file():
         raise UserError(f"metadata_path={path}: No such file.")
-    encoding = detect_encoding(path, options.encoding)
-    rows = read_cells(path, encoding, detect_delimiter(path, encoding))
+    source = Source(path, str(path))
+    encoding = detect_encoding(source, options.encoding)
+    rows = read_cells(source, encoding, detect_delimiter(source, encoding))
     names = [ROLE_PARTS.get(name, name) for name in (cell.strip().lower() for cell in next(rows, (0, []))[1])]
     unknown = [name for name in names if name not in FILE_NAMES and name not in PARTS]
     if len(FILE_NAMES & set(names)) != 1 or unknown or len(names) < 2:
         raise UserError(
             f"{path}:1: Expected the columns file, prompt and response (or others of {', '.join(PARTS)}), got {names}."
         )
-    roots = [path.parent, *(Path(p).expanduser() for p in (options.train_data_dir, options.eval_data_dir) if p)]
+    given = (options.train_data_dir, options.eval_data_dir)
+    roots = [path.parent, *(Path(split_sheet(p)[0]).expanduser() for p in given if p)]
     own = {}
     for number, cells in rows:
         if len(cells) != len(names):

@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import MAX_ROW, ReaderNotes, ReadOptions
 from jlora.data.readers.column_mapping import NAMES, map_columns
 from jlora.data.readers.encoding import numbered_lines
+from jlora.data.readers.source import Source
 
 CHUNK = 1 << 16  # characters
 LONGEST_ROW = 1 << 20  # characters; a longer object is read as a list of rows, piece by piece
@@ -18,7 +18,7 @@ SPACE = re.compile(r"\s*")
 Row = tuple[str, Any]  # file:line and the row, or a UserError if the row cannot be read
 
 
-def read_json(file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def read_json(file: Source, encoding: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     """Yields the rows of a JSON file, each with its `file:line`; an invalid line is yielded as its UserError.
 
     Raises:
@@ -36,7 +36,7 @@ def read_json(file: Path, encoding: str, options: ReadOptions, notes: ReaderNote
     yield from _JsonDocument(file, encoding, options, notes).rows()
 
 
-def _is_lines(file: Path, encoding: str) -> bool:
+def _is_lines(file: Source, encoding: str) -> bool:
     """Returns whether the file is JSON lines: two lines, the first an object, or both starting one."""
     seen: list[str] = []
     try:
@@ -78,7 +78,7 @@ def _reason(error: Exception) -> str:
 class _JsonDocument:
     """Incremental parser of JSON that spans lines: keeps only the current row in memory."""
 
-    def __init__(self, file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> None:
+    def __init__(self, file: Source, encoding: str, options: ReadOptions, notes: ReaderNotes) -> None:
         self._file, self._encoding, self._notes = file, encoding, notes
         self._options = options
         self._wanted = options.columns.get("rows", "")

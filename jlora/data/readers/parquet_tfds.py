@@ -11,12 +11,13 @@ import pyarrow.parquet
 import tensorflow_datasets as tfds
 
 from jlora.common.errors import UserError
+from jlora.data.readers.source import Source
 
 TFDS = "tfds:"  # train_data_dir="tfds:NAME/SPLIT"
 Row = tuple[str, Any]
 
 
-def read_parquet(file: Path) -> Iterator[Row]:
+def read_parquet(file: Source) -> Iterator[Row]:
     """Yields rows by column name, each with `file:row`, counted from 1.
 
     Raises:
@@ -24,7 +25,7 @@ def read_parquet(file: Path) -> Iterator[Row]:
     """
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
             for batch in table.iter_batches(batch_size=128):
                 for row in batch.to_pylist():
                     number += 1

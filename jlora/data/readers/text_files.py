@@ -6,8 +6,7 @@ builds the rows.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import (
@@ -22,12 +21,13 @@ from jlora.data.conversation import (
     Turn,
     make_conversation,
 )
-from jlora.data.readers.encoding import numbered_lines
+from jlora.data.readers.source import Source
 
 PREFIX = re.compile(r"^\s*(?P<name>[^\W\d_][\w -]{0,19}?)\s*[:：](?!//)\s*(?P<rest>.*)$", re.DOTALL)
 RULE = re.compile(r"^\s*([-=*_])\1{2,}\s*$")  # a line such as ---, which separates rows
 KNOWN = USER_NAMES | ASSISTANT_NAMES | SYSTEM_NAMES
 Row = Conversation | UserError  # a row, or the reason why it cannot be used
+Lines = Callable[[], Iterator[tuple[int, str]]]  # reads a file's lines from the start, with their numbers
 
 
 def line_prefix(line: str, pattern: re.Pattern[str] = PREFIX) -> str:
@@ -42,7 +42,7 @@ def begins_with_role(line: str, options: ReadOptions) -> bool:
     return line_prefix(line, pattern) in (given or KNOWN)
 
 
-def read_text(file: Path, encoding: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def read_text(file: Source, lines: Lines, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     """Yields the rows of a text file.
 
     Raises:
@@ -51,19 +51,19 @@ def read_text(file: Path, encoding: str, options: ReadOptions, notes: ReaderNote
     pattern, given = _prefixes(options)
     prefixes = _PrefixScan()
     if not options.plain:
-        for number, line in numbered_lines(file, encoding):
+        for number, line in lines():
             prefixes.add(number, line, line_prefix(line, pattern))
         if not given and prefixes.has_no_roles():
             notes.add("training on plain text, because no line starts with a role", file.name)
     if options.plain or (not given and prefixes.has_no_roles()):
-        yield from _paragraphs(file, encoding)
+        yield from _paragraphs(file, lines)
     else:
         roles = prefixes.roles(file, given)
         if not roles.keys() <= {*given, *KNOWN}:
             spoken = {role: name for name, role in roles.items() if role != "system"}
             words = f"{spoken['user']!r} asks and {spoken['assistant']!r} answers, by the order of the lines"
             notes.add(f"{words} (otherwise set role_prefixes)", file.name)
-        yield from _conversations(file, encoding, pattern, roles, prefixes.row_separator(roles), notes)
+        yield from _conversations(file, lines, pattern, roles, prefixes.row_separator(roles), notes)
 
 
 def _prefixes(options: ReadOptions) -> tuple[re.Pattern[str], dict[str, str]]:
@@ -122,7 +122,7 @@ class _PrefixScan:
         """Returns whether this is plain text: no prefix in the first line, and none that is a role's or repeats."""
         return not self._first[2] and not self.counts.keys() & KNOWN and all(n == 1 for n in self.counts.values())
 
-    def roles(self, file: Path, given: dict[str, str]) -> dict[str, str]:
+    def roles(self, file: Source, given: dict[str, str]) -> dict[str, str]:
         """Returns the role of each prefix: the first line's asks, and the one that follows every question answers.
 
         Raises:
@@ -161,7 +161,7 @@ class _PrefixScan:
 
 
 def _conversations(
-    file: Path, encoding: str, pattern: re.Pattern[str], roles: dict[str, str], separator: str, notes: ReaderNotes
+    file: Source, lines: Lines, pattern: re.Pattern[str], roles: dict[str, str], separator: str, notes: ReaderNotes
 ) -> Iterator[Row]:
     """Yields conversations; an answer continues to the next role or separator, blank lines included."""
     turns: list[tuple[str, int, list[str]]] = []  # role, line number, lines
@@ -179,7 +179,7 @@ def _conversations(
         except UserError as error:
             return error
 
-    for number, line in numbered_lines(file, encoding):
+    for number, line in lines():
         role = roles.get(line_prefix(line, pattern))
         if role:
             last = turns[-1][0] if turns else ""
@@ -209,7 +209,7 @@ def _conversations(
         notes.add("every question starts a row, because no blank line separates rows", file.name)
 
 
-def _paragraphs(file: Path, encoding: str) -> Iterator[Row]:
+def _paragraphs(file: Source, lines: Lines) -> Iterator[Row]:
     """Yields plain text, one row per block of lines between blank lines."""
     block: list[str] = []
     start = size = 0
@@ -221,7 +221,7 @@ def _paragraphs(file: Path, encoding: str) -> Iterator[Row]:
         except UserError as error:
             return error
 
-    for number, line in numbered_lines(file, encoding):
+    for number, line in lines():
         if line.strip():
             start = start if block else number
             block.append(line)
