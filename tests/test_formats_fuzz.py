@@ -150,15 +150,26 @@ WRITERS = {
 }
 
 
+def as_arrow(writer):
+    table, out = (
+        pyarrow.table({"q": ["a?"] * 5, "a": ["b" * 40] * 5, "list": [[1], [], None, [2, 3], []]}),
+        io.BytesIO(),
+    )
+    with writer(out, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    return out.getvalue()
+
+
+COLUMNAR = [as_parquet([("a?", "b" * 40)] * 5), *map(as_arrow, (pyarrow.ipc.new_stream, pyarrow.ipc.new_file))]
+
+
 @FUZZ
-@given(st.data())
-def test_parquet_with_bytes_changed(folder, data):
-    content = bytearray(as_parquet([("a?", "b" * 40)] * 5))
+@given(st.sampled_from(COLUMNAR), st.data())
+def test_parquet_and_arrow_with_bytes_changed(folder, whole, data):
+    content = bytearray(whole)
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         content[at] = data.draw(st.integers(0, 255))
-    outcome(
-        file(folder, ".parquet", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), ReadOptions()
-    )
+    outcome(file(folder, ".data", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), ReadOptions())
 
 
 @FUZZ

@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -33,7 +34,7 @@ class Config:
 
     # Data. The two data paths are each a file, a directory or `tfds:NAME/SPLIT`.
     train_data_dir: str = ""  # training rows; required
-    eval_data_dir: str = ""  # held-out rows; or set eval_share instead
+    eval_data_dir: str = ""  # held-out rows; otherwise eval_share, or files in train_data_dir that are named valid
     eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which
     # The column or key of each part of a row, if it cannot be inferred: {"prompt": "q", "response": "a"}. Other parts
     # are context, system, history, messages and text. "rows" is the key of the list of rows in a JSON object.
@@ -161,6 +162,7 @@ NOT_NEGATIVE = (
     "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed neftune_noise_alpha "
     "num_processes max_loss_spike"
 ).split()
+NO_HELD_OUT = "early_stopping_patience needs held-out rows. Set eval_data_dir or eval_share."
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
 # Keys that may stay set although the chosen `peft_type` ignores them, so that changing it needs no other edit.
 HARMLESS = ("lora_rank", "lora_alpha", "feedforward_modules")
@@ -224,8 +226,7 @@ def validate(config: Config) -> list[str]:
         problems.append(f"encoding={config.encoding!r}: Expected the name of a Python text encoding, such as gb18030.")
     if not config.output_dir:
         problems.append("output_dir is empty. Set it to a directory for the run.")
-    if config.eval_data_dir and config.eval_share:
-        problems.append("eval_data_dir and eval_share are both set. Remove one of them.")
+    problems += _held_out_problems(config)
     problems += [
         f"mesh has {axis!r}: {size!r}. Expected a number of devices, or -1 for one axis, under {', '.join(MESH_AXES)}."
         for axis, size in config.mesh.items()
@@ -247,9 +248,15 @@ def validate(config: Config) -> list[str]:
         )
     if config.fp16 and config.compute_dtype == "float32":
         problems.append("fp16=True and compute_dtype='float32' contradict each other. Remove one of them.")
-    if config.early_stopping_patience and not (config.eval_data_dir or config.eval_share):
-        problems.append("early_stopping_patience needs held-out rows. Set eval_data_dir or eval_share.")
     return problems
+
+
+def _held_out_problems(config: Config) -> list[str]:
+    if config.eval_data_dir and config.eval_share:
+        return ["eval_data_dir and eval_share are both set. Remove one of them."]
+    own = Path(config.train_data_dir).expanduser().is_dir()  # its files may be named valid
+    missing = config.early_stopping_patience and not (config.eval_data_dir or config.eval_share or own)
+    return [NO_HELD_OUT] if missing else []
 
 
 def _adapter_problems(config: Config) -> list[str]:

@@ -25,7 +25,7 @@ BINARY = {  # first bytes of files that are not text -> the rest of the error: t
     b"%PDF": "a PDF. Save its text as .txt.",
     b"\x1f\x8b": "compressed with gzip. Decompress it.",
     b"\x28\xb5\x2f\xfd": "compressed with zstd. Decompress it.",
-    b"ARROW1": "an Arrow file. Save it as Parquet.",
+    b"FEA1": "a Feather file of the first version. Save it as Parquet.",
     b"SQLite format 3": "an SQLite database. Save the table as CSV.",
 }
 

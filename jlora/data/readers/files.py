@@ -1,13 +1,11 @@
 """Data files to conversations: finds the files, detects the format of each from its content, and selects the reader.
 
-The formats are Parquet, TFDS, JSON, CSV, text with roles, and plain text; the other modules of this package read them.
+The formats are Parquet, Arrow, TFDS, JSON, CSV, text with roles, and plain text, which the other modules read.
 """
 
 import dataclasses
 import hashlib
-import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,13 @@ from jlora.data.conversation import (
     join_limited,
     names_complete_row,
 )
-from jlora.data.readers import parquet_tfds
+from jlora.data.readers import parquet_tfds, splits
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
 from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
 from jlora.data.readers.json_files import read_json
 from jlora.data.readers.text_files import Row, begins_with_role, read_text
 
-SKIPPED_FILES = {"Thumbs.db", "desktop.ini"}
-SKIPPED_STEMS = {"", "readme", "license", "licence"}  # "" is the stem of hidden files
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start of JSON, and of hardly any text
 # In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
 ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
@@ -40,14 +36,22 @@ INFER_ALL = ReadOptions()
 
 
 def read_conversations(
-    path: str, key: str, options: ReadOptions = INFER_ALL, log: Callable[[str], object] = print
+    path: str,
+    key: str,
+    options: ReadOptions = INFER_ALL,
+    log: Callable[[str], object] = print,
+    use: str = splits.TRAIN,
 ) -> list[Conversation]:
     """Returns all conversations of a file, a directory or a TFDS data set; see `iter_conversations`."""
-    return list(iter_conversations(path, key, options, log))
+    return list(iter_conversations(path, key, options, log, use))
 
 
 def iter_conversations(
-    path: str, key: str, options: ReadOptions = INFER_ALL, log: Callable[[str], object] = print
+    path: str,
+    key: str,
+    options: ReadOptions = INFER_ALL,
+    log: Callable[[str], object] = print,
+    use: str = splits.TRAIN,
 ) -> Iterator[Conversation]:
     """Yields the conversations of a file, of a directory's files in order of their names, or of a TFDS data set.
 
@@ -56,6 +60,7 @@ def iter_conversations(
       key: the config key that holds the path, for messages.
       options: how rows are written.
       log: receives one line for each thing that was inferred or left unused, after the last row.
+      use: which files of a directory to read, if their names say what they are for; see `splits.Splits.files`.
 
     Raises:
       UserError: the path does not exist, or a file cannot be read; or, after the last row, there were unusable rows,
@@ -63,7 +68,7 @@ def iter_conversations(
     """
     notes, bad, used = ReaderNotes(), BadRows(), 0
     first: Conversation | None = None
-    for row in _rows(path, key, options, notes):
+    for row in _rows(path, key, options, notes, use):
         if isinstance(row, UserError):
             bad.add(str(row))
             continue
@@ -84,43 +89,23 @@ def iter_conversations(
         heading = f"{key}={path}: {share} cannot be used. Fix them, or set bad_rows=drop:"
         raise UserError("\n  ".join([heading, *bad.lines()]))
     if not used:
-        raise UserError("\n  ".join([f"{key}={path} contains no usable rows.", *notes.lines()]))
+        which = " (its held-out files)" if use == splits.HELD_OUT else ""
+        raise UserError("\n  ".join([f"{key}={path}{which} contains no usable rows.", *notes.lines()]))
     for line in notes.lines():
         log(f"{key}: {line}")
 
 
-def data_files(path: str, key: str) -> list[Path]:
-    """Returns the files that hold rows; hidden files, README and LICENSE are skipped.
-
-    Raises:
-      UserError: the path does not exist, or something in it is not a regular file: a broken or circular link, a pipe.
-    """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise UserError(f"{key}={path}: No such file or directory.")
-    files = sorted(_walk(root, ())) if root.is_dir() else [root]
-    for file in files:
-        try:
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise UserError(f"{file} is not a regular file (a pipe or a device?). Remove it.")
-        except OSError as error:
-            raise UserError(f"{file} is a broken symbolic link ({error.strerror}). Remove or fix it.") from None
-    if not files:
-        raise UserError(f"{key}={path}: The directory contains no data files.")
-    return files
-
-
-def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL) -> str:
-    """Returns a sha256 of the names and bytes of the data files and of `metadata_path`: equal hash, equal data."""
+def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL, use: str = splits.TRAIN) -> str:
+    """Returns a sha256 of the names and bytes of the files read and of `metadata_path`: equal hash, equal data."""
     digest = hashlib.sha256()
     if parquet_tfds.is_tfds(path):
         directory, split = parquet_tfds.find_tfds(path, key)
         digest.update(f"{split}\n".encode())
-        path = str(directory)
-    files = data_files(path, key)
-    if options.metadata_path:
-        files.append(Path(options.metadata_path).expanduser())
-    for file in files:
+        files = sorted(splits.walk(directory))
+    else:
+        files = splits.find_splits(path, key, options).files(use)
+    metadata = [Path(options.metadata_path).expanduser()] if options.metadata_path else []
+    for file in [*files, *metadata]:
         digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
@@ -133,33 +118,12 @@ def resolved_path(path: str) -> str:
     return path if path.startswith(parquet_tfds.TFDS) else str(Path(path).expanduser().resolve())
 
 
-def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yields all files below a directory, following links."""
-    real = directory.resolve()
-    if real in above:
-        raise UserError(f"{directory} is a link to one of its own parent directories. Remove it.")
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror}.") from None
-    for name in names:
-        if name in SKIPPED_FILES or name.split(".")[0].lower() in SKIPPED_STEMS:
-            continue
-        if (directory / name).is_dir():
-            yield from _walk(directory / name, (*above, real))
-        else:
-            yield directory / name
-
-
-def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes, use: str) -> Iterator[Row]:
     if parquet_tfds.is_tfds(path):
         yield from _convert_rows(parquet_tfds.read_tfds(path, key), options, notes)
         return
     own = _metadata(options)
-    metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
-    for file in data_files(path, key):
-        if file.resolve() == metadata:
-            continue
+    for file in splits.find_splits(path, key, options).files(use):
         try:
             yield from _read_file(file, own.get(file.resolve(), options), notes)
         except OSError as error:
@@ -168,10 +132,8 @@ def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iter
 
 def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     """Reads the rows of one file with the reader of its format."""
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"PAR1":
-        yield from _convert_rows(parquet_tfds.read_parquet(file), options, notes)
+    if name := parquet_tfds.columnar_format(file):
+        yield from _convert_rows(parquet_tfds.read_columnar(file, name), options, notes)
         return
     if re.search(r"\.(array_record|tfrecord)", file.name):
         raise UserError(f"{file} is part of a TFDS data set. Pass its directory, the one with dataset_info.json.")
