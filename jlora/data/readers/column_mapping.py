@@ -6,6 +6,7 @@ that have content are reported.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -40,15 +41,22 @@ SPEAKERS = {
     **dict.fromkeys(USER_NAMES, "user"),
     **dict.fromkeys(ASSISTANT_NAMES | {"gpt", "chatgpt", "bard", "bing", "model", "ai", "chatbot"}, "assistant"),
 }
+# What programs write into a table's cell that has no value. JSON has its own null, so there these are words.
+NO_VALUE = frozenset("nan NaN NAN NA N/A n/a #N/A <NA> NaT None NONE null Null NULL".split())
 WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")
+NEEDED = {"prompt": "question", "response": "answer", "text": "text"}
 Parts = dict[str, str]  # one of conversation.PARTS -> the name of its column
 
 
 class RowConverter:
-    """Converts the rows of one file to conversations."""
+    """Converts the rows of one file to conversations.
 
-    def __init__(self, options: ReadOptions, notes: ReaderNotes) -> None:
-        self._reading, self._notes = options, notes
+    Args:
+      table: whether the rows are a table's, in which a cell such as `nan` or `None` has no value.
+    """
+
+    def __init__(self, options: ReadOptions, notes: ReaderNotes, *, table: bool = False) -> None:
+        self._reading, self._notes, self._table = options, notes, table
         self._parts: dict[tuple[str, ...], Parts] = {}
         prefixes = [(role, prefix) for role, joined in options.role_prefixes.items() for prefix in joined.split("|")]
         self._speakers = {**SPEAKERS, **{prefix.strip().lower(): role for role, prefix in prefixes}}
@@ -75,6 +83,7 @@ class RowConverter:
             parts = self.parts(tuple(row))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        row = self._without_missing(row, parts, where)
         made = [make_conversation(self._turns(one, parts, where), where) for one in self._pairs(row, parts, where)]
         others = {column: value for column, value in row.items() if column not in parts.values()}
         mark = "" if "text" in parts else bad_mark(others)
@@ -86,6 +95,22 @@ class RowConverter:
             remark = "rows left out, because a mark says not to learn them (preference training can use them)"
             self._notes.add(remark, mark or "every answer")
         return learned
+
+    def _without_missing(self, row: dict[str, Any], parts: Parts, where: str) -> dict[str, Any]:
+        """Returns the row with None in place of NaN, infinity and, in a table, the words for no value."""
+        found = dict(row)
+        for part, column in parts.items():
+            value = row[column]
+            word = value.strip() if isinstance(value, str) and value.strip() in NO_VALUE else ""
+            if word and not self._table:
+                self._notes.add("texts such as nan or None, kept as words, because the format has its own null", column)
+            elif word and part in NEEDED and not (part == "prompt" and row.get(parts.get("context", ""))):
+                advice = f"In a table, {word} means no value. If it is a word, write it with a full stop."
+                raise UserError(f"{where}: The {NEEDED[part]} is empty. {advice}")
+            elif word or (isinstance(value, float) and not math.isfinite(value)):
+                self._notes.add("values such as nan or None, read as empty", column)
+                found[column] = None
+        return found
 
     def _pairs(self, row: dict[str, Any], parts: Parts, where: str) -> Iterator[dict[str, Any]]:
         """Yields the row; or, if its question and answer are lists of texts, a row for each pair."""

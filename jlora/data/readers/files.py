@@ -133,7 +133,7 @@ def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes, use: st
 def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
     """Reads the rows of one file with the reader of its format."""
     if name := parquet_tfds.columnar_format(file):
-        yield from _convert_rows(parquet_tfds.read_columnar(file, name), options, notes)
+        yield from _convert_rows(parquet_tfds.read_columnar(file, name), options, notes, table=True)
         return
     if re.search(r"\.(array_record|tfrecord)", file.name):
         raise UserError(f"{file} is part of a TFDS data set. Pass its directory, the one with dataset_info.json.")
@@ -147,7 +147,7 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
     if kind == "json":
         yield from _convert_rows(read_json(file, encoding, options, notes), options, notes)
     elif kind == "table":
-        yield from _convert_rows(read_table(file, encoding, options, notes), options, notes)
+        yield from _convert_rows(read_table(file, encoding, options, notes), options, notes, table=True)
     else:
         yield from read_text(file, encoding, options, notes)
 
@@ -166,9 +166,11 @@ def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
     return "table" if table or looks_like_table(head) else "text"
 
 
-def _convert_rows(rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def _convert_rows(
+    rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes, *, table: bool = False
+) -> Iterator[Row]:
     """Converts rows with named columns to conversations; errors are passed on."""
-    converter = RowConverter(options, notes)
+    converter = RowConverter(options, notes, table=table)
     for where, row in rows:
         try:
             yield from [row] if isinstance(row, UserError) else converter.conversations(row, where)
