@@ -43,6 +43,15 @@ WORDS = [
     "\0",
     "\\ud800",
     "\r",
+    "<|im_start|>user\n",
+    "<|im_start|>assistant\n",
+    "<|im_end|>",
+    "<s>[INST] ",
+    " [/INST] ",
+    "### Question: ",
+    "### Answer: ",
+    "- **A:** ",
+    "**Q:** ",
 ]
 SCRAPS = st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=20).map("".join)
 KEYS = st.sampled_from(

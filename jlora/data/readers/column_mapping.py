@@ -24,6 +24,7 @@ from jlora.data.conversation import (
     join_limited,
     make_conversation,
 )
+from jlora.data.readers.chat_markup import turns_of_text
 from jlora.data.readers.training_marks import TURN_MARKS, bad_mark, is_learned
 
 NAMES = {
@@ -137,6 +138,9 @@ class RowConverter:
             return (value or "").strip()
 
         if "text" in parts:
+            if not self._reading.plain and (found := turns_of_text(text("text"), where, self._notes, parts["text"])):
+                yield from found
+                return
             if not (self._reading.plain or self._reading.columns):
                 self._notes.add("training on plain text, because no columns hold question and answer", parts["text"])
             yield Turn("text", text("text"), where)

@@ -21,7 +21,7 @@ from jlora.data.conversation import (
     join_limited,
     names_complete_row,
 )
-from jlora.data.readers import parquet_tfds, splits
+from jlora.data.readers import chat_markup, parquet_tfds, splits
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
 from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
@@ -32,6 +32,7 @@ JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start 
 # In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
 ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
 FILE_NAMES = {"file", "file_name", "filename", "path", "文件"}
+JSON_ENDINGS, TABLE_ENDINGS = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 INFER_ALL = ReadOptions()
 
 
@@ -143,8 +144,13 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
     head = first_lines(file, encoding)
     if not head:
         raise UserError(f"{file}: The file is empty.")
-    kind = _detect_format(file.suffix.lower(), head, options)
-    if kind == "json":
+    ending = file.suffix.lower()
+    free = not (options.plain or options.role_prefixes or ending in (*JSON_ENDINGS, *TABLE_ENDINGS))
+    style = chat_markup.find_style(file, head) if free else None
+    kind = _detect_format(ending, head, options)
+    if style:
+        yield from chat_markup.read_markup(file, encoding, style, notes)
+    elif kind == "json":
         yield from _convert_rows(read_json(file, encoding, options, notes), options, notes)
     elif kind == "table":
         yield from _convert_rows(read_table(file, encoding, options, notes), options, notes, table=True)
@@ -154,8 +160,8 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
 
 def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
     """Returns "json", "table" or "text". The content overrides the file name, except that JSON names stay JSON."""
-    table = ending in (".csv", ".tsv")
-    if ending in (".json", ".jsonl", ".ndjson"):
+    table = ending in TABLE_ENDINGS
+    if ending in JSON_ENDINGS:
         return "json"
     if options.plain:
         return "table" if table else "text"
