@@ -230,6 +230,15 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
     )
 
 
+def makes_row(keys: Sequence[str], options: ReadOptions) -> bool:
+    """Returns whether an object with these keys is a row, so that a list of objects in it does not hold the rows."""
+    try:
+        parts = map_columns(keys, options)
+    except UserError:
+        return False
+    return "messages" in parts or {"prompt", "response"} <= parts.keys()
+
+
 def _is_text_list(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 

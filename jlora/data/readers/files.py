@@ -1,6 +1,6 @@
 """Data files to conversations: finds the files, detects the format of each from its content, and selects the reader.
 
-The formats are Parquet, Arrow, TFDS, JSON, CSV, text with roles, and plain text, which the other modules read.
+The formats are Parquet, Arrow, TFDS, JSON, YAML, CSV, text with roles, and plain text, which the other modules read.
 """
 
 import dataclasses
@@ -27,12 +27,13 @@ from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, rea
 from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
 from jlora.data.readers.json_files import read_json
 from jlora.data.readers.text_files import Row, begins_with_role, read_text
+from jlora.data.readers.yaml_files import read_yaml
 
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start of JSON, and of hardly any text
 # In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
 ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
 FILE_NAMES = {"file", "file_name", "filename", "path", "文件"}
-JSON_ENDINGS, TABLE_ENDINGS = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
+JSON_ENDINGS, TABLE_ENDINGS, YAML_ENDINGS = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".yml", ".yaml")
 INFER_ALL = ReadOptions()
 
 
@@ -145,13 +146,15 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
     if not head:
         raise UserError(f"{file}: The file is empty.")
     ending = file.suffix.lower()
-    free = not (options.plain or options.role_prefixes or ending in (*JSON_ENDINGS, *TABLE_ENDINGS))
+    free = not (options.plain or options.role_prefixes or ending in (*JSON_ENDINGS, *TABLE_ENDINGS, *YAML_ENDINGS))
     style = chat_markup.find_style(file, head) if free else None
     kind = _detect_format(ending, head, options)
     if style:
         yield from chat_markup.read_markup(file, encoding, style, notes)
     elif kind == "json":
         yield from _convert_rows(read_json(file, encoding, options, notes), options, notes)
+    elif kind == "yaml":
+        yield from _convert_rows(read_yaml(file, encoding, options, notes), options, notes)
     elif kind == "table":
         yield from _convert_rows(read_table(file, encoding, options, notes), options, notes, table=True)
     else:
@@ -159,12 +162,17 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
 
 
 def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
-    """Returns "json", "table" or "text". The content overrides the file name, except that JSON names stay JSON."""
+    """Returns "json", "yaml", "table" or "text".
+
+    The content overrides the file name, except for names of JSON and YAML.
+    """
     table = ending in TABLE_ENDINGS
     if ending in JSON_ENDINGS:
         return "json"
     if options.plain:
         return "table" if table else "text"
+    if ending in YAML_ENDINGS:
+        return "yaml"
     if JSON.match(head[0]):
         return "json"
     if begins_with_role(head[0], options):
