@@ -24,7 +24,7 @@ from jlora.data.conversation import (
 from jlora.data.readers import chat_markup, parquet_tfds, splits
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
-from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines
+from jlora.data.readers.encoding import GB18030, HTML, detect_encoding, first_lines
 from jlora.data.readers.json_files import read_json
 from jlora.data.readers.text_files import Row, begins_with_role, read_text
 from jlora.data.readers.yaml_files import read_yaml
@@ -145,6 +145,9 @@ def _read_file(file: Path, options: ReadOptions, notes: ReaderNotes) -> Iterator
     head = first_lines(file, encoding)
     if not head:
         raise UserError(f"{file}: The file is empty.")
+    if not options.plain and HTML.match("\n".join(head)):
+        advice = "Save its text as .txt, or its table as CSV. To train on its source, set task_type=plain-text."
+        raise UserError(f"{file} is an HTML page. {advice}")
     ending = file.suffix.lower()
     free = not (options.plain or options.role_prefixes or ending in (*JSON_ENDINGS, *TABLE_ENDINGS, *YAML_ENDINGS))
     style = chat_markup.find_style(file, head) if free else None
