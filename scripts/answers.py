@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jlora.cli.program import run_program
 from jlora.data.conversation import ReadOptions
+from jlora.data.readers import splits
 from jlora.data.readers.files import read_conversations
 from jlora.serve.loading import load_model
 from jlora.training.checkpoint import read_record
@@ -23,9 +24,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     record = read_record(arguments.run, "--run")
     base = record["base"]["directory"]
-    rows = read_conversations(
-        record["data"]["questions"], "the run's questions", ReadOptions.from_config(record["config"])
-    )
+    data, reading = record["data"], ReadOptions.from_config(record["config"])
+    use = data.get("question_files", splits.TRAIN)
+    rows = read_conversations(data["questions"], "the run's questions", reading, use=use)
     counts = {}
     for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
         generator, adapters = load_model(base, {"adapter": adapter} if adapter else {})

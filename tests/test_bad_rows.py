@@ -10,6 +10,7 @@ from jlora.common.errors import UserError
 TURN = {"role": "user", "content": "a?"}
 ANSWER = {"role": "assistant", "content": "b"}
 Q = "question,answer\n"
+HTML = "<!DOCTYPE html>\n<html><head><title>FAQ</title></head>\n<body><p>User: a?</p>\n<p>Bot: b</p></body></html>"
 BAD = [
     # text
     ("rows.txt", "", "rows.txt: The file is empty"),
@@ -83,6 +84,16 @@ BAD = [
         b"PK\x03\x04....",
         r"rows.xlsx is not a valid archive \(.xlsx and .docx files are zip archives\): .*, or save its rows as CSV",
     ),
+    (
+        "rows.doc",
+        b"{\\rtf1\\ansi{\\fonttbl\\f0 Arial;}\\f0 User: a?\\par}",
+        r"rows.doc is a Rich Text document. Save it as plain text \(.txt\)",
+    ),
+    ("rows.rtf", b"{\\rtf1 User: a?}", "rows.rtf is a Rich Text document"),
+    ("rows.html", HTML, r"rows.html is an HTML page. Save its text as .txt, or its table as CSV"),
+    ("rows.txt", f"\n  {HTML.lower()}", "rows.txt is an HTML page"),
+    ("rows.jsonl", HTML.removeprefix("<!DOCTYPE html>\n"), "rows.jsonl is an HTML page"),
+    ("rows.csv", f'<?xml version="1.0"?>\n<!-- saved -->\n{HTML}'.encode("utf-16"), "rows.csv is an HTML page"),
     ("rows.pdf", b"%PDF-1.7", "rows.pdf is a PDF. Save its text"),
     ("rows.jsonl.gz", b"\x1f\x8b\x08", r"rows.jsonl.gz is not a valid archive .*file ended before.*Save it again"),
     # JSON
@@ -228,6 +239,18 @@ BAD = [
 def test_bad_rows_are_reported(file, name, content, message):
     with pytest.raises(UserError, match=message):
         read(file(content, name))
+
+
+def test_text_about_html_stays_text(file):
+    for text in (
+        "<html> is the first tag of a page.",
+        "<!DOCTYPE html> comes first,\nthen <html>.",
+        "{\\bf a} is bold.",
+    ):
+        assert contents(read(file(text))[0]) == [[text]]
+    text = f"User: Write a page.\nBot: {HTML}\n"
+    assert contents(read(file(text))[0]) == [["Write a page.", HTML]]
+    assert contents(read(file(HTML), task_type="plain-text")[0]) == [[HTML]]
 
 
 def test_settings_that_do_not_match_the_files(file):

@@ -15,6 +15,7 @@ from test_layouts import LAYOUTS, contents
 from jlora.common.errors import UserError
 from jlora.data.conversation import ReadOptions
 from jlora.data.readers import files, json_files
+from jlora.data.readers.column_mapping import NO_VALUE
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
 ENDINGS = st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ""])
@@ -42,6 +43,15 @@ WORDS = [
     "\0",
     "\\ud800",
     "\r",
+    "<|im_start|>user\n",
+    "<|im_start|>assistant\n",
+    "<|im_end|>",
+    "<s>[INST] ",
+    " [/INST] ",
+    "### Question: ",
+    "### Answer: ",
+    "- **A:** ",
+    "**Q:** ",
 ]
 SCRAPS = st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=20).map("".join)
 KEYS = st.sampled_from(
@@ -119,8 +129,9 @@ def dropped(said):
     return next(((int(c[1]), int(c[2])) for c in counts if c), (0, None))
 
 
-def good(said):
-    return said.strip() != "" and "\0" not in said
+def good(said, ending):
+    missing = ending in (".csv", ".tsv", ".parquet") and said.strip() in NO_VALUE
+    return said.strip() != "" and "\0" not in said and not missing
 
 
 def as_csv(pairs, delimiter=","):
@@ -150,15 +161,26 @@ WRITERS = {
 }
 
 
+def as_arrow(writer):
+    table, out = (
+        pyarrow.table({"q": ["a?"] * 5, "a": ["b" * 40] * 5, "list": [[1], [], None, [2, 3], []]}),
+        io.BytesIO(),
+    )
+    with writer(out, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    return out.getvalue()
+
+
+COLUMNAR = [as_parquet([("a?", "b" * 40)] * 5), *map(as_arrow, (pyarrow.ipc.new_stream, pyarrow.ipc.new_file))]
+
+
 @FUZZ
-@given(st.data())
-def test_parquet_with_bytes_changed(folder, data):
-    content = bytearray(as_parquet([("a?", "b" * 40)] * 5))
+@given(st.sampled_from(COLUMNAR), st.data())
+def test_parquet_and_arrow_with_bytes_changed(folder, whole, data):
+    content = bytearray(whole)
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         content[at] = data.draw(st.integers(0, 255))
-    outcome(
-        file(folder, ".parquet", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), ReadOptions()
-    )
+    outcome(file(folder, ".data", bytes(content[: data.draw(st.integers(0, len(content)))] or content)), ReadOptions())
 
 
 @FUZZ
@@ -170,7 +192,7 @@ def test_parquet_with_bytes_changed(folder, data):
 def test_every_row_is_used_or_reported(folder, ending, pairs, chunk):
     content = WRITERS[ending](pairs)
     path = file(folder, ending, content if isinstance(content, bytes) else content.encode())
-    kept = [[q.strip(), a.strip()] for q, a in pairs if good(q) and good(a)]
+    kept = [[q.strip(), a.strip()] for q, a in pairs if good(q, ending) and good(a, ending)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_files, "CHUNK", chunk)
         rows, said = outcome(path, ReadOptions(bad_rows="drop"))

@@ -17,7 +17,7 @@ from jlora.common.errors import UserError
 from jlora.config.files import config_parser, load_config
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
-from jlora.data.readers.files import split_sheet
+from jlora.data.readers.splits import split_sheet
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.sharding import describe
 from jlora.models import attention_backend

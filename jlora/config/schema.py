@@ -28,7 +28,7 @@ class Config:
 
     # Data. Both data paths are a file, a directory, `hf:OWNER/NAME/SPLIT`, `tfds:NAME/SPLIT` or `FILE.xlsx#SHEET`.
     train_data_dir: str = ""  # training rows; required
-    eval_data_dir: str = ""  # held-out rows; or set eval_share instead
+    eval_data_dir: str = ""  # held-out rows; otherwise eval_share, or files in train_data_dir that are named valid
     eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which
     # The column or key of each part of a row, if it cannot be inferred: {"prompt": "q", "response": "a"}. Other parts
     # are context, system, history, messages and text. "rows" is the key of the list of rows in a JSON object.
@@ -150,6 +150,7 @@ ENTRIES = {
     "trainable_token_indices": "token ids, or lists of them for embed_tokens and lm_head",
 }
 
+NO_HELD_OUT = "early_stopping_patience needs held-out rows. Set eval_data_dir or eval_share."
 
 # Names that other programs give to these keys.
 OTHER_NAMES = {

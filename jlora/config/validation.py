@@ -4,13 +4,14 @@ import dataclasses
 import datetime
 import math
 import re
+from pathlib import Path
 
 from jlora.adapters import methods
 from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import ALL_LINEAR, EMBEDDINGS, TARGETS
 from jlora.bases.resolve import is_hub_id
-from jlora.config.schema import CHOICES, ENTRIES, Config, suggest_nearest
+from jlora.config.schema import CHOICES, ENTRIES, NO_HELD_OUT, Config, suggest_nearest
 from jlora.data.conversation import PARTS, ROLES, names_complete_row
 from jlora.data.readers.encoding import is_encoding
 from jlora.distributed.sharding import MESH_AXES
@@ -49,8 +50,7 @@ def validate(config: Config) -> list[str]:
     problems += _data_problems(config)
     if not config.output_dir:
         problems.append("output_dir is empty. Set it to a directory for the run.")
-    if config.eval_data_dir and config.eval_share:
-        problems.append("eval_data_dir and eval_share are both set. Remove one of them.")
+    problems += _held_out_problems(config)
     problems += [
         f"mesh has {axis!r}: {size!r}. Expected a number of devices, or -1 for one axis, under {', '.join(MESH_AXES)}."
         for axis, size in config.mesh.items()
@@ -72,8 +72,6 @@ def validate(config: Config) -> list[str]:
         )
     if config.fp16 and config.compute_dtype == "float32":
         problems.append("fp16=True and compute_dtype='float32' contradict each other. Remove one of them.")
-    if config.early_stopping_patience and not (config.eval_data_dir or config.eval_share):
-        problems.append("early_stopping_patience needs held-out rows. Set eval_data_dir or eval_share.")
     return problems
 
 
@@ -97,6 +95,14 @@ def _data_problems(config: Config) -> list[str]:
     if config.chat_date and not _is_date(config.chat_date):
         problems.append(f"chat_date={config.chat_date!r}: Expected a date as YYYY-MM-DD.")
     return problems
+
+
+def _held_out_problems(config: Config) -> list[str]:
+    if config.eval_data_dir and config.eval_share:
+        return ["eval_data_dir and eval_share are both set. Remove one of them."]
+    own = Path(config.train_data_dir).expanduser().is_dir()  # its files may be named valid
+    missing = config.early_stopping_patience and not (config.eval_data_dir or config.eval_share or own)
+    return [NO_HELD_OUT] if missing else []
 
 
 def _adapter_problems(config: Config) -> list[str]:

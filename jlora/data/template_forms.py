@@ -1,6 +1,6 @@
 """The forms in which a chat template takes reasoning, tool calls and tools, found by rendering small conversations.
 
-Templates agree on a turn's role and content, and on little else: reasoning has a key of its own, is part of the content,
+Templates agree on a turn's role and content, and on little else: reasoning has a key of its own, is in the content,
 or is cut out; a call's arguments are an object or JSON text; the content beside a call is empty, None or absent.
 """
 

@@ -22,6 +22,7 @@ from jlora.common.errors import VerificationError
 from jlora.common.plural import plural
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import ReadOptions
+from jlora.data.readers import splits
 from jlora.data.readers.files import read_conversations
 from jlora.data.tokenizer import TEMPLATE_KEYS, end_tokens, load_tokenizer
 from jlora.distributed.sharding import make_mesh
@@ -72,7 +73,9 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     directory = Path(record["base"]["directory"])
     tokenizer = load_tokenizer(directory, *(record["config"][key] for key in TEMPLATE_KEYS))
     reading = ReadOptions.from_config(record["config"])
-    rows = read_conversations(record["data"]["questions"], "the run's questions", reading)[:PROMPTS]
+    data = record["data"]
+    use = data.get("question_files", splits.TRAIN)  # runs from older versions lack it
+    rows = read_conversations(data["questions"], "the run's questions", reading, use=use)[:PROMPTS]
     asked = [row.messages[:-1] or row.messages for row in rows]
     prompts = [encode_prompt(tokenizer, asks, row.tools) for asks, row in zip(asked, rows, strict=True)]
     compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=record["config"]["quantize_base"])

@@ -14,7 +14,7 @@ from jlora.adapters.settings import spec_of
 from jlora.common import paths
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
-from jlora.config.schema import Config
+from jlora.config.schema import NO_HELD_OUT, Config
 from jlora.data import preview
 from jlora.data.batches import Batches, plan_batches
 from jlora.data.chat_template import encode_prompt, has_thinking_switch, states_date
@@ -25,7 +25,7 @@ from jlora.data.examples import Example, SizedExamples
 from jlora.data.held_out_split import is_held_out, refuse_overlap
 from jlora.data.length_limit import limit_length
 from jlora.data.loss_mask import encode_conversation
-from jlora.data.readers import files
+from jlora.data.readers import files, splits
 from jlora.data.token_cache import load_or_tokenize
 from jlora.data.tokenizer import THINKING, check_embedded
 from jlora.models.model_config import ModelConfig
@@ -40,7 +40,7 @@ class RowSource:
 
     Args:
       key: the config key that holds the path.
-      held_out: with `eval_share`, whether these are the held-out rows or the training rows.
+      held_out: whether these are the held-out rows of `train_data_dir`, or its training rows.
       log: receives the reader's remarks on the files.
       count: the number of rows if they were counted before, else 0.
       reasoning: how many of them have reasoning that is learned.
@@ -56,10 +56,22 @@ class RowSource:
     def __length_hint__(self) -> int:
         return self.count
 
+    @property
+    def use(self) -> str:
+        """Which files of the directory are read, if their names say what they are for."""
+        if self.key == "eval_data_dir":
+            return splits.EVAL
+        return splits.HELD_OUT if self.held_out and not self.config.eval_share else splits.TRAIN
+
+    def hash(self) -> str:
+        """Returns the hash of the files that are read."""
+        options = ReadOptions.from_config(asdict(self.config))
+        return files.hash_files(getattr(self.config, self.key), self.key, options, self.use)
+
     def __iter__(self) -> Iterator[Conversation]:
         config = self.config
         options = ReadOptions.from_config(asdict(config))
-        for row in files.iter_conversations(getattr(config, self.key), self.key, options, self.log):
+        for row in files.iter_conversations(getattr(config, self.key), self.key, options, self.log, self.use):
             if config.pii == "mask":
                 row = pii.mask(row, config.pii_regions, config.pii_amounts)
             if config.eval_share and is_held_out(row, config.eval_share, config.seed) != self.held_out:
@@ -69,25 +81,32 @@ class RowSource:
             yield row
 
 
+def held_out_source(config: Config) -> RowSource | None:
+    """Returns the held-out rows: of `eval_data_dir`, a share of the training rows, or held-out files beside these."""
+    if config.eval_data_dir:
+        return RowSource(config, "eval_data_dir")
+    options = ReadOptions.from_config(asdict(config))
+    own = splits.find_splits(config.train_data_dir, "train_data_dir", options).files(splits.HELD_OUT)
+    return RowSource(config, "train_data_dir", held_out=True) if config.eval_share or own else None
+
+
 def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSource, list[Conversation]]:
     """Returns training rows and held-out conversations, and logs the data quality report on them.
 
     Raises:
-      UserError: a row cannot be used; a held-out question is also trained on; one side of the split is empty; or there
-        is personal data and pii is "error".
+      UserError: a row cannot be used; a held-out question is also trained on; one side of the split is empty; there is
+        personal data and pii is "error"; or early stopping has no held-out rows.
     """
-    rows = RowSource(config, "train_data_dir")
+    rows, other = RowSource(config, "train_data_dir"), held_out_source(config)
+    if config.early_stopping_patience and not other:
+        raise UserError(NO_HELD_OUT)
+    _log_splits(config, log)
     held_out: list[Conversation] = []
     pii_settings = config.pii_regions, config.pii, config.pii_amounts
     reports = {"training": DataReport(*pii_settings)}
-    if config.eval_share or config.eval_data_dir:
-        other = (
-            RowSource(config, "train_data_dir", held_out=True)
-            if config.eval_share
-            else RowSource(config, "eval_data_dir", log=log)
-        )
+    if other:
         reports["held out"] = DataReport(*pii_settings)
-        held_out = list(reports["held out"].inspect(other))
+        held_out = list(reports["held out"].inspect(other if config.eval_share else replace(other, log=log)))
     refuse_overlap(reports["training"].inspect(replace(rows, log=log)), held_out)
     for name, report in reports.items():
         if not report.count:
@@ -118,6 +137,16 @@ def fix_template_settings(
         log(f"enable_thinking={config.enable_thinking}, because {why}. Serve the adapter with the same setting")
     tokenizer.thinking = THINKING.get(config.enable_thinking)
     return config
+
+
+def _log_splits(config: Config, log: Callable[[str], None]) -> None:
+    """Logs what the files of each directory are used for, if their names say what they are for."""
+    options = ReadOptions.from_config(asdict(config))
+    instead = next((key for key in ("eval_data_dir", "eval_share") if getattr(config, key)), "")
+    for key, use in (("train_data_dir", splits.TRAIN), ("eval_data_dir", splits.EVAL)):
+        if path := getattr(config, key):
+            for line in splits.find_splits(path, key, options).remarks(use, instead):
+                log(f"{key}: {line}")
 
 
 def with_new_tokens(config: Config, model: ModelConfig, tokenizer: Any) -> ModelConfig:

@@ -21,7 +21,7 @@ from jlora.common import hf_names
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data.batches import Batches
-from jlora.data.conversation import Conversation, ReadOptions
+from jlora.data.conversation import Conversation
 from jlora.data.examples import SizedExamples
 from jlora.data.readers import files
 from jlora.data.tokenizer import end_tokens, load_tokenizer
@@ -33,7 +33,9 @@ from jlora.models.compute_settings import ComputeSettings, Packing, default_dtyp
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import (
+    RowSource,
     fix_template_settings,
+    held_out_source,
     make_run_batches,
     read_examples,
     read_rows,
@@ -198,20 +200,21 @@ def make_record(
 ) -> dict[str, Any]:
     """Returns the contents of config.json: the config, hashes of data and base model, versions and devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
-    questions = config.eval_data_dir or config.train_data_dir
-    reading = ReadOptions.from_config(dataclasses.asdict(config))
-    held_out = config.eval_data_dir
+    rows = RowSource(config, "train_data_dir")
+    held_out = None if config.eval_share else held_out_source(config)  # of a share, the training data's hash is enough
+    questions = held_out or rows
     return {
         "config": dataclasses.asdict(config),
         "data": {
-            "train": files.hash_files(config.train_data_dir, "train_data_dir", reading),
-            "held_out": files.hash_files(held_out, "eval_data_dir", reading) if held_out else "",
+            "train": rows.hash(),
+            "held_out": held_out.hash() if held_out else "",
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template_source_hash(tokenizer),
-            "questions": files.resolved_path(questions, "eval_data_dir" if held_out else "train_data_dir"),
+            "questions": files.resolved_path(getattr(config, questions.key), questions.key),
+            "question_files": questions.use,
             "commits": {
                 "train": files.hub_commit(config.train_data_dir, "train_data_dir"),
-                "held_out": files.hub_commit(held_out, "eval_data_dir"),
+                "held_out": files.hub_commit(config.eval_data_dir, "eval_data_dir"),
             },
         },
         "base": {

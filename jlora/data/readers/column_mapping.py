@@ -6,6 +6,7 @@ that have content are reported.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -24,6 +25,7 @@ from jlora.data.conversation import (
     join_limited,
     make_conversation,
 )
+from jlora.data.readers.chat_markup import turns_of_text
 from jlora.data.readers.tool_calls import calls_of, read_tagged, result_text, text_calls, tools_json
 from jlora.data.readers.training_marks import TURN_MARKS, bad_mark, loss_weight
 
@@ -47,17 +49,24 @@ SPEAKERS = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_result", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), CALL),
 }
+# What programs write into a table's cell that has no value. JSON has its own null, so there these are words.
+NO_VALUE = frozenset("nan NaN NAN NA N/A n/a #N/A <NA> NaT None NONE null Null NULL".split())
 WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 CALLS = ("tool_calls", "function_call")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+NEEDED = {"prompt": "question", "response": "answer", "text": "text"}
 Parts = dict[str, str]  # one of conversation.PARTS -> the name of its column
 
 
 class RowConverter:
-    """Converts the rows of one file to conversations."""
+    """Converts the rows of one file to conversations.
 
-    def __init__(self, options: ReadOptions, notes: ReaderNotes) -> None:
-        self._reading, self._notes = options, notes
+    Args:
+      table: whether the rows are a table's, in which a cell such as `nan` or `None` has no value.
+    """
+
+    def __init__(self, options: ReadOptions, notes: ReaderNotes, *, table: bool = False) -> None:
+        self._reading, self._notes, self._table = options, notes, table
         self._parts: dict[tuple[str, ...], Parts] = {}
         prefixes = [(role, prefix) for role, joined in options.role_prefixes.items() for prefix in joined.split("|")]
         self._speakers = {**SPEAKERS, **{prefix.strip().lower(): role for role, prefix in prefixes}}
@@ -84,6 +93,7 @@ class RowConverter:
             parts = self.parts(tuple(row))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        row = self._without_missing(row, parts, where)
         tools = tools_json(row.get(parts.get("tools", "")))
         used = [column for part, column in parts.items() if part != "tools" or tools]
         made = [
@@ -100,6 +110,22 @@ class RowConverter:
             remark = "rows left out, because a mark says not to learn them (preference training can use them)"
             self._notes.add(remark, mark or "every answer")
         return learned
+
+    def _without_missing(self, row: dict[str, Any], parts: Parts, where: str) -> dict[str, Any]:
+        """Returns the row with None in place of NaN, infinity and, in a table, the words for no value."""
+        found = dict(row)
+        for part, column in parts.items():
+            value = row[column]
+            word = value.strip() if isinstance(value, str) and value.strip() in NO_VALUE else ""
+            if word and not self._table:
+                self._notes.add("texts such as nan or None, kept as words, because the format has its own null", column)
+            elif word and part in NEEDED and not (part == "prompt" and row.get(parts.get("context", ""))):
+                advice = f"In a table, {word} means no value. If it is a word, write it with a full stop."
+                raise UserError(f"{where}: The {NEEDED[part]} is empty. {advice}")
+            elif word or (isinstance(value, float) and not math.isfinite(value)):
+                self._notes.add("values such as nan or None, read as empty", column)
+                found[column] = None
+        return found
 
     def _pairs(self, row: dict[str, Any], parts: Parts, where: str) -> Iterator[dict[str, Any]]:
         """Yields the row; or, if its question and answer are lists of texts, a row for each pair."""
@@ -126,6 +152,9 @@ class RowConverter:
             return (value or "").strip()
 
         if "text" in parts:
+            if not self._reading.plain and (found := turns_of_text(text("text"), where, self._notes, parts["text"])):
+                yield from found
+                return
             if not (self._reading.plain or self._reading.columns):
                 self._notes.add("training on plain text, because no columns hold question and answer", parts["text"])
             yield Turn(Message("text", text("text")), where)
@@ -227,6 +256,15 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
         'Cannot tell which columns hold question and answer. Set columns={"prompt": "NAME", "response": "NAME"}, or '
         f'{{"messages": "NAME"}} for a list of turns, or {{"text": "NAME"}} for plain text. {available}'
     )
+
+
+def makes_row(keys: Sequence[str], options: ReadOptions) -> bool:
+    """Returns whether an object with these keys is a row, so that a list of objects in it does not hold the rows."""
+    try:
+        parts = map_columns(keys, options)
+    except UserError:
+        return False
+    return "messages" in parts or {"prompt", "response"} <= parts.keys()
 
 
 def _is_text_list(value: Any) -> TypeGuard[list[str]]:

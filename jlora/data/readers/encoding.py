@@ -23,11 +23,19 @@ BINARY = {  # first bytes of files that are not text -> the rest of the error: t
     b"PK\x03\x04": "a zip archive (.xlsx and .docx files are, too). Save the table as CSV, or the text as .txt.",
     b"\xd0\xcf\x11\xe0": "an old Office file. Save the table as CSV, or the text as .txt.",
     b"%PDF": "a PDF. Save its text as .txt.",
+    b"{\\rtf": "a Rich Text document. Save it as plain text (.txt).",
     b"\x1f\x8b": "compressed with gzip. Decompress it.",
     b"\x28\xb5\x2f\xfd": "compressed with zstd. Decompress it.",
-    b"ARROW1": "an Arrow file. Save it as Parquet.",
+    b"FEA1": "a Feather file of the first version. Save it as Parquet.",
     b"SQLite format 3": "an SQLite database. Save the table as CSV.",
 }
+
+
+# An HTML page: its first tag, and the end of its head, title or body. Text about HTML hardly has both.
+HTML = re.compile(
+    r"\s*(<\?xml[^>]*>\s*)?(<!--((?!-->).)*-->\s*)*<(!doctype\s+html|html)\b.*</(head|title|body)\s*>",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def detect_encoding(file: Source, named: str = "") -> str:

@@ -1,15 +1,13 @@
 """Data files to conversations: finds the files, detects the format of each from its content, and selects the reader.
 
-The formats are Parquet, TFDS, JSON, CSV, Excel, Word, text with roles, and plain text, also inside of gzip and zip
-archives; the other modules of this package read them.
+The formats are Parquet, Arrow, TFDS, JSON, YAML, CSV, Excel, Word, text with roles, and plain text, also inside of gzip
+and zip archives; the other modules of this package read them.
 """
 
 import dataclasses
 import functools
 import hashlib
-import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,33 +23,43 @@ from jlora.data.conversation import (
     join_limited,
     names_complete_row,
 )
-from jlora.data.readers import hub, parquet_tfds
+from jlora.data.readers import chat_markup, hub, parquet_tfds, splits
 from jlora.data.readers.archives import archive_kind, unpack
 from jlora.data.readers.column_mapping import RowConverter
 from jlora.data.readers.csv_files import detect_delimiter, looks_like_table, read_cells, read_table
-from jlora.data.readers.encoding import GB18030, detect_encoding, first_lines, numbered_lines
+from jlora.data.readers.encoding import GB18030, HTML, detect_encoding, first_lines, numbered_lines
 from jlora.data.readers.excel import read_workbook
 from jlora.data.readers.json_files import read_json
-from jlora.data.readers.source import Source, is_skipped
+from jlora.data.readers.source import Source
 from jlora.data.readers.text_files import Row, begins_with_role, read_text
 from jlora.data.readers.word import read_document
+from jlora.data.readers.yaml_files import read_yaml
 
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{\]"]|$))')  # matches the start of JSON, and of hardly any text
 # In metadata, the cell of one of these parts is a column name or, for text, the prefix of the part's role.
 ROLE_PARTS = {"user": "prompt", "assistant": "response", "system": "system"}
 FILE_NAMES = {"file", "file_name", "filename", "path", "文件"}
+JSON_ENDINGS, TABLE_ENDINGS, YAML_ENDINGS = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".yml", ".yaml")
 INFER_ALL = ReadOptions()
 
 
 def read_conversations(
-    path: str, key: str, options: ReadOptions = INFER_ALL, log: Callable[[str], object] = print
+    path: str,
+    key: str,
+    options: ReadOptions = INFER_ALL,
+    log: Callable[[str], object] = print,
+    use: str = splits.TRAIN,
 ) -> list[Conversation]:
     """Returns all conversations of a file, a directory or a TFDS data set; see `iter_conversations`."""
-    return list(iter_conversations(path, key, options, log))
+    return list(iter_conversations(path, key, options, log, use))
 
 
 def iter_conversations(
-    path: str, key: str, options: ReadOptions = INFER_ALL, log: Callable[[str], object] = print
+    path: str,
+    key: str,
+    options: ReadOptions = INFER_ALL,
+    log: Callable[[str], object] = print,
+    use: str = splits.TRAIN,
 ) -> Iterator[Conversation]:
     """Yields the conversations of a file, of a directory's files in order of their names, or of a TFDS data set.
 
@@ -60,6 +68,7 @@ def iter_conversations(
       key: the config key that holds the path, for messages.
       options: how rows are written.
       log: receives one line for each thing that was inferred or left unused, after the last row.
+      use: which files of a directory to read, if their names say what they are for; see `splits.Splits.files`.
 
     Raises:
       UserError: the path does not exist, or a file cannot be read; or, after the last row, there were unusable rows,
@@ -67,7 +76,7 @@ def iter_conversations(
     """
     notes, bad, used = ReaderNotes(), BadRows(), 0
     first: Conversation | None = None
-    for row in _rows(path, key, options, notes):
+    for row in _rows(path, key, options, notes, use):
         if isinstance(row, UserError):
             bad.add(str(row))
             continue
@@ -88,52 +97,25 @@ def iter_conversations(
         heading = f"{key}={path}: {share} cannot be used. Fix them, or set bad_rows=drop:"
         raise UserError("\n  ".join([heading, *bad.lines()]))
     if not used:
-        raise UserError("\n  ".join([f"{key}={path} contains no usable rows.", *notes.lines()]))
+        which = " (its held-out files)" if use == splits.HELD_OUT else ""
+        raise UserError("\n  ".join([f"{key}={path}{which} contains no usable rows.", *notes.lines()]))
     for line in notes.lines():
         log(f"{key}: {line}")
 
 
-def data_files(path: str, key: str) -> list[Path]:
-    """Returns the files that hold rows; hidden files, README and LICENSE are skipped.
-
-    Raises:
-      UserError: the path does not exist, or something in it is not a regular file: a broken or circular link, a pipe.
-    """
-    root = Path(split_sheet(path)[0]).expanduser()
-    if not root.exists():
-        raise UserError(f"{key}={path}: No such file or directory.")
-    files = sorted(_walk(root, ())) if root.is_dir() else [root]
-    for file in files:
-        try:
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise UserError(f"{file} is not a regular file (a pipe or a device?). Remove it.")
-        except OSError as error:
-            raise UserError(f"{file} is a broken symbolic link ({error.strerror}). Remove or fix it.") from None
-    if not files:
-        raise UserError(f"{key}={path}: The directory contains no data files.")
-    return files
-
-
-def split_sheet(path: str) -> tuple[str, str]:
-    """Returns a path without its `#SHEET`, and the name of the sheet; "" if it has none."""
-    file, _, sheet = path.rpartition("#")
-    return (file, sheet) if file and sheet and not Path(path).expanduser().exists() else (path, "")
-
-
-def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL) -> str:
-    """Returns a sha256 of the names and bytes of the data files and of `metadata_path`: equal hash, equal data."""
+def hash_files(path: str, key: str, options: ReadOptions = INFER_ALL, use: str = splits.TRAIN) -> str:
+    """Returns a sha256 of the names and bytes of the files read and of `metadata_path`: equal hash, equal data."""
     digest = hashlib.sha256()
     if parquet_tfds.is_tfds(path):
         directory, split = parquet_tfds.find_tfds(path, key)
         digest.update(f"{split}\n".encode())
-        path = str(directory)
-    digest.update(split_sheet(path)[1].encode())
-    files = _sources(path, key)
-    if options.metadata_path:
-        metadata = Path(options.metadata_path).expanduser()
-        files.append(Source(metadata, str(metadata)))
-    for file in files:
-        digest.update(f"{file.path.name}\n{file.path.stat().st_size}\n".encode())
+        paths = sorted(splits.walk(directory))
+    else:
+        digest.update(splits.split_sheet(path)[1].encode())
+        paths = [source.path for source in _sources(path, key, options, use)]
+    metadata = [Path(options.metadata_path).expanduser()] if options.metadata_path else []
+    for file in [*paths, *metadata]:
+        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
@@ -152,46 +134,24 @@ def hub_commit(path: str, key: str) -> str:
     return hub.find_split(path, key).commit if path.startswith(hub.HUB) else ""
 
 
-def _sources(path: str, key: str) -> list[Source]:
-    """Returns the files that hold rows; those of a data set on the hub are downloaded first."""
+def _sources(path: str, key: str, options: ReadOptions, use: str) -> list[Source]:
+    """Returns the files to read; those of a data set on the hub are downloaded first."""
     if path.startswith(hub.HUB):
         return list(hub.find_split(path, key).files)
-    return [Source(file, str(file)) for file in data_files(path, key)]
+    return [Source(file, str(file)) for file in splits.find_splits(path, key, options).files(use)]
 
 
-def _walk(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yields all files below a directory, following links."""
-    real = directory.resolve()
-    if real in above:
-        raise UserError(f"{directory} is a link to one of its own parent directories. Remove it.")
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror}.") from None
-    for name in names:
-        if is_skipped(name):
-            continue
-        if (directory / name).is_dir():
-            yield from _walk(directory / name, (*above, real))
-        else:
-            yield directory / name
-
-
-def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes, use: str) -> Iterator[Row]:
     if parquet_tfds.is_tfds(path):
         yield from _convert_rows(parquet_tfds.read_tfds(path, key), options, notes)
         return
     own = _metadata(options)
-    metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
-    files = _sources(path, key)
     if path.startswith(hub.HUB) and hub.find_split(path, key).offline:
         notes.add("read from the hub's cache, because the hub could not be asked", hub.find_split(path, key).pinned)
-    sheet = split_sheet(path)[1]
-    if sheet and not any(archive_kind(file) in ("workbook", "zip") for file in files):
+    sources, sheet = _sources(path, key, options, use), splits.split_sheet(path)[1]
+    if sheet and not any(archive_kind(file) in ("workbook", "zip") for file in sources):
         raise UserError(f"{key}={path}: Only Excel workbooks have sheets. Remove #{sheet}.")
-    for file in files:
-        if file.path.resolve() == metadata:
-            continue
+    for file in sources:
         try:
             yield from _read_file(file, own.get(file.path.resolve(), options), notes, sheet)
         except OSError as error:
@@ -200,18 +160,16 @@ def _rows(path: str, key: str, options: ReadOptions, notes: ReaderNotes) -> Iter
 
 def _read_file(file: Source, options: ReadOptions, notes: ReaderNotes, sheet: str) -> Iterator[Row]:
     """Reads the rows of one file with the reader of its format, or those of all files in an archive."""
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"PAR1":
-        yield from _convert_rows(parquet_tfds.read_parquet(file), options, notes)
+    if name := parquet_tfds.columnar_format(file):
+        yield from _convert_rows(parquet_tfds.read_columnar(file, name), options, notes, table=True)
         return
     kind = archive_kind(file)
     if kind == "workbook":
-        yield from _convert_rows(read_workbook(file, sheet, options, notes), options, notes)
+        yield from _convert_rows(read_workbook(file, sheet, options, notes), options, notes, table=True)
         return
     if kind == "document":
         tables, text = read_document(file, options, notes)
-        yield from _convert_rows(tables, options, notes)
+        yield from _convert_rows(tables, options, notes, table=True)
         yield from text
         return
     if kind in ("gzip", "zip"):
@@ -226,22 +184,37 @@ def _read_file(file: Source, options: ReadOptions, notes: ReaderNotes, sheet: st
     head = first_lines(file, encoding)
     if not head:
         raise UserError(f"{file}: The file is empty.")
-    kind = _detect_format(file.suffix.lower(), head, options)
-    if kind == "json":
+    if not options.plain and HTML.match("\n".join(head)):
+        advice = "Save its text as .txt, or its table as CSV. To train on its source, set task_type=plain-text."
+        raise UserError(f"{file} is an HTML page. {advice}")
+    ending = file.suffix.lower()
+    free = not (options.plain or options.role_prefixes or ending in (*JSON_ENDINGS, *TABLE_ENDINGS, *YAML_ENDINGS))
+    style = chat_markup.find_style(file, head) if free else None
+    kind = _detect_format(ending, head, options)
+    if style:
+        yield from chat_markup.read_markup(file, encoding, style, notes)
+    elif kind == "json":
         yield from _convert_rows(read_json(file, encoding, options, notes), options, notes)
+    elif kind == "yaml":
+        yield from _convert_rows(read_yaml(file, encoding, options, notes), options, notes)
     elif kind == "table":
-        yield from _convert_rows(read_table(file, encoding, options, notes), options, notes)
+        yield from _convert_rows(read_table(file, encoding, options, notes), options, notes, table=True)
     else:
         yield from read_text(file, functools.partial(numbered_lines, file, encoding), options, notes)
 
 
 def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
-    """Returns "json", "table" or "text". The content overrides the file name, except that JSON names stay JSON."""
-    table = ending in (".csv", ".tsv")
-    if ending in (".json", ".jsonl", ".ndjson"):
+    """Returns "json", "yaml", "table" or "text".
+
+    The content overrides the file name, except for names of JSON and YAML.
+    """
+    table = ending in TABLE_ENDINGS
+    if ending in JSON_ENDINGS:
         return "json"
     if options.plain:
         return "table" if table else "text"
+    if ending in YAML_ENDINGS:
+        return "yaml"
     if JSON.match(head[0]):
         return "json"
     if begins_with_role(head[0], options):
@@ -249,9 +222,11 @@ def _detect_format(ending: str, head: list[str], options: ReadOptions) -> str:
     return "table" if table or looks_like_table(head) else "text"
 
 
-def _convert_rows(rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes) -> Iterator[Row]:
+def _convert_rows(
+    rows: Iterator[tuple[str, Any]], options: ReadOptions, notes: ReaderNotes, *, table: bool = False
+) -> Iterator[Row]:
     """Converts rows with named columns to conversations; errors are passed on."""
-    converter = RowConverter(options, notes)
+    converter = RowConverter(options, notes, table=table)
     for where, row in rows:
         try:
             yield from [row] if isinstance(row, UserError) else converter.conversations(row, where)
@@ -280,7 +255,7 @@ def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
             f"{path}:1: Expected the columns file, prompt and response (or others of {', '.join(PARTS)}), got {names}."
         )
     given = (options.train_data_dir, options.eval_data_dir)
-    roots = [path.parent, *(Path(split_sheet(p)[0]).expanduser() for p in given if p)]
+    roots = [path.parent, *(Path(splits.split_sheet(p)[0]).expanduser() for p in given if p)]
     own = {}
     for number, cells in rows:
         if len(cells) != len(names):

@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import MAX_ROW, ReaderNotes, ReadOptions
-from jlora.data.readers.column_mapping import NAMES, map_columns
+from jlora.data.readers.column_mapping import NAMES, makes_row
 from jlora.data.readers.encoding import numbered_lines
 from jlora.data.readers.source import Source
 
@@ -94,7 +94,7 @@ class _JsonDocument:
                     yield from self._elements()
                 elif first == "{":
                     row, end = self._next_value()
-                    if self._is_row(row):
+                    if isinstance(row, dict) and not self._wanted and makes_row(tuple(row), self._options):
                         self._move(end)
                         yield where, row
                         continue
@@ -123,16 +123,6 @@ class _JsonDocument:
             if self._ended or len(self._buffer) - self._at > LONGEST_ROW:
                 return None, 0
             self._read()
-
-    def _is_row(self, value: Any) -> bool:
-        """Returns whether an object's own keys make a row, so that a list of objects in it does not hold the rows."""
-        if not isinstance(value, dict) or self._wanted:
-            return False
-        try:
-            parts = map_columns(tuple(value), self._options)
-        except UserError:
-            return False
-        return "messages" in parts or {"prompt", "response"} <= parts.keys()
 
     def _elements(self) -> Iterator[Row]:
         """Yields the elements of a list."""

@@ -1,4 +1,4 @@
-"""Reads Parquet files and TFDS data sets: rows by column name, as a stream."""
+"""Reads Parquet and Arrow files and TFDS data sets: rows by column name, as a stream."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import tensorflow_datasets as tfds
 
@@ -14,25 +15,58 @@ from jlora.common.errors import UserError
 from jlora.data.readers.source import Source
 
 TFDS = "tfds:"  # train_data_dir="tfds:NAME/SPLIT"
+STREAM = b"\xff\xff\xff\xff"  # before each message of Arrow's stream format
+FORMATS = {b"PAR1": "Parquet", b"ARROW1": "Arrow", STREAM: "Arrow"}
+BATCH = 128  # rows
 Row = tuple[str, Any]
 
 
-def read_parquet(file: Source) -> Iterator[Row]:
+def columnar_format(file: Source) -> str:
+    """Returns "Parquet" or "Arrow" if the file is one of these; else ""."""
+    with file.open("rb") as stream:
+        head = stream.read(max(map(len, FORMATS)))
+    return next((name for magic, name in FORMATS.items() if head.startswith(magic)), "")
+
+
+def read_columnar(file: Source, name: str) -> Iterator[Row]:
     """Yields rows by column name, each with `file:row`, counted from 1.
 
+    Args:
+      name: the format.
+
     Raises:
-      UserError: the file is not Parquet.
+      UserError: the file is not valid in this format.
     """
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=128):
-                for row in batch.to_pylist():
+        for batch in _parquet_batches(file) if name == "Parquet" else _arrow_batches(file):
+            for start in range(0, batch.num_rows, BATCH):
+                for row in batch.slice(start, BATCH).to_pylist():
                     number += 1
                     yield f"{file}:{number}", row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{file} cannot be read as Parquet after row {number}: {reason}.") from None
+        raise UserError(f"{file} cannot be read as {name} after row {number}: {reason}.") from None
+
+
+def _parquet_batches(file: Source) -> Iterator[pyarrow.RecordBatch]:
+    with pyarrow.parquet.ParquetFile(file.path) as table:
+        yield from table.iter_batches(batch_size=BATCH)
+
+
+def _arrow_batches(file: Source) -> Iterator[pyarrow.RecordBatch]:
+    """Yields the batches of an IPC stream, as the package `datasets` saves them, or of an IPC file (Feather)."""
+    with pyarrow.OSFile(str(file.path)) as source:
+        is_stream = source.read(len(STREAM)) == STREAM
+        source.seek(0)
+        if is_stream:
+            batches: Iterator[pyarrow.RecordBatch] = iter(pyarrow.ipc.open_stream(source))
+        else:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)  # offsets beyond the data would crash
+            yield batch
 
 
 def is_tfds(path: str) -> bool:

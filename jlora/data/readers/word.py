@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jlora.common.errors import UserError
-from jlora.data.conversation import ReaderNotes, ReadOptions, Turn, make_conversation
+from jlora.data.conversation import Message, ReaderNotes, ReadOptions, Turn, make_conversation
 from jlora.data.readers.column_mapping import map_columns
 from jlora.data.readers.source import Source
 from jlora.data.readers.tables import NoText, column_names, named_rows
@@ -235,10 +235,10 @@ def _answers(file: Source, lines: list[Line], options: ReadOptions, notes: Reade
 
 def _row(file: Source, question: Line, answer: list[Line]) -> Row:
     where = f"{_text_of(file)}:{question.number}"
-    turns = [Turn("user", question.text, where)]
+    turns = [Turn(Message("user", question.text), where)]
     text = "\n".join(line.text for line in answer)
     if text.strip():
-        turns.append(Turn("assistant", text, where))
+        turns.append(Turn(Message("assistant", text), where))
     try:
         return make_conversation(turns, where)
     except UserError as error:
