@@ -20,6 +20,7 @@ from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.distributed import processes
 from jlora.distributed.sharding import data_parallel_size, describe, place, places_of
+from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
 from jlora.planning.forecast import Job, bytes_per_device, layout_from_examples
 from jlora.planning.hardware import find_target
@@ -62,7 +63,7 @@ def train(config: Config) -> Iterator[TrainedRun]:
         programs, adapter = load(setup)
         state = fresh_state(adapter, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
         state, progress = restore(start, state)
-        stop, checkpoints = processes.StopSignal(), Checkpoints(run)
+        stop, checkpoints = StopSignal(), Checkpoints(run)
         warm_start = not start.exact and bool(start.source or config.init_adapter)
         with processes.fail_together(), checkpoints.explain_write_errors():
             if processes.is_first():
