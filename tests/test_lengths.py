@@ -1,12 +1,23 @@
 """Rows that are very long: for the base model's context, and for the time of a step."""
 
+import dataclasses
 import json
+import re
 import shutil
 
+import jax
 import pytest
-from conftest import run_program
+from conftest import run_program, short_run
 
+from jlora.adapters.spec import NO_ADAPTER
+from jlora.config.schema import Config
+from jlora.data.batches import Shape
+from jlora.models import hf_loader
+from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN
 from jlora.models.families import read_config, read_context
+from jlora.planning import hardware, step_time
+from jlora.planning.forecast import count_work, make_job
+from jlora.steps.programs import placed_shapes
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -81,3 +92,71 @@ def test_an_example_beyond_the_context_is_reported(config_file, short_context, t
     ):
         done = run_program("jlora.data", "--config", config, *other)
         assert done.returncode == 0 and "Warning" not in done.stdout, done.stdout
+
+
+@pytest.fixture
+def long_rows(tiny, tmp_path):
+    """The config of a run with one row of 150,000 tokens, hours of work for any CPU, and short ones."""
+    file, config = tmp_path / "rows.txt", tmp_path / "config.yaml"
+    file.write_text("\n\n".join(["law " * 20] * 3 + ["law " * 150_000]))
+    changes = {"task_type": "plain-text", "max_seq_length": 200_000, "batch_size": 2}
+    config.write_text(json.dumps(short_run(tiny, file, tmp_path / "run", **changes)))
+    return config
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long_is_refused(long_rows, tmp_path):
+    done = run_program("jlora.train", "--config", long_rows)
+    assert done.returncode == 2 and not (tmp_path / "run").exists() and "Compil" not in done.stdout
+    for words in (
+        r"step takes about \d+ (minutes|hours) \(1 x 15\d{4} tokens, without compiling",
+        r"More than 10 minutes is refused",
+        r"The longest example has 15\d{4} tokens \(.*rows.txt:7\)",
+        r"Set a smaller max_seq_length with overlong=truncate, split or drop, or a smaller batch_size, or use",
+        r"set --config.yes=true",
+    ):
+        assert re.search(words, done.stderr), done.stderr
+    shorter = ["--config.max_seq_length=200", "--config.overlong=drop", "--config.max_steps=1"]
+    done = run_program("jlora.train", "--config", long_rows, *shorter)
+    assert done.returncode == 0 and "step takes about" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_yes_trains_nevertheless(config_file, tmp_path, monkeypatch):
+    """Every step counts as long here. A normal step is not even timed."""
+    timed = []
+    monkeypatch.setattr(step_time, "_best_seconds", lambda *of: timed.append(of) or 1e-3)
+    config = config_file(max_steps=2, save_steps=1)
+    assert run_program("jlora.train", "--config", config, "--config.max_steps=1").returncode == 0 and not timed
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(step_time, "LONG", 0.0)
+    monkeypatch.setattr(step_time, "BOUND", 0.0)
+    refused = run_program("jlora.train", "--config", config)
+    assert refused.returncode == 2 and "The first step takes about" in refused.stderr and timed
+    done = run_program("jlora.train", "--config", config, "--config.yes=true")
+    assert done.returncode == 0 and "The first step takes about" in done.stdout, done.stderr
+    for left in ("adapter", "checkpoints/2"):
+        shutil.rmtree(tmp_path / "run" / left)
+    monkeypatch.setattr(step_time, "BOUND", 600.0)
+    again = run_program("jlora.train", "--config", config, "--config.resume_from_checkpoint=auto")
+    assert again.returncode == 0 and "from step 1, exactly" in again.stdout, again.stderr
+
+
+def test_the_estimate_is_linear_in_the_work(tiny, monkeypatch):
+    """Four devices of a CPU share its cores; what even a slow CPU does at once is not timed."""
+    monkeypatch.setattr(step_time, "_best_seconds", lambda *_: 1e-3)
+    model = read_config(tiny)
+
+    def estimate(devices, length):
+        target = hardware.Target("here", jax.devices()[:devices], None, None, "")
+        config, layout = dataclasses.replace(Config(), batch_size=4, mesh={}), (1, 4, Shape(length, 8), UNKNOWN)
+        job = make_job(config, model, FLOAT32_COMPUTE, target, lambda *_: layout)
+        _, _, base = hf_loader.abstract_model(model, NO_ADAPTER, job.compute)
+        work = count_work(job, placed_shapes(base, job.mesh, "base"), [])
+        assert 0 < work.attention < work.flops
+        return step_time.estimate_seconds(job, work)
+
+    assert estimate(1, 512) == 0
+    one = 4 * 3 * 4 * 4 * 64 * 4 * 40_000**2 * 1e-3 / (4 * 512 * 1024 * 4 * 64)  # attention: rows, layers, N, H, passes
+    assert one < estimate(1, 40_000) < 1.1 * one and 3.8 < estimate(1, 80_000) / estimate(1, 40_000) < 4
+    assert estimate(4, 40_000) == pytest.approx(estimate(1, 40_000))
