@@ -3,7 +3,7 @@
 No maker publishes the speed of a CPU, and no device reaches its peak. So two programs are timed on the device: a matrix
 product of the base model's size, and its attention, whose work grows with the square of a row's length.
 
-On two CPU cores that other programs used too, rows of 1,500 to 10,000 tokens took 0.7 to 1.6 times the estimate (a
+On two CPU cores that other programs used too, rows of 1,500 to 10,000 tokens took 0.4 to 1.6 times the estimate (a
 random 3-layer model; SmolLM2-135M), and the batches of configs/law.py up to 3 times. Other devices are not measured.
 """
 
