@@ -95,9 +95,9 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), **settings: Any
 def finetune(config: Config) -> Result:
     """Trains an adapter and exports its best checkpoint, as `jlora train` does. Prints its progress.
 
-    Ctrl-C or SIGTERM saves a checkpoint after the current step and returns; call it again with
-    resume_from_checkpoint="auto" to continue. Call it before anything else uses JAX: otherwise `device` has no effect,
-    and the processes of a cluster do not find each other.
+    In the main thread, Ctrl-C or SIGTERM saves a checkpoint after the current step and returns, and a second one ends
+    the process at once. Call it again with resume_from_checkpoint="auto" to continue. Call it before anything else uses
+    JAX: otherwise `device` has no effect, and the processes of a cluster do not find each other.
 
     Args:
       config: from `load_config`, or a `Config` of your own.

@@ -17,7 +17,7 @@ from jlora.config.files import config_parser, load_config
 from jlora.data import preview
 from jlora.data.examples import Example, SizedExamples
 from jlora.data.tokenizer import end_tokens, load_tokenizer
-from jlora.models.families import read_config
+from jlora.models.families import read_config, read_context
 from jlora.planning import data_pipeline
 
 
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> None:
         held_out = data_pipeline.read_examples(
             config, tokenizer, ends, held_out_rows, "held out", model.vocab_size, log
         )
+    if warning := data_pipeline.context_warning(read_context(directory), [examples, held_out]):
+        log(warning)
     steps, batches, _ = data_pipeline.make_run_batches(config, model, examples, held_out, devices=1)
     for line in preview.length_histogram(examples.sizes[:, 0]):
         log(line)

@@ -1,7 +1,7 @@
 """`jlora train --config configs/law.py [--config.KEY=VALUE ...]`: trains an adapter.
 
 Exit codes: 0 done, or saved after SIGTERM; 2 the user must change something; 130 saved after Ctrl-C; 1 another process
-of the run was lost, or a bug.
+of the run was lost, or a bug; 143 or 130 ended by a second SIGTERM or Ctrl-C.
 """
 
 import shlex

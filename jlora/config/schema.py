@@ -111,6 +111,7 @@ class Config:
     # What the backward pass recomputes, which saves memory but takes time: "none"; "dots": all but weight products
     # and attention's output; "full": whole layers. "auto": the first of these that fits in memory.
     remat: str = "auto"
+    yes: bool = False  # train although a step is forecast to take more than 10 minutes
 
     # Several processes, as on a TPU pod or a cluster; each runs the same command. On Cloud TPU, GKE, SLURM and Open MPI
     # they find each other. Elsewhere, set all three.
@@ -123,7 +124,7 @@ class Config:
 MAY_CHANGE_ON_RESUME = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
     "sample_questions device mesh attn_implementation remat coordinator_address num_processes process_id "
-    "max_loss_spike".split()
+    "max_loss_spike yes".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),

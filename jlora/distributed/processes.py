@@ -1,4 +1,4 @@
-"""The processes of one run: how they connect, exchange values, fail together, and stop at the same step.
+"""The processes of one run: how they connect, exchange values, and fail together.
 
 There is one process per host, or one per GPU. All run the same program on their share of the devices; only the first
 one prints and writes files. Every process must call the communicating functions, in the same order. With a single
@@ -7,13 +7,11 @@ process they cost nothing.
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import jax
@@ -211,46 +209,3 @@ def exit_on_failure() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300]
-
-
-class StopSignal:
-    """A context manager in which the first SIGINT or SIGTERM asks the training loop to stop; a second one kills.
-
-    On a cluster JAX's own handler takes SIGTERM, tells all processes, and picks a step that none of them has passed.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None  # the signal that stops the loop
-        self._interrupted = False  # SIGINT, forwarded as SIGTERM
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        handlers = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal}
-        if jax.distributed.is_initialized():
-            handlers = {signal.SIGINT: self._forward}
-        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def requested(self, step: int) -> bool:
-        """Returns whether to stop before this step; every process must ask before every step."""
-        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGINT if self._interrupted else signal.SIGTERM
-        return self.received is not None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._announce(number)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True
-        self._announce(number)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _announce(self, number: int) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        repeat = "press Ctrl-C" if number == signal.SIGINT else f"send {signal.Signals(number).name}"
-        print(f"\nFinishing this step and saving; {repeat} again to quit now", file=sys.stderr)

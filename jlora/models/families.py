@@ -203,6 +203,22 @@ def read_config(directory: Path) -> ModelConfig:
     Raises:
       UserError: the file is missing or broken, or has settings that jlora does not support; all of them at once.
     """
+    path, family, keys, rope = _read_keys(directory)
+    config = _model_config(family, keys, rope)
+    if config.tie_word_embeddings and not equal_tensors(directory, "model.embed_tokens.weight", "lm_head.weight"):
+        _note(f"{path} sets tie_word_embeddings=true, but the model has a different lm_head.weight: not tied.")
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return config
+
+
+def read_context(directory: Path) -> int:
+    """Returns the base model's context in tokens: max_position_embeddings, or what its RoPE scaling extends that to."""
+    _, _, keys, rope = _read_keys(directory)
+    return rope.context(keys.max_position_embeddings)
+
+
+def _read_keys(directory: Path) -> tuple[Path, Family, Keys, DefaultRope]:
+    """Reads config.json; returns its path, family, keys and rotary embedding. Raises as `read_config` does."""
     path = directory if directory.suffix == ".json" else directory / "config.json"
     try:
         raw = typed_json.read_object(path)
@@ -218,12 +234,8 @@ def read_config(directory: Path) -> ModelConfig:
         rope, problems = _rope(keys, path)
     if problems:
         raise UserError(f"{path} has settings that jlora cannot use: {'; '.join(problems)}.")
-    assert rope is not None
-    config = _model_config(family, keys, rope)
-    if config.tie_word_embeddings and not equal_tensors(directory, "model.embed_tokens.weight", "lm_head.weight"):
-        _note(f"{path} sets tie_word_embeddings=true, but the model has a different lm_head.weight: not tied.")
-        config = dataclasses.replace(config, tie_word_embeddings=False)
-    return config
+    assert keys is not None and rope is not None
+    return path, family, keys, rope
 
 
 @functools.cache

@@ -36,6 +36,10 @@ class DefaultRope:
         """
         return jnp.asarray(plain_frequencies(self.rope_theta, size))
 
+    def context(self, positions: int) -> int:
+        """Returns the tokens that the base model can read; `positions` is its max_position_embeddings."""
+        return positions
+
     @property
     def magnitude(self) -> float:
         """Factor that multiplies cosines and sines."""
@@ -52,6 +56,10 @@ class LinearRope(DefaultRope):
         """Returns each pair's radians per position; see `DefaultRope.frequencies`."""
         return jnp.asarray(plain_frequencies(self.rope_theta, size) / np.float32(self.factor))
 
+    def context(self, positions: int) -> int:
+        """Returns the tokens that the base model can read; see `DefaultRope.context`."""
+        return max(positions, int(self.factor * positions))
+
 
 @dataclass(frozen=True, config=FINITE)
 class DynamicRope(DefaultRope):
@@ -66,6 +74,10 @@ class DynamicRope(DefaultRope):
         growth = self.factor * longest / self.max_position_embeddings - (self.factor - 1)
         theta = self.rope_theta * growth ** (size / (size - 2))
         return 1.0 / theta ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+    def context(self, positions: int) -> int:
+        """Returns the tokens that the base model can read; see `DefaultRope.context`."""
+        return max(positions, int(self.factor * positions))
 
 
 @dataclass(frozen=True, config=FINITE)
@@ -115,6 +127,10 @@ class YarnRope(DefaultRope):
         ramp = (np.arange(size // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
         divided = np.clip(ramp, 0.0, 1.0).astype(np.float32)
         return jnp.asarray((plain * (1 - divided) + plain / self.factor * divided).astype(np.float32))
+
+    def context(self, positions: int) -> int:
+        """Returns the tokens that the base model can read; see `DefaultRope.context`."""
+        return max(positions, int(self.factor * self.original_max_position_embeddings))
 
     def _dimension(self, turns: float, size: int) -> float:
         """Returns the dimension that makes `turns` rotations within the original length."""

@@ -204,6 +204,20 @@ def read_examples(
     return examples
 
 
+def context_warning(context: int, sets: Sequence[Any]) -> str:
+    """Warns if the longest example of all `SizedExamples` is longer than the base model's context; otherwise ""."""
+    longest = max(filter(len, sets), key=lambda examples: examples.sizes[:, 0].max())
+    row = int(longest.sizes[:, 0].argmax())
+    if (length := longest.sizes[row, 0]) <= context:
+        return ""
+    return (
+        f"Warning: The longest example has {length} tokens ({longest[row].where}), more than the base model's context "
+        f"of {context} tokens (by max_position_embeddings and RoPE scaling in its config.json). The base model did not "
+        f"learn the positions after that. Set max_seq_length={context} with overlong=truncate, split or drop, or use "
+        "a base model with a longer context."
+    )
+
+
 def _prompt_mismatch(
     tokenizer: Any, ends: frozenset[int], rows: Iterable[Conversation], train_on: str, name: str
 ) -> str:

@@ -51,6 +51,7 @@ class Work:
     flops: float
     read: float  # bytes of weights read from memory, over all passes
     sent: float  # bytes to other devices
+    attention: float  # FLOPs of attention, contained in `flops`
 
     def seconds(self, target: Target) -> dict[str, float]:
         """Returns the minimum time for each kind of work at the chip's published peaks; {} if those are unknown."""
@@ -198,6 +199,7 @@ def count_work(job: Job, base: Any, sent: list[collectives.Collective]) -> Work:
     layer = length * model.matrices * (6 if again else 4) + attention
     rows = job.micro_batches * job.rows
     flops = rows * (model.num_hidden_layers * layer + targets * 4 * model.vocab_size * model.hidden_size)
+    attention *= rows * model.num_hidden_layers
     passes = (3 if again else 2) * job.micro_batches
     read = passes * bytes_per_device(base) * job.mesh.shape["fsdp"]  # after gathering, a device reads all of it
-    return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent))
+    return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent), attention / job.mesh.size)

@@ -14,7 +14,7 @@ from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.data.batches import Batches
 from jlora.distributed import processes
-from jlora.distributed.processes import StopSignal
+from jlora.distributed.stop_signal import StopSignal
 from jlora.steps import optim
 from jlora.steps.loss_scale import overflow_advice
 from jlora.steps.programs import Programs

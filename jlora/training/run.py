@@ -20,10 +20,12 @@ from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.distributed import processes
 from jlora.distributed.sharding import data_parallel_size, describe, place, places_of
+from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
-from jlora.planning.forecast import Job, bytes_per_device, layout_from_examples
+from jlora.planning.forecast import Job, bytes_per_device, count_work, layout_from_examples
 from jlora.planning.hardware import find_target
 from jlora.planning.search import choose_remat, ensure_fits
+from jlora.planning.step_time import check_step_time
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
 from jlora.steps.train_step import TrainState
 from jlora.training import base_loss_cache, resume
@@ -59,10 +61,10 @@ def train(config: Config) -> Iterator[TrainedRun]:
         if start.remat and config.remat == "auto":  # another choice would not be bit for bit the same
             setup = setup._replace(config=dataclasses.replace(config, remat=start.remat))
         print(*outline(setup), sep="\n", flush=True)
-        programs, adapter = load(setup)
+        programs, adapter = load(setup, start.step if start.exact else 0)
         state = fresh_state(adapter, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
         state, progress = restore(start, state)
-        stop, checkpoints = processes.StopSignal(), Checkpoints(run)
+        stop, checkpoints = StopSignal(), Checkpoints(run)
         warm_start = not start.exact and bool(start.source or config.init_adapter)
         with processes.fail_together(), checkpoints.explain_write_errors():
             if processes.is_first():
@@ -85,11 +87,14 @@ def train(config: Config) -> Iterator[TrainedRun]:
         yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
 
 
-def load(setup: RunSetup) -> tuple[Programs, params.Adapter]:
+def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
     """Returns the programs, with the base model loaded and the training step compiled, and the adapter of step 0.
 
+    Args:
+      first: the number of steps done before.
+
     Raises:
-      UserError: the run does not fit into memory; the message suggests settings that do.
+      UserError: the run does not fit into memory, or a step takes too long; the message suggests other settings.
     """
     config, mesh, batches = setup.config, setup.mesh, setup.batches
     spec = spec_of(setup.record["config"])
@@ -100,9 +105,13 @@ def load(setup: RunSetup) -> tuple[Programs, params.Adapter]:
     )
     here = here._replace(limit=processes.minimum(here.limit))
     job = Job(config, setup.model, setup.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
+    placed = placed_shapes(base_shapes, mesh, "base")
+    if first < setup.steps:
+        with processes.fail_together():
+            check_step_time(job, count_work(job, placed, []), batches, first, print)
     with ThreadPoolExecutor(1) as background:  # the step compiles while the base model is read
         fitted = background.submit(choose_remat, job, here, setup.steps, print)
-        size = bytes_per_device(placed_shapes(base_shapes, mesh, "base"))
+        size = bytes_per_device(placed)
         if here.limit is not None and size > here.limit:
             with processes.fail_together():
                 ensure_fits(fitted.result()[0], here, layout, print)

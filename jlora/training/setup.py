@@ -30,10 +30,11 @@ from jlora.distributed.sharding import check_batch, data_parallel_size, make_mes
 from jlora.distributed.sharding import describe as describe_mesh
 from jlora.models import attention_backend
 from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
-from jlora.models.families import read_config
+from jlora.models.families import read_config, read_context
 from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import (
     RowSource,
+    context_warning,
     fix_template_settings,
     held_out_source,
     make_run_batches,
@@ -93,6 +94,8 @@ def prepare_run(config: Config) -> RunSetup:
         held_out = processes.first_then_others(
             lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out", vocab_size)
         )
+    if warning := context_warning(read_context(directory), [examples, held_out]):
+        print(warning)
     steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))
     both = [some for some in (batches, eval_batches) if some]
     longest = max(shape.length for some in both for shape in some.shapes)
