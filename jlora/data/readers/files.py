@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.common.errors import UserError
+from jlora.common.paths import looked_for
 from jlora.common.plural import plural
 from jlora.data.conversation import (
     PARTS,
@@ -205,7 +206,7 @@ def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
         return {}
     path = Path(options.metadata_path).expanduser()
     if not path.is_file():
-        raise UserError(f"metadata_path={path}: No such file.")
+        raise UserError(f"metadata_path={path}: No such file.{looked_for(path)}")
     encoding = detect_encoding(path, options.encoding)
     rows = read_cells(path, encoding, detect_delimiter(path, encoding))
     names = [ROLE_PARTS.get(name, name) for name in (cell.strip().lower() for cell in next(rows, (0, []))[1])]
