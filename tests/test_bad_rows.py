@@ -1,6 +1,7 @@
 """Rows and files that cannot be used: each is reported by file and line, or dropped and counted."""
 
 import os
+from pathlib import Path
 
 import pytest
 from test_layouts import contents, jsonl, read
@@ -301,6 +302,7 @@ def test_bad_paths_are_reported(file, tmp_path):
             read(path)
 
     refused(tmp_path / "none", r"train_data_dir=.*none: No such file or directory")
+    refused("none/rows", rf"train_data_dir=none/rows: No such file or directory. Looked for {Path.cwd()}/none/rows")
     refused(tmp_path, r"train_data_dir=.*: The directory contains no data files")
     file("User: a?\nLawyer: b", "good/rows.txt")
     for name, make, message in [

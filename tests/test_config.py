@@ -264,3 +264,57 @@ def test_help_lists_every_key_with_its_default():
     for field in dataclasses.fields(Config):
         assert f"\n{field.name}: " in said, field.name
     assert "\nlora_rank: int = 16  # rank r of the update" in said
+
+
+CHINESE = "# 训练数据在这里\nlora_rank: 8\noutput_dir: 输出\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_yaml_config_may_have_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "config.yaml").write_bytes(f"train_data_dir: pairs\n{CHINESE}".encode(encoding))
+    config = load_config(str(tmp_path / "config.yaml"), [])
+    assert (config.train_data_dir, config.lora_rank, config.output_dir) == ("pairs", 8, "输出")
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16-le"])
+@pytest.mark.parametrize("name", ["config.yaml", "config.py"])
+def test_a_config_in_another_encoding_is_refused_by_line(tmp_path, name, encoding):
+    text = f"train_data_dir: pairs\n{CHINESE}" if name == "config.yaml" else PYTHON.replace("{line}", 'x = "训练数据"')
+    file = tmp_path / name
+    file.write_bytes(text.encode(encoding))
+    line = 2 if name == "config.yaml" else 6
+    with pytest.raises(UserError, match=rf"{file}:{line}: Not .*Save the file as UTF-8") as error:
+        load_config(str(file), [])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_python_config_may_name_its_encoding(tmp_path):
+    text = "# coding: gbk\n" + PYTHON.replace("{line}", 'c.output_dir = "输出"')
+    (tmp_path / "config.py").write_bytes(text.encode("gbk"))
+    assert load_config(str(tmp_path / "config.py"), []).output_dir == "输出"
+    (tmp_path / "config.py").write_bytes(PYTHON.replace("{line}", "").encode("utf-8-sig"))
+    assert load_config(str(tmp_path / "config.py"), []).train_data_dir == "pairs"
+    (tmp_path / "config.py").write_bytes(PYTHON.replace("{line}", "").encode("utf-16"))
+    with pytest.raises(UserError, match=r"config.py:1: Not valid UTF-8. Save the file as UTF-8"):
+        load_config(str(tmp_path / "config.py"), [])
+
+
+def test_a_path_beside_the_config_is_proposed(tmp_path, monkeypatch):
+    """One rule for every path: it starts in the working directory."""
+    (tmp_path / "elsewhere/configs/pairs").mkdir(parents=True)
+    (tmp_path / "elsewhere/configs/own.jinja").touch()
+    config = tmp_path / "elsewhere/configs/config.yaml"
+    config.write_text("train_data_dir: pairs\neval_data_dir: none\nchat_template: own.jinja\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_config("elsewhere/configs/config.yaml", [])
+    misplaced = {"train_data_dir": "pairs", "chat_template": "own.jinja"}
+    assert str(error.value).splitlines()[1:] == [
+        f"  {key}={name}: No such file or directory. Looked for {tmp_path}/{name}. A relative path starts in the "
+        f"working directory, not beside the config. Set {key}=elsewhere/configs/{name}."
+        for key, name in misplaced.items()
+    ]
+    overrides = [f"--config.{key}=elsewhere/configs/{name}" for key, name in misplaced.items()]
+    assert load_config("elsewhere/configs/config.yaml", overrides).eval_data_dir == "none"
+    monkeypatch.chdir(config.parent)
+    assert load_config("config.yaml", []).train_data_dir == "pairs"

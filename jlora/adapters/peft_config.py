@@ -14,6 +14,7 @@ from jlora.adapters.provenance import WEIGHTS, recorded_vocabulary
 from jlora.adapters.spec import EMBEDDINGS, NO_ADAPTER, TARGETS, AdapterSpec
 from jlora.common import hf_names, patterns, typed_json
 from jlora.common.errors import UserError
+from jlora.common.paths import looked_for
 from jlora.common.typed_json import Count, Whole
 
 CONFIG = "adapter_config.json"
@@ -95,8 +96,9 @@ def read_config_file(directory: Path) -> dict[str, Any]:
         config = typed_json.read_object(directory / CONFIG)
     except (FileNotFoundError, NotADirectoryError):
         inside = f" Did you mean {directory / 'adapter'}?" if (directory / "adapter" / CONFIG).is_file() else ""
+        where = "" if directory.exists() else looked_for(directory)
         raise UserError(
-            f"Adapter {directory}: Expected a directory with {CONFIG} and adapter_model.safetensors.{inside}"
+            f"Adapter {directory}: Expected a directory with {CONFIG} and adapter_model.safetensors.{inside}{where}"
         ) from None
     fields, problems = typed_json.parse(Fields, config)
     if problems:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from jlora.bases.gguf_base import convert_gguf
 from jlora.common.atomic_io import new_directory, unnamed_directory
 from jlora.common.errors import UserError
-from jlora.common.paths import cache_directory
+from jlora.common.paths import cache_directory, looked_for
 
 # Hub files to download (weights without pickle, configs, tokenizer), and second copies of the weights to skip.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -68,7 +68,7 @@ def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -
     if path.exists():
         raise UserError(f"base_model={base_model} is neither a model directory nor a .gguf file.")
     if base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-        raise UserError(f"base_model={base_model}: No such directory.")
+        raise UserError(f"base_model={base_model}: No such directory.{looked_for(base_model)}")
     return _from_hub(
         base_model, revision, HUB_FILES if weights else [name for name in HUB_FILES if name != "*.safetensors"]
     )

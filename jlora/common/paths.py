@@ -1,4 +1,4 @@
-"""Directories outside a run."""
+"""Directories outside a run, and where a relative path starts: in the working directory."""
 
 import os
 from pathlib import Path
@@ -7,3 +7,9 @@ from pathlib import Path
 def cache_directory() -> Path:
     """Returns the directory for files that jlora can rebuild: $XDG_CACHE_HOME/jlora, by default ~/.cache/jlora."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"
+
+
+def looked_for(path: str | Path) -> str:
+    """Returns a sentence that tells which absolute path a relative one means; "" for an absolute path."""
+    full = Path(path).expanduser()
+    return "" if Path(path).is_absolute() else f" Looked for {full.absolute()}."

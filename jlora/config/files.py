@@ -8,7 +8,7 @@ import dataclasses
 import re
 import runpy
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,17 @@ from ml_collections import ConfigDict
 
 from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
+from jlora.common.paths import looked_for
 from jlora.common.plural import plural
 from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key
 from jlora.config.validation import validate
+from jlora.data.named_templates import TEMPLATES
+from jlora.data.readers.encoding import BOMS
+
+PATH_KEYS = (
+    "train_data_dir eval_data_dir metadata_path base_model chat_template init_adapter resume_from_checkpoint"
+).split()
+CODING = re.compile(rb"[ \t\f]*#.*?coding[:=][ \t]*[-\w.]+")  # PEP 263
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,8 +56,12 @@ def load_config(path: str, overrides: list[str]) -> Config:
         message lists all of them).
     """
     if not Path(path).is_file():
-        raise UserError(f"--config {path}: No such file.")
-    config = _from_yaml(path) if path.endswith((".yaml", ".yml")) else _from_python(path)
+        raise UserError(f"--config {path}: No such file.{looked_for(path)}")
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
+    config = _from_yaml(path, raw) if path.endswith((".yaml", ".yml")) else _from_python(path, raw)
     _apply_overrides(config, overrides)
     values, problems = typed(config.to_dict())
     kinds = {key: type(value) for key, value in dataclasses.asdict(Config()).items()}
@@ -57,7 +69,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     problems += mistyped
     if not mistyped:
         result = Config(**values)
-        problems += validate(result)
+        problems += [*validate(result), *_misplaced(path, result)]
     if problems:
         raise UserError("\n  ".join([f"{path}: {plural(len(problems), 'setting', ('is', 'are'))} wrong:", *problems]))
     return result
@@ -153,10 +165,41 @@ def _convert(kind: type, value: Any) -> Any:
     return value
 
 
-def _from_yaml(path: str) -> ConfigDict:
+def _misplaced(path: str, config: Config) -> list[str]:
+    """Returns a message for each path that exists beside the config file, but not in the working directory."""
+    problems = []
+    for key in PATH_KEYS:
+        value, beside = getattr(config, key), Path(path).parent / getattr(config, key)
+        is_name = value in (*TEMPLATES, "auto") or (key == "base_model" and not value.startswith("."))
+        if value and not is_name and not Path(value).expanduser().exists() and beside.exists():
+            problems.append(
+                f"{key}={value}: No such file or directory.{looked_for(value)} A relative path starts in the working "
+                f"directory, not beside the config. Set {key}={beside}."
+            )
+    return problems
+
+
+def _decode(path: str, raw: bytes, marked: Collection[str]) -> str:
+    """Returns the text of a config file in UTF-8, or in one of the encodings `marked` with its byte order mark.
+
+    Raises:
+      UserError: the file has another encoding.
+    """
+    encoding = next((name for mark, name in BOMS.items() if raw.startswith(mark) and name in marked), "utf-8")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
+        raise UserError(f"{path}:{line}: Not valid {encoding.upper()}. Save the file as UTF-8.") from None
+    if "\0" in text:
+        raise UserError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: Not text. Save the file as UTF-8.")
+    return text
+
+
+def _from_yaml(path: str, raw: bytes) -> ConfigDict:
+    try:
+        values = yaml.safe_load(_decode(path, raw, BOMS.values()))
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: Expected `key: value` lines, got {type(values).__name__}.")
@@ -171,7 +214,9 @@ def _from_yaml(path: str) -> ConfigDict:
     return config
 
 
-def _from_python(path: str) -> ConfigDict:
+def _from_python(path: str, raw: bytes) -> ConfigDict:
+    if not any(map(CODING.match, raw.splitlines()[:2])):  # otherwise Python reads it in the encoding named there
+        _decode(path, raw, ("utf-8-sig",))
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:

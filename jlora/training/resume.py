@@ -13,6 +13,7 @@ from jlora.adapters.settings import settings_of
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.common.atomic_io import finished_names
 from jlora.common.errors import UserError
+from jlora.common.paths import looked_for
 from jlora.config.schema import MAY_CHANGE_ON_RESUME, Config
 from jlora.training.checkpoint import Checkpoints, read_record
 
@@ -184,7 +185,7 @@ def _find_checkpoint(path: Path) -> tuple[Path, int]:
         if not steps:
             raise UserError(
                 f"{RESUME_KEY}={path} contains no checkpoints. Expected the output_dir of a run, or "
-                "RUN/checkpoints/STEP."
+                f"RUN/checkpoints/STEP.{'' if path.exists() else looked_for(path)}"
             )
         if step and (not step.isdigit() or int(step) not in steps):
             raise UserError(f"{RESUME_KEY}={path} does not exist. Available steps: {', '.join(map(str, steps))}.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.common.errors import UserError
+from jlora.common.paths import looked_for
 from jlora.common.plural import plural
 from jlora.data.conversation import (
     PARTS,
@@ -244,7 +245,7 @@ def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
         return {}
     path = Path(options.metadata_path).expanduser()
     if not path.is_file():
-        raise UserError(f"metadata_path={path}: No such file.")
+        raise UserError(f"metadata_path={path}: No such file.{looked_for(path)}")
     source = Source(path, str(path))
     encoding = detect_encoding(source, options.encoding)
     rows = read_cells(source, encoding, detect_delimiter(source, encoding))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.common.errors import UserError
+from jlora.common.paths import looked_for
 from jlora.data.conversation import ReadOptions, join_limited
 from jlora.data.readers.hub import HUB
 from jlora.data.readers.parquet_tfds import is_tfds
@@ -82,7 +83,7 @@ def find_splits(path: str, key: str, options: ReadOptions) -> Splits:
     if is_tfds(path) or path.startswith(HUB):
         return Splits(root, [], [], [])
     if not root.exists():
-        raise UserError(f"{key}={path}: No such file or directory.")
+        raise UserError(f"{key}={path}: No such file or directory.{looked_for(path)}")
     if not root.is_dir():
         return Splits(root, [_check_regular(root)], [], [])
     files = [_check_regular(file) for file in sorted(walk(root))]
