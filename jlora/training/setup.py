@@ -87,13 +87,11 @@ def prepare_run(config: Config) -> RunSetup:
     config = add_adapter_settings(config, directory, model)
     stored, model = model.vocab_size, with_new_tokens(config, model, tokenizer)
     check_adapter_settings(config, model)
-    ends, vocab_size = end_tokens(directory, tokenizer), model.vocab_size
-    examples = processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, "training", vocab_size))
-    held_out: Any = []
-    if held_out_rows:
-        held_out = processes.first_then_others(
-            lambda: read_examples(config, tokenizer, ends, held_out_rows, "held out", vocab_size)
-        )
+    ends = end_tokens(directory, tokenizer)
+    examples, held_out = (
+        _tokenized(config, tokenizer, ends, some, name, model.vocab_size)
+        for some, name in ((rows, "training"), (held_out_rows, "held out"))
+    )
     if warning := context_warning(read_context(directory), [examples, held_out]):
         print(warning)
     steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))
@@ -130,6 +128,20 @@ def prepare_run(config: Config) -> RunSetup:
         held_out_rows,
         record,
     )
+
+
+def _tokenized(
+    config: Config,
+    tokenizer: Any,
+    ends: frozenset[int],
+    rows: RowSource | list[Conversation],
+    name: str,
+    vocab_size: int,
+) -> Any:
+    """Returns the examples of the rows, read by the first process first; [] without rows."""
+    if isinstance(rows, list) and not rows:
+        return []
+    return processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, name, vocab_size))
 
 
 def choose_platform(config: Config) -> None:
