@@ -30,7 +30,9 @@ KEYS = {field.name for field in dataclasses.fields(Config)}
 TAKES_CONFIG = {"train", "data", "plan"}
 SETTINGS = r"^\| to\b[^|\n]*\| set \|\n\|---\|---\|\n((?:\|.*\n)+)"
 NOT_KEYS = {"law", "brief"}  # names of adapters in the examples
-COLUMNS = set("prompt response messages text context system history rows file".split())  # what `columns` may name
+COLUMNS = set(
+    "prompt response messages text context system history reasoning tools rows file".split()
+)  # what `columns` may name
 # Old habits of this project's English, each hardly ever right in a technical text. Add what comes up in review.
 STIFF = [
     r"\w\(s\)",  # "3 row(s)"

@@ -207,7 +207,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     parts |= {"template": "the chat template", "tokenizer": "the tokenizer"}
     for part, words in parts.items():
         if part in old["data"] and old["data"][part] != new["data"][part]:  # runs from older versions lack some hashes
-            commit = old["data"].get("commits", {}).get(part, "")
+            commit = old["data"].get(f"{part}_commit", "")
             changes[part] = f"{words} changed{f' (it was commit {commit} on the hub)' if commit else ''}"
     dtypes = [record["runtime"]["compute_dtype"] for record in (old, new)]
     if dtypes[0] != dtypes[1] and "float16" in dtypes:  # float16 adds a loss scale to the state

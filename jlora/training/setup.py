@@ -47,8 +47,9 @@ from jlora.training import resume
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 # Entries that may differ between the processes of a run; data and base model are compared by their contents.
 MAY_DIFFER = (
-    "process_id base_model train_data_dir eval_data_dir questions commits output_dir chat_template python".split()
-)
+    "process_id base_model train_data_dir eval_data_dir questions train_commit held_out_commit output_dir "
+    "chat_template python"
+).split()
 
 
 class RunSetup(NamedTuple):
@@ -227,10 +228,8 @@ def make_record(
             "template": template_source_hash(tokenizer),
             "questions": files.resolved_path(getattr(config, questions.key), questions.key),
             "question_files": questions.use,
-            "commits": {
-                "train": files.hub_commit(config.train_data_dir, "train_data_dir"),
-                "held_out": files.hub_commit(config.eval_data_dir, "eval_data_dir"),
-            },
+            "train_commit": files.hub_commit(config.train_data_dir, "train_data_dir"),
+            "held_out_commit": files.hub_commit(config.eval_data_dir, "eval_data_dir"),
         },
         "base": {
             "directory": str(base.resolve()),
