@@ -24,7 +24,7 @@ from jlora.models import attention_backend
 from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
-from jlora.planning.data_pipeline import fix_template_settings, read_examples, read_rows, with_new_tokens
+from jlora.planning.data_pipeline import RowSource, fix_template_settings, read_examples, read_rows, with_new_tokens
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
 from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
@@ -81,7 +81,8 @@ def _find_target(name: str, config: Config) -> Target:
 
 def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) -> tuple[Layout, str]:
     """Returns how batches are laid out, and a note on where the lengths of the examples come from."""
-    if not tokens and directory.is_dir() and Path(split_sheet(config.train_data_dir)[0]).exists():
+    paths = RowSource(config, "train_data_dir").paths
+    if not tokens and directory.is_dir() and all(Path(split_sheet(path)[0]).exists() for path in paths):
         tokenizer = load_tokenizer(directory, config.chat_template)
         rows, _ = read_rows(config, lambda line: None)
         today = config.chat_date or date.today().isoformat()
@@ -89,7 +90,7 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
         ends = end_tokens(directory, tokenizer)
         vocab_size = with_new_tokens(config, model, tokenizer).vocab_size
         examples = read_examples(config, tokenizer, ends, rows, "training", vocab_size, lambda line: None)
-        return layout_from_examples(model, examples), f"row lengths from {config.train_data_dir}"
+        return layout_from_examples(model, examples), f"row lengths from {', '.join(paths)}"
     length = tokens or config.max_seq_length
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:

@@ -21,6 +21,7 @@ from jlora.common.paths import looked_for
 from jlora.common.plural import plural
 from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key
 from jlora.config.validation import validate
+from jlora.data.mixture import read_share
 from jlora.data.named_templates import TEMPLATES
 from jlora.data.readers.encoding import BOMS
 
@@ -110,6 +111,14 @@ def _read_alpha(text: str) -> tuple[str, float]:
     return pattern, float(alpha)
 
 
+def _read_portion(text: str) -> tuple[str, str]:
+    """Reads "PATH=SHARE"; a PATH alone has the share 1."""
+    path, _, share = text.rpartition("=")
+    if path and read_share(share) is None:
+        raise ValueError(text)
+    return (path, share) if path else (text, "1")
+
+
 def _split(text: str) -> tuple[str, str]:
     """Splits "PATTERN=NUMBER" at the last "=", because the pattern may contain one too."""
     pattern, _, number = text.rpartition("=")
@@ -122,6 +131,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "rank_pattern": _read_rank,
     "alpha_pattern": _read_alpha,
     "layers_to_transform": int,
+    "train_data_mix": _read_portion,
 }
 
 
@@ -133,6 +143,8 @@ def _set_key(config: ConfigDict, key: str, value: Any, where: str) -> None:
     """Sets one key from text or YAML, converted to the type of its default."""
     if key not in config:
         raise UserError(f"{where}: Unknown key {key!r}. {suggest_key(key)}")
+    if key == "train_data_dir" and isinstance(value, dict | list | tuple):
+        key = "train_data_mix"
     kind = type(config[key])
     if key == "init_lora_weights" and value is True:
         value = "true"

@@ -28,6 +28,9 @@ class Config:
 
     # Data. Both data paths are a file, a directory, `hf:OWNER/NAME/SPLIT`, `tfds:NAME/SPLIT` or `FILE.xlsx#SHEET`.
     train_data_dir: str = ""  # training rows; required
+    # Instead of train_data_dir, several sets, each with how much of it an epoch takes: {data/law: 1, data/general: 0.2}
+    # takes a fifth of the general rows, others in each epoch; {data/general: 500 rows} takes 500 rows.
+    train_data_mix: tuple[tuple[str, str], ...] = ()
     eval_data_dir: str = ""  # held-out rows; otherwise eval_share, or files in train_data_dir that are named valid
     eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which
     # The column or key of each part of a row, if it cannot be inferred: {"prompt": "q", "response": "a"}. Other parts
@@ -148,6 +151,7 @@ ENTRIES = {
     "rank_pattern": "PATTERN=RANK",
     "alpha_pattern": "PATTERN=ALPHA",
     "layers_to_transform": "layer numbers, from 0",
+    "train_data_mix": "PATH=SHARE, where SHARE is a number above 0, or a number of rows such as '500 rows'",
     "trainable_token_indices": "token ids, or lists of them for embed_tokens and lm_head",
 }
 

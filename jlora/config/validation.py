@@ -78,8 +78,10 @@ def validate(config: Config) -> list[str]:
 def _data_problems(config: Config) -> list[str]:
     """Returns the mistakes in the keys that say how rows are read and rendered."""
     problems = []
-    if not config.train_data_dir:
+    if not config.train_data_dir and not config.train_data_mix:
         problems.append("train_data_dir is not set. Set it to the file or directory with the training rows.")
+    if config.train_data_dir and config.train_data_mix:
+        problems.append("train_data_dir and train_data_mix are both set. Put all sets into train_data_mix.")
     for key, names in (("columns", PARTS), ("role_prefixes", ROLES)):
         problems += [
             f"{key} has {name!r}: {value!r}. Expected text under one of the keys {', '.join(names)}."
@@ -100,7 +102,8 @@ def _data_problems(config: Config) -> list[str]:
 def _held_out_problems(config: Config) -> list[str]:
     if config.eval_data_dir and config.eval_share:
         return ["eval_data_dir and eval_share are both set. Remove one of them."]
-    own = Path(config.train_data_dir).expanduser().is_dir()  # its files may be named valid
+    paths = (config.train_data_dir, *dict(config.train_data_mix))
+    own = any(Path(path).expanduser().is_dir() for path in paths)  # whose files may be named valid
     missing = config.early_stopping_patience and not (config.eval_data_dir or config.eval_share or own)
     return [NO_HELD_OUT] if missing else []
 

@@ -14,12 +14,13 @@ Axes: A micro-batch, R row, T position in a row, S target in a row.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
+from jlora.data.mixture import Mixture
 
 ROUND = 8  # row lengths are multiples of this many tokens
 PREFIX = -1  # the segment id of the shared prefix, which all other segments of its row attend to
@@ -64,19 +65,40 @@ class Batches:
     shapes: tuple[Shape, ...]
     examples_per_row: int = 0  # at most
     local_rows: frozenset[int] | None = None  # rows that this process fills; the others stay zero; None: all rows
+    mixture: Mixture | None = None  # of several sets; without a seed, no step has examples of two sets
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; the last one takes the examples that are left."""
-        return -(-len(self.examples) // (self.batch_size * self.micro_batches))
+        if self.mixture and self.seed is None:
+            return len(self._steps_by_set)
+        return -(-(self.mixture.taken if self.mixture else len(self.examples)) // self._step_size)
+
+    @property
+    def _step_size(self) -> int:
+        return self.batch_size * self.micro_batches
+
+    @functools.cached_property
+    def _steps_by_set(self) -> list[tuple[str, np.ndarray]]:
+        assert self.mixture
+        return self.mixture.by_set(self._step_size)
+
+    def set_name(self, step: int) -> str:
+        """Returns the name of the set that a step's examples are from; "" if they may be from several, or have none."""
+        return self._steps_by_set[step][0] if self.mixture and self.seed is None else ""
 
     def example_indices(self, step: int) -> np.ndarray:
         """Returns the indices of the examples in a step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        size = self.batch_size * self.micro_batches
-        count = len(self.examples)
-        order = np.arange(count) if self.seed is None else epoch_order(count, self.seed, epoch)
-        return order[within * size : (within + 1) * size]
+        if self.seed is None:
+            if self.mixture:
+                return self._steps_by_set[within][1]
+            order = np.arange(len(self.examples))
+        elif self.mixture:
+            order = self.mixture.order(self.seed, epoch)
+        else:
+            order = epoch_order(len(self.examples), self.seed, epoch)
+        return order[within * self._step_size : (within + 1) * self._step_size]
 
     def layout(self, step: int) -> list[Rows]:
         """Returns the rows of each micro-batch of a step."""
@@ -146,6 +168,7 @@ def plan_batches(
     linear_cost: float,
     max_shapes: int = 4,
     share: bool = False,
+    mixture: Mixture | None = None,
 ) -> Batches:
     """Chooses the number of rows and the row lengths from the lengths of the examples in all steps.
 
@@ -157,6 +180,7 @@ def plan_batches(
       linear_cost: row length at which attention costs as much as the matrix products; decides the number of rows.
       max_shapes: maximum number of compiled shapes.
       share: store the prefix that all examples share once per row.
+      mixture: of the sets that the examples are from, if there are several.
     """
     if isinstance(examples, SizedExamples):
         sizes, prefix = np.asarray(examples.sizes), examples.prefix
@@ -165,7 +189,7 @@ def plan_batches(
         prefix = len(functools.reduce(common_prefix, (example.tokens for example in examples)))
     prefix = min(prefix, int(sizes[:, 2].min())) if share else 0
     sizes = sizes - (0, 0, prefix)
-    rough = Batches(examples, sizes, prefix, micro_batches, batch_size, devices, seed, ())
+    rough = Batches(examples, sizes, prefix, micro_batches, batch_size, devices, seed, (), mixture=mixture)
     steps = rough.steps_per_epoch if steps is None else steps
     chosen = [rough.example_indices(step) for step in range(steps)]
 
@@ -181,7 +205,7 @@ def plan_batches(
     rows = min((devices * m for m in range(1, most + 1)), key=cost)
     needed = required(rows, chosen)
     shapes, examples_per_row = choose_shapes(needed[:, :2], max_shapes), int(needed[:, 2].max())
-    return Batches(examples, sizes, prefix, micro_batches, batch_size, rows, seed, shapes, examples_per_row)
+    return replace(rough, rows=rows, shapes=shapes, examples_per_row=examples_per_row)
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:

@@ -76,6 +76,7 @@ class Conversation:
     messages: tuple[Message, ...]
     where: str
     tools: str = ""  # the tools that the assistant may call: a JSON list of OpenAI's function definitions
+    source: str = ""  # the path of its set, if a run has several
 
     @property
     def plain(self) -> bool:

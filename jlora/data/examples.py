@@ -12,6 +12,7 @@ class Example(NamedTuple):
     tokens: np.ndarray  # [T] int32
     weights: np.ndarray  # [T] float32: the weight of the loss on predicting this token; 0: not trained
     where: str  # file:line
+    source: str = ""  # as in `Conversation`
 
     @property
     def loss_mask(self) -> np.ndarray:
@@ -24,6 +25,8 @@ class SizedExamples(Sequence[Example]):
 
     sizes: np.ndarray  # [N, 3] int32: `example_sizes` of each example
     prefix: int  # number of leading tokens that all examples share
+    source_names: list[str]  # the sets of rows; [""] if there is one
+    sources: np.ndarray  # [N] int32: the index of each example's set
 
 
 def example_sizes(weights: np.ndarray) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ class ExampleParts(SizedExamples):
 
     def __init__(self, source: SizedExamples, bounds: np.ndarray, sizes: np.ndarray) -> None:
         self._source, self._bounds, self.sizes = source, bounds, sizes
+        self.source_names, self.sources = source.source_names, source.sources[bounds[:, 0]]
         self.prefix = 0 if bounds[:, 1].any() else source.prefix  # a part that starts later does not share the prefix
 
     def __len__(self) -> int:
@@ -27,8 +28,8 @@ class ExampleParts(SizedExamples):
 
     def __getitem__(self, index: Any) -> Any:
         row, start, stop = self._bounds[index].tolist()
-        tokens, weights, where = self._source[row]
-        return Example(tokens[start:stop], weights[start:stop], where)
+        tokens, weights, where, source = self._source[row]
+        return Example(tokens[start:stop], weights[start:stop], where, source)
 
 
 def limit_length(examples: SizedExamples, limit: int, overlong: str, name: str) -> tuple[SizedExamples, str]:

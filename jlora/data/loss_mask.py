@@ -65,7 +65,7 @@ def encode_conversations(
         weights = np.full(len(ids), float(train_all), np.float32)
         for span, (first, last) in zip(spans, locator.find(text, spans, tokens, conversation.where), strict=True):
             weights[first : last + 1] = 1.0 if train_all else span.weight
-        examples.append(Example(tokens, weights, conversation.where))
+        examples.append(Example(tokens, weights, conversation.where, conversation.source))
         _check_example(tokenizer, examples[-1], train_all)
     return examples
 

@@ -37,6 +37,7 @@ from jlora.data.loss_mask import encode_conversations
 LAYOUT = 6  # raise it with any change to answer_text, loss_mask, tokenizer or the features that alters the stored data
 SPLIT = "rows"
 SIZES, PREFIX, LARGEST = "sizes.npy", "prefix.npy", "largest.npy"
+NAMES, SOURCES = "source_names.npy", "sources.npy"
 ROWS_PER_BATCH = 500  # rows encoded at once
 BATCHES_AHEAD = 3  # such batches encoded while earlier ones are written
 PROBE_ROWS = 100  # first rows, hashed alone to find out whether the cache can contain these rows
@@ -50,6 +51,8 @@ class CachedExamples(SizedExamples):
         self.sizes = np.load(directory / SIZES, mmap_mode="r")
         self.prefix = len(np.load(directory / PREFIX))
         self.largest = int(np.load(directory / LARGEST))
+        self.source_names = np.load(directory / NAMES).tolist()
+        self.sources = np.load(directory / SOURCES, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -61,7 +64,7 @@ class CachedExamples(SizedExamples):
         weights = np.zeros(len(row["tokens"]), np.float32)
         for (start, stop), weight in zip(row["trained"], row["weights"], strict=True):
             weights[start:stop] = weight
-        return Example(row["tokens"], weights, row["where"].decode())
+        return Example(row["tokens"], weights, row["where"].decode(), self.source_names[self.sources[index]])
 
 
 def load_or_tokenize(
@@ -131,7 +134,7 @@ class Fingerprint:
         """Yields the rows, adding each to the hash."""
         for row in rows:
             turns = [[m.role, m.content, *([] if m == Message(m.role, m.content) else [repr(m)])] for m in row.messages]
-            self._digest.update(json.dumps([row.where, turns, row.tools]).encode())
+            self._digest.update(json.dumps([row.where, turns, row.tools, row.source]).encode())
             self.rows += 1
             yield row
 
@@ -187,6 +190,7 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> Non
     )
     writer.initialize_splits([SPLIT])
     sizes, prefix, largest = array("i"), np.empty(0, np.int32), 0
+    names, sources = dict[str, int](), array("i")
     with tqdm(total=count or None, unit="row", desc="tokenizing", leave=False, disable=None) as bar:
         for examples in batches:
             writer.add_examples({SPLIT: [_stored(example) for example in examples]})
@@ -194,8 +198,11 @@ def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> Non
                 prefix = common_prefix(prefix, example.tokens) if sizes else example.tokens
                 sizes.extend(example_sizes(example.weights))
                 largest = max(largest, int(example.tokens.max()))
+                sources.append(names.setdefault(example.source, len(names)))
             bar.update(len(examples))
     writer.close_all()
     np.save(directory / SIZES, np.array(sizes, np.int32).reshape(-1, 3))
     np.save(directory / PREFIX, prefix)
     np.save(directory / LARGEST, largest)
+    np.save(directory / NAMES, np.array(list(names)))
+    np.save(directory / SOURCES, np.array(sources, np.int32))

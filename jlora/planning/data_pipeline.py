@@ -3,6 +3,7 @@
 Training and the preview (`jlora data`) both use it, so the preview shows exactly what is trained on.
 """
 
+import hashlib
 import itertools
 import math
 import operator
@@ -25,6 +26,7 @@ from jlora.data.examples import Example, SizedExamples
 from jlora.data.held_out_split import is_held_out, refuse_overlap
 from jlora.data.length_limit import limit_length
 from jlora.data.loss_mask import encode_conversation
+from jlora.data.mixture import Mixture, mix, read_share
 from jlora.data.readers import files, splits
 from jlora.data.token_cache import load_or_tokenize
 from jlora.data.tokenizer import THINKING, check_embedded
@@ -63,15 +65,38 @@ class RowSource:
             return splits.EVAL
         return splits.HELD_OUT if self.held_out and not self.config.eval_share else splits.TRAIN
 
+    @property
+    def paths(self) -> list[str]:
+        """The path of each set."""
+        return list(dict(self.config.train_data_mix)) if self.is_mixed else [getattr(self.config, self.key)]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether these are the rows of train_data_mix."""
+        return self.key == "train_data_dir" and bool(self.config.train_data_mix)
+
     def hash(self) -> str:
         """Returns the hash of the files that are read."""
         options = ReadOptions.from_config(asdict(self.config))
-        return files.hash_files(getattr(self.config, self.key), self.key, options, self.use)
+        hashes = [files.hash_files(path, self.key, options, self.use) for path in self.paths]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Conversation]:
+        for path in self.paths:
+            if len(self.paths) > 1 and self.use == splits.HELD_OUT and not self.has_held_out(path):
+                continue
+            for row in self._rows(path):
+                yield replace(row, source=path) if self.is_mixed else row
+
+    def has_held_out(self, path: str) -> bool:
+        """Returns whether a set has files that are named as held out."""
+        options = ReadOptions.from_config(asdict(self.config))
+        return bool(splits.find_splits(path, self.key, options).files(splits.HELD_OUT))
+
+    def _rows(self, path: str) -> Iterator[Conversation]:
         config = self.config
         options = ReadOptions.from_config(asdict(config))
-        for row in files.iter_conversations(getattr(config, self.key), self.key, options, self.log, self.use):
+        for row in files.iter_conversations(path, self.key, options, self.log, self.use):
             if config.pii == "mask":
                 row = pii.mask(row, config.pii_regions, config.pii_amounts)
             if config.eval_share and is_held_out(row, config.eval_share, config.seed) != self.held_out:
@@ -85,9 +110,8 @@ def held_out_source(config: Config) -> RowSource | None:
     """Returns the held-out rows: of `eval_data_dir`, a share of the training rows, or held-out files beside these."""
     if config.eval_data_dir:
         return RowSource(config, "eval_data_dir")
-    options = ReadOptions.from_config(asdict(config))
-    own = splits.find_splits(config.train_data_dir, "train_data_dir", options).files(splits.HELD_OUT)
-    return RowSource(config, "train_data_dir", held_out=True) if config.eval_share or own else None
+    own = RowSource(config, "train_data_dir", held_out=True)
+    return own if config.eval_share or any(map(own.has_held_out, own.paths)) else None
 
 
 def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSource, list[Conversation]]:
@@ -144,7 +168,7 @@ def _log_splits(config: Config, log: Callable[[str], None]) -> None:
     options = ReadOptions.from_config(asdict(config))
     instead = next((key for key in ("eval_data_dir", "eval_share") if getattr(config, key)), "")
     for key, use in (("train_data_dir", splits.TRAIN), ("eval_data_dir", splits.EVAL)):
-        if path := getattr(config, key):
+        for path in filter(None, RowSource(config, key).paths):
             for line in splits.find_splits(path, key, options).remarks(use, instead):
                 log(f"{key}: {line}")
 
@@ -245,7 +269,8 @@ def make_run_batches(
     """
     heads = model.num_attention_heads * model.head_dim
     accumulated = config.gradient_accumulation_steps
-    per_epoch = math.ceil(len(examples) / (config.batch_size * accumulated))
+    mixture = _mixture(config, examples)
+    per_epoch = math.ceil((mixture.taken if mixture else len(examples)) / (config.batch_size * accumulated))
     steps = config.max_steps or math.ceil(config.epochs * per_epoch)
     share = model.sliding_window is None
     common: dict[str, Any] = {
@@ -255,12 +280,23 @@ def make_run_batches(
     }
     is_random = spec_of(asdict(config)).draws
     batches = plan_batches(
-        examples, micro_batches=accumulated, steps=steps, seed=config.seed, share=share and not is_random, **common
+        examples,
+        micro_batches=accumulated,
+        steps=steps,
+        seed=config.seed,
+        share=share and not is_random,
+        mixture=mixture,
+        **common,
     )
     if not held_out:
         return steps, batches, None
-    return (
-        steps,
-        batches,
-        plan_batches(held_out, micro_batches=1, steps=None, seed=None, max_shapes=1, share=share, **common),
-    )
+    one_pass: dict[str, Any] = {"micro_batches": 1, "steps": None, "seed": None, "max_shapes": 1, "share": share}
+    return steps, batches, plan_batches(held_out, mixture=_mixture(config, held_out), **one_pass, **common)
+
+
+def _mixture(config: Config, examples: Any) -> Mixture | None:
+    """Returns how an epoch mixes the sets that examples are from; None if there is one nameless set."""
+    names = getattr(examples, "source_names", [""])
+    if names == [""]:
+        return None
+    return mix(names, examples.sources, {path: read_share(share) or 1.0 for path, share in config.train_data_mix})

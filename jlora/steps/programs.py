@@ -99,14 +99,19 @@ class Programs:
 
     def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
         """Returns the mean loss on the held-out set; for cross-entropy in nats per target."""
+        return self.held_out_losses(adapter, batches, say)[""]
+
+    def held_out_losses(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> dict[str, float]:
+        """Returns the mean loss on all held-out examples, under "", and on those of each set, under its name."""
         sums = []
         for step in range(batches.steps_per_epoch):
             batch = batches[step]
             arguments = (adapter, self.base, self._place(batch))
             program = self._program("evaluation", batch, lambda: self._eval.lower(*arguments), say)  # noqa: B023
             sums.append(program(*arguments))
-        total, count = np.sum(jax.device_get(sums), axis=0)
-        return float(total / count)
+        fetched, names = np.array(jax.device_get(sums)), [batches.set_name(step) for step in range(len(sums))]
+        by_set = {name: fetched[[name == other for other in names]].sum(axis=0) for name in names if name}
+        return {name: float(total / count) for name, (total, count) in {"": fetched.sum(axis=0), **by_set}.items()}
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""

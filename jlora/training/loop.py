@@ -164,7 +164,8 @@ class TrainingLoop:
 
     def _evaluate(self, state: TrainState, done: int) -> float:
         assert self.held_out is not None
-        loss = self.programs.held_out_loss(state.lora, self.held_out, self.logger.print_line)
+        losses = self.programs.held_out_losses(state.lora, self.held_out, self.logger.print_line)
+        loss = losses.pop("")
         with processes.fail_together():
             if not math.isfinite(loss):
                 rate = f"{self.config.learning_rate:g}{overflow_advice(state.scaling)}"
@@ -172,9 +173,10 @@ class TrainingLoop:
                     f"The held-out loss after step {done} is {_not_finite(loss)}. Lower learning_rate={rate}."
                 )
         self.progress.record(done, loss)
-        self.logger.log(done, eval_loss=loss)
+        self.logger.log(done, eval_loss=loss, **{f"eval_loss/{name}": each for name, each in losses.items()})
         best = " (best so far)" if self.progress.best_step == done else ""
-        self.logger.print_line(f"Step {done}: held-out loss {loss:.4f}{best}")
+        by_set = "".join(f", {name} {each:.4f}" for name, each in losses.items())
+        self.logger.print_line(f"Step {done}: held-out loss {loss:.4f}{best}{by_set}")
         if self.progress.worse_since == done:
             self.logger.print_line(overfitting_warning(self.progress))
         return loss

@@ -226,9 +226,9 @@ def make_record(
             "held_out": held_out.hash() if held_out else "",
             "tokenizer": tokenizer_hash(tokenizer),
             "template": template_source_hash(tokenizer),
-            "questions": files.resolved_path(getattr(config, questions.key), questions.key),
+            "questions": files.resolved_path(questions.paths[0], questions.key),
             "question_files": questions.use,
-            "train_commit": files.hub_commit(config.train_data_dir, "train_data_dir"),
+            "train_commit": " ".join(filter(None, (files.hub_commit(path, rows.key) for path in rows.paths))),
             "held_out_commit": files.hub_commit(config.eval_data_dir, "eval_data_dir"),
         },
         "base": {
