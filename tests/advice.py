@@ -65,7 +65,7 @@ def follow(case: Case, place: Path, patch: pytest.MonkeyPatch) -> None:
         next(steps)()
     assert case.advice in str(caught.value)
     rows = next(steps)()
-    assert rows == case.gives and rows
+    assert rows == case.gives and rows, rows
 
 
 def sites(files: Iterable[str], functions: Iterable[str] = ()) -> dict[tuple[str, int], str]:
