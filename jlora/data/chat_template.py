@@ -83,8 +83,7 @@ def _check_parts(tokenizer: Any, chat: Chat, forms: Forms) -> None:
     if (chat.tools and not forms.tools) or (calls and not forms.calls):
         raise TemplateError(
             f"The chat template of base_model={tokenizer.name_or_path} has no place for "
-            f"{'calls of tools' if calls and not forms.calls else 'tools'}. Remove these rows, or set chat_template to "
-            "a template that has, of a model that was trained with tools."
+            f"{'calls of tools' if calls and not forms.calls else 'tools'}."
         )
 
 

@@ -188,7 +188,7 @@ def make_conversation(turns: Iterable[Turn], where: str, tools: str = "") -> Con
         if not message.content and message.role == "system":
             continue
         if not message.content and not message.tool_calls and message.role != "tool":
-            raise UserError(f"{place}: The {ROLE_NOUNS[message.role]} is empty.")
+            raise UserError(f"{place}: The {ROLE_NOUNS[message.role]} is empty. Write it, or remove the row.")
         _check_characters(message, place)
         messages.append(message)
     _check_order(messages, where)
@@ -213,13 +213,17 @@ def _check_order(messages: list[Message], where: str) -> None:
     if roles[start:] == ["text"]:
         return
     if roles[start : start + 1] == ["assistant"]:
-        raise UserError(f"{where}: This answer has no question before it: {messages[start].content[:60]!r}.")
+        answer = messages[start].content[:60]
+        raise UserError(
+            f"{where}: This answer has no question before it: {answer!r}. Write the question, or remove the row."
+        )
     spoken = []  # without tools' results and the answers that call them
     calling = False
     for number, message in enumerate(messages[start:], start):
         if message.role == "tool":
             if not calling:
-                raise UserError(f"{where}: This tool's result has no call before it: {message.content[:60]!r}.")
+                result = message.content[:60]
+                raise UserError(f"{where}: This tool's result has no call before it: {result!r}. Write the call.")
             continue
         answered = number > 0 and roles[number - 1] == "tool"
         if answered and message.role != "assistant":
@@ -228,9 +232,13 @@ def _check_order(messages: list[Message], where: str) -> None:
             spoken.append(message.role)
         calling = bool(message.tool_calls)
     if roles[-1:] == ["tool"]:
-        raise UserError(f"{where}: This tool's result has no answer: {messages[-1].content[:60]!r}.")
+        result = messages[-1].content[:60]
+        raise UserError(f"{where}: This tool's result has no answer: {result!r}. Write the answer, or remove the row.")
     if spoken[-1:] == ["user"] and spoken[:-1] == ["user", "assistant"] * (len(spoken) // 2):
-        raise UserError(f"{where}: This question has no answer: {messages[-1].content[:60]!r}.")
+        question = messages[-1].content[:60]
+        raise UserError(
+            f"{where}: This question has no answer: {question!r}. Write the answer, or remove the question."
+        )
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         got = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
         raise UserError(

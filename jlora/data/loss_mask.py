@@ -54,7 +54,8 @@ def encode_conversations(
             return [
                 example for one in conversations for example in encode_conversations(tokenizer, ends, [one], train_on)
             ]
-        raise UserError(f"{conversations[0].where}: {error}") from None
+        advice = "Remove the row, or set chat_template to a template that takes it."
+        raise UserError(f"{conversations[0].where}: {error} {advice}") from None
     pairs = [(conversation, made) for conversation, some in zip(conversations, texts, strict=True) for made in some]
     encoded = _token_ids(tokenizer, [made.text for _, made in pairs])
     locator = _AnswerLocator(tokenizer, ends)
@@ -125,7 +126,8 @@ class _AnswerLocator:
                 expected = " or ".join(map(repr, self._end_names)) or "no token"
                 raise UserError(
                     f"{where}: The chat template adds no end token after the answer, so the model would not learn "
-                    f"when to stop. It adds {text[span.words_end : span.end]!r}; the model stops at {expected}."
+                    f"when to stop. It adds {text[span.words_end : span.end]!r}; the model stops at {expected}. "
+                    "Fix the template, or set chat_template."
                 )
             first = token + self._opening_length(opening, tokens[token : in_tokens[found]].tolist(), where)
             yield first, in_tokens[found]
@@ -156,7 +158,9 @@ def _check_example(tokenizer: Any, example: Example, train_all: bool) -> None:
             "Remove one from the chat template."
         )
     if not targets:
-        raise UserError(f"{example.where}: This example has no trainable tokens.")
+        raise UserError(
+            f"{example.where}: This example has no trainable tokens. Lengthen its text, or remove train_on."
+        )
     if targets == len(example.tokens) - 1 and not train_all:
         raise UserError(
             f"{example.where}: Every token of this example would be trained, including the question. Set train_on=all "

@@ -87,7 +87,7 @@ def _members(file: Source) -> Iterator[tuple[str, Callable[[int], bytes]]]:
     with _opened(file) as archive:
         members = [member for member in archive.infolist() if not member.is_dir() and _holds_rows(member.filename)]
         if not members:
-            raise UserError(f"{file}: The archive contains no data files.")
+            raise UserError(f"{file}: The archive contains no data files. Put files with rows into it.")
         for member in sorted(members, key=lambda member: member.filename):
             shown = f"{file}/{member.filename}"
             if member.flag_bits & 1:

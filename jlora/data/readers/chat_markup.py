@@ -211,7 +211,7 @@ def _note_titles(gap: list[str], notes: ReaderNotes) -> None:
 
 
 def _too_long(file: Source, block: _Block) -> UserError:
-    return UserError(f"{file}:{block.line}: The row is longer than {MAX_ROW:,} characters. Is the file broken?")
+    return UserError(f"{file}:{block.line}: The row is longer than {MAX_ROW:,} characters. Split it into several.")
 
 
 def _row(file: Source, style: Style, block: _Block) -> Row:

@@ -231,7 +231,9 @@ def map_columns(columns: Sequence[str], options: ReadOptions) -> Parts:
             c for part, c in named.items() if c not in columns and part in ("prompt", "response", "messages", "text")
         ]
         if missing:
-            raise UserError(f"The key columns names the column {missing[0]!r}, which does not exist. {available}")
+            raise UserError(
+                f"The key columns names the column {missing[0]!r}, which does not exist. {available} Name one of them."
+            )
         return {part: column for part, column in named.items() if column in columns}
     plain = [column for column in columns if column.strip().lower() in (*WHAT, *NAMES["text"])]
     if options.plain:
@@ -280,7 +282,7 @@ def _turn_list(value: Any, column: str, where: str) -> list[Any]:
             raise UserError(f"{where}: Expected a JSON list in {column!r}, got {_shorten(value)}.") from None
     if isinstance(value, Mapping) and {type(v) for v in value.values()} == {list}:
         if len({len(v) for v in value.values()}) != 1:
-            raise UserError(f"{where}: The lists in {column!r} differ in length.")
+            raise UserError(f"{where}: The lists in {column!r} differ in length. Write one item for each turn in each.")
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise UserError(f"{where}: Expected a list of turns in {column!r}, got {_shorten(value)}.")

@@ -70,9 +70,12 @@ def read_cells(file: Source, encoding: str, delimiter: str) -> Iterator[tuple[in
         except csv.Error as error:
             reason = str(error)
             if "unexpected end" in reason:
-                reason = "the quote opened here is never closed"
+                reason = "the quote opened here is never closed. Close it"
             elif "field limit" in reason:
-                reason = f"a cell is longer than {csv.field_size_limit():,} characters. Check for an unclosed quote"
+                most = f"{csv.field_size_limit():,} characters"
+                reason = f"a cell is longer than {most}. Close its quote, or save the rows as JSON lines"
+            else:
+                reason += ". In a cell in quotes, write each quote twice"
             raise UserError(f"{file}:{start}: Not valid CSV: {reason}.") from None
         if cells is None:
             return

@@ -50,7 +50,7 @@ def detect_encoding(file: Source, named: str = "") -> str:
     with file.open("rb") as stream:
         head = stream.read(CHUNK)
     if not head.strip():
-        raise UserError(f"{file}: The file is empty.")
+        raise UserError(f"{file}: The file is empty. Remove it, or write rows into it.")
     if kind := next((kind for magic, kind in BINARY.items() if head.startswith(magic)), ""):
         raise UserError(f"{file} is {kind}")
     marked = next((name for bom, name in BOMS.items() if head.startswith(bom)), "")
@@ -75,7 +75,9 @@ def numbered_lines(file: Source, encoding: str, longest: int = MAX_ROW) -> Itera
         while line := stream.readline(longest + 1):
             number += 1
             if len(line) > longest:
-                raise UserError(f"{file}:{number}: The line is longer than {longest:,} characters. Is the file broken?")
+                raise UserError(
+                    f"{file}:{number}: The line is longer than {longest:,} characters. Split it into several."
+                )
             yield number, line
 
 

@@ -64,7 +64,9 @@ def _chosen(file: Source, workbook: Any, sheet: str, notes: ReaderNotes) -> list
     sheets = {each.title: each for each in workbook.worksheets}
     if sheet not in ("", ALL_SHEETS):
         if sheet not in sheets:
-            raise UserError(f"{file} has no sheet {sheet!r}. Its sheets: {', '.join(map(repr, sheets))}.")
+            raise UserError(
+                f"{file} has no sheet {sheet!r}. Its sheets: {', '.join(map(repr, sheets))}. Name one of them."
+            )
         return [sheet]
     filled = [name for name, each in sheets.items() if any(True for _ in _filled_rows(each, None, ReaderNotes()))]
     shown = [name for name in filled if sheets[name].sheet_state == "visible"]
@@ -72,8 +74,10 @@ def _chosen(file: Source, workbook: Any, sheet: str, notes: ReaderNotes) -> list
         if name not in shown:
             notes.add("hidden sheets, not read (to read one, add #NAME to the path)", f"{file.name}[{name}]")
     if not shown:
-        hidden = f" Add #{filled[0]} to the path to read its hidden sheet." if filled else ""
-        raise UserError(f"{file}: No {'visible ' if filled else ''}sheet has rows.{hidden}")
+        if filled:
+            advice = f"Add #{filled[0]} to the path to read its hidden sheet."
+            raise UserError(f"{file}: No visible sheet has rows. {advice}")
+        raise UserError(f"{file}: No sheet has rows. Remove the file, or write rows into it.")
     if len(shown) > 1 and not sheet:
         raise UserError(
             f"{file}: {plural(len(shown), 'sheet')} have rows: {', '.join(map(repr, shown))}. Add one of the names to "

@@ -99,7 +99,8 @@ def iter_conversations(
         raise UserError("\n  ".join([heading, *bad.lines()]))
     if not used:
         which = " (its held-out files)" if use == splits.HELD_OUT else ""
-        raise UserError("\n  ".join([f"{key}={path}{which} contains no usable rows.", *notes.lines()]))
+        heading = f"{key}={path}{which} contains no usable rows. Add some, or correct those that are left out."
+        raise UserError("\n  ".join([heading, *notes.lines()]))
     for line in notes.lines():
         log(f"{key}: {line}")
 
@@ -178,13 +179,14 @@ def _read_file(file: Source, options: ReadOptions, notes: ReaderNotes, sheet: st
             yield from _read_file(member, options, notes, sheet)
         return
     if re.search(r"\.(array_record|tfrecord)", file.name):
-        raise UserError(f"{file} is part of a TFDS data set. Pass its directory, the one with dataset_info.json.")
+        advice = "Pass its directory, the one with dataset_info.json, as tfds:DIRECTORY/SPLIT."
+        raise UserError(f"{file} is part of a TFDS data set. {advice}")
     encoding = detect_encoding(file, options.encoding)
     if encoding == GB18030 and not options.encoding:
         notes.add("read as GB18030, because it is not UTF-8", file.name)
     head = first_lines(file, encoding)
     if not head:
-        raise UserError(f"{file}: The file is empty.")
+        raise UserError(f"{file}: The file is empty. Remove it, or write rows into it.")
     if not options.plain and HTML.match("\n".join(head)):
         advice = "Save its text as .txt, or its table as CSV. To train on its source, set task_type=plain-text."
         raise UserError(f"{file} is an HTML page. {advice}")
@@ -245,7 +247,7 @@ def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
         return {}
     path = Path(options.metadata_path).expanduser()
     if not path.is_file():
-        raise UserError(f"metadata_path={path}: No such file.{looked_for(path)}")
+        raise UserError(f"metadata_path={path}: No such file.{looked_for(path)} Correct the path.")
     source = Source(path, str(path))
     encoding = detect_encoding(source, options.encoding)
     rows = read_cells(source, encoding, detect_delimiter(source, encoding))
@@ -265,7 +267,8 @@ def _metadata(options: ReadOptions) -> dict[Path, ReadOptions]:
         name = next(values.pop(name) for name in FILE_NAMES if name in values)
         files = [f for root in roots for f in (root / name, root.parent / name) if f.is_file()]
         if not files:
-            raise UserError(f"{path}:{number}: File {name!r} does not exist in {join_limited(map(str, roots))}.")
+            searched = join_limited(map(str, roots))
+            raise UserError(f"{path}:{number}: File {name!r} does not exist in {searched}. Correct its name.")
         columns = {part: column for part, column in values.items() if column}
         if not names_complete_row(columns):
             raise UserError(

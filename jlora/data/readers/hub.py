@@ -51,13 +51,15 @@ def find_split(path: str, key: str) -> HubSplit:
         raise UserError(f"{key}={path}: Expected {HUB}OWNER/NAME/SPLIT or {HUB}OWNER/NAME@REVISION/SPLIT.")
     name, revision = match["id"], match["revision"]
     names, directory = _list_files(name, revision, f"{key}={path}")
-    split, chosen = _choose(names, match["split"] or "", match[0].removesuffix(f"/{match['split']}"), f"{key}={path}")
+    data_set = match[0].removesuffix(f"/{match['split']}")
+    split, chosen = _choose(names, match["split"] or "", data_set, f"{key}={path}")
     downloaded = directory or _download(name, revision, chosen, f"{key}={path}")
     shards = FILE.fullmatch(chosen[0])
     expected = int(shards["shards"] or 0) if shards and split not in names else 0
     there, expected = sum((downloaded / file).is_file() for file in chosen), max(expected, len(chosen))
     if there < expected:
-        where = "in the hub's cache. Read it once while the hub can be reached" if directory else "on the hub"
+        named = f"on the hub. Name one of them, as in {data_set}/{chosen[0]}"
+        where = "in the hub's cache. Read it once while the hub can be reached" if directory else named
         raise UserError(f"{key}={path}: Only {there} of the {expected} files of {split} are {where}.")
     files = tuple(Source(downloaded / file, f"{HUB}{name}/{file}") for file in chosen)
     return HubSplit(name, split, downloaded.name, files, directory is not None)
@@ -72,9 +74,11 @@ def _list_files(name: str, revision: str | None, setting: str) -> tuple[list[str
         info = huggingface_hub.HfApi().dataset_info(name, revision=revision)
         return [file.rfilename for file in info.siblings or []], None
     except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
-        known = isinstance(error, errors.RevisionNotFoundError)
-        problem = f"{name} has no revision {revision!r}" if known else f"{name!r} is not a valid name"
-        raise UserError(f"{setting}: {problem} on the hub.") from None
+        if isinstance(error, errors.RevisionNotFoundError):
+            problem = f"{name} has no revision {revision!r} on the hub. Name one of its branches, tags or commits"
+        else:
+            problem = f"{name!r} is not a valid name on the hub. Expected OWNER/NAME"
+        raise UserError(f"{setting}: {problem}.") from None
     except Exception as error:  # of the HTTP client, which differs between versions
         reason = error
     try:
@@ -111,7 +115,8 @@ def _choose(names: list[str], wanted: str, data_set: str, setting: str) -> tuple
     if wanted in names:
         return wanted, [wanted]
     if not splits:
-        raise UserError(f"{setting}: The data set has no Parquet, JSON or CSV files.")
+        advice = f"If the hub has converted it, set {data_set.split('@')[0]}@refs/convert/parquet."
+        raise UserError(f"{setting}: The data set has no Parquet, JSON or CSV files. {advice}")
     if not wanted and len(splits) == 1:
         wanted = next(iter(splits))
     if wanted not in splits:

@@ -15,6 +15,7 @@ CHUNK = 1 << 16  # characters
 LONGEST_ROW = 1 << 20  # characters; a longer object is read as a list of rows, piece by piece
 TAIL = 16  # characters: an error this close to the end of the text read so far may be caused by an incomplete token
 SPACE = re.compile(r"\s*")
+FIX = "Correct it, or write the rows with a JSON library."  # for JSON that is not valid
 Row = tuple[str, Any]  # file:line and the row, or a UserError if the row cannot be read
 
 
@@ -31,7 +32,7 @@ def read_json(file: Source, encoding: str, options: ReadOptions, notes: ReaderNo
                 try:
                     yield where, _decode(line)
                 except (ValueError, RecursionError) as error:
-                    yield where, UserError(f"{where}: Not valid JSON: {_reason(error)}.")
+                    yield where, UserError(f"{where}: Not valid JSON: {_reason(error)}. {FIX}")
         return
     yield from _JsonDocument(file, encoding, options, notes).rows()
 
@@ -108,7 +109,8 @@ class _JsonDocument:
                     yield where, self._value()
         if self._wanted and not self._lists:
             raise UserError(
-                f"{self._file}: The key columns sets rows to {self._wanted!r}, but no list of rows has that key."
+                f"{self._file}: The key columns sets rows to {self._wanted!r}, but no list of rows has that key. "
+                "Correct it."
             )
 
     def _next_value(self) -> tuple[Any, int]:
@@ -163,7 +165,7 @@ class _JsonDocument:
                 if inside and not value[key]:
                     del value[key]
             elif key in value:
-                raise UserError(f"{self._where()}: Not valid JSON: duplicate key {key!r}.")
+                raise UserError(f"{self._where()}: Not valid JSON: duplicate key {key!r}. {FIX}")
             else:
                 value[key] = self._value()
             if self._peek() != "}":
@@ -206,7 +208,7 @@ class _JsonDocument:
         got = self._peek()
         if got != char:
             found = f"got {self._buffer[self._at : self._at + 20]!r}" if got else "but the file ends"
-            raise UserError(f"{self._where()}: Not valid JSON: Expected {char!r}, {found}.")
+            raise UserError(f"{self._where()}: Not valid JSON: Expected {char!r}, {found}. {FIX}")
 
     def _value(self) -> Any:
         """Parses the next value."""
@@ -219,13 +221,15 @@ class _JsonDocument:
                 if self._ended or not incomplete:
                     self._move(max(at, self._at))
                     reason = getattr(error, "msg", _reason(error))
-                    raise UserError(f"{self._where()}: Not valid JSON: {reason}.") from None
+                    raise UserError(f"{self._where()}: Not valid JSON: {reason}. {FIX}") from None
             else:
                 if end < len(self._buffer) or self._ended:  # otherwise a number may continue in the next chunk
                     self._move(end)
                     return value
             if len(self._buffer) - self._at > MAX_ROW:
-                raise UserError(f"{self._where()}: The row is longer than {MAX_ROW:,} characters. Is the file broken?")
+                raise UserError(
+                    f"{self._where()}: The row is longer than {MAX_ROW:,} characters. Split it into several."
+                )
             self._read()
 
     def _read(self) -> None:

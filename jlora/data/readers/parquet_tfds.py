@@ -46,7 +46,7 @@ def read_columnar(file: Source, name: str) -> Iterator[Row]:
                     yield f"{file}:{number}", row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{file} cannot be read as {name} after row {number}: {reason}.") from None
+        raise UserError(f"{file} cannot be read as {name} after row {number}: {reason}. Save it again.") from None
 
 
 def _parquet_batches(file: Source) -> Iterator[pyarrow.RecordBatch]:
@@ -116,7 +116,10 @@ def _builder(path: str, key: str) -> tuple[Any, str]:
             builder.download_and_prepare()
     except Exception as error:  # TFDS runs the data set's own code, which may raise anything
         reason = (str(error).strip().split("\n") or [""])[0]
-        raise UserError(f"{key}={path}: TFDS cannot load this data set: {reason}.") from None
+        raise UserError(
+            f"{key}={path}: TFDS cannot load this data set: {reason}. Correct its name, or pass the directory of a "
+            f"prepared data set, as {TFDS}DIRECTORY/SPLIT."
+        ) from None
     splits = sorted(builder.info.splits)
     if split not in splits and (split or len(splits) != 1):
         raise UserError(f"{key}={path}: Expected {TFDS}{name}/SPLIT, where SPLIT is one of {', '.join(splits)}.")

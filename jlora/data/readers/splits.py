@@ -83,14 +83,14 @@ def find_splits(path: str, key: str, options: ReadOptions) -> Splits:
     if is_tfds(path) or path.startswith(HUB):
         return Splits(root, [], [], [])
     if not root.exists():
-        raise UserError(f"{key}={path}: No such file or directory.{looked_for(path)}")
+        raise UserError(f"{key}={path}: No such file or directory.{looked_for(path)} Correct the path.")
     if not root.is_dir():
         return Splits(root, [_check_regular(root)], [], [])
     files = [_check_regular(file) for file in sorted(walk(root))]
     metadata = Path(options.metadata_path).expanduser().resolve() if options.metadata_path else None
     files = [file for file in files if not _is_metadata(file) and file.resolve() != metadata]
     if not files:
-        raise UserError(f"{key}={path}: The directory contains no data files.")
+        raise UserError(f"{key}={path}: The directory contains no data files. Put files with rows into it.")
     said = {file: _named_split(file.relative_to(root)) for file in files}
     trains = any(split == TRAIN for split, _ in said.values())
     groups: dict[str, list[Path]] = {TRAIN: [], HELD_OUT: [], TEST: []}
@@ -113,7 +113,7 @@ def walk(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{directory} cannot be read: {error.strerror}. Check its permissions.") from None
     for name in names:
         if is_skipped(name):
             continue

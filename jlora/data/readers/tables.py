@@ -43,7 +43,7 @@ def named_rows(
     """
     sample = list(itertools.islice(rows, SAMPLE_ROWS))
     if not sample:
-        raise UserError(f"{table}: The table contains no rows.")
+        raise UserError(f"{table}: The table contains no rows. Write rows into it.")
     first = sample[0][1]
     header = _header(table, first, [cells for _, cells in sample[1:]], options)
     rows = itertools.chain(sample if header is None else sample[1:], rows)

@@ -137,7 +137,10 @@ class _PrefixScan:
         if given:
             return given
         if self._question in ASSISTANT_NAMES:
-            raise UserError(f"{file}:{number}: This answer has no question before it: {line.strip()[:60]!r}.")
+            answer = line.strip()[:60]
+            raise UserError(
+                f"{file}:{number}: This answer has no question before it: {answer!r}. Write the question there."
+            )
         often = [n for n, count in self._answers.items() if count == max(self._answers.values())]
         likely = [n for n in often if n in ASSISTANT_NAMES and len(n) > 1] or often
         askers = [n for n in self.counts if n in USER_NAMES - {self._question} and len(n) > 1]
@@ -202,7 +205,7 @@ def _conversations(
             gap = []
         size += len(line)
         if size > MAX_ROW:
-            raise UserError(f"{file}:{number}: The row is longer than {MAX_ROW:,} characters. Is the file broken?")
+            raise UserError(f"{file}:{number}: The row is longer than {MAX_ROW:,} characters. Split it into several.")
     if turns:
         yield row()
     if rows and separator == "each":

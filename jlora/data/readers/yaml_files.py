@@ -14,6 +14,7 @@ from jlora.data.readers.source import Source
 from jlora.data.readers.training_marks import TURN_MARKS
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+FIX = "Correct it, or put quotes around the text there."  # for YAML that is not valid
 DEEPEST, MOST_ALIASED = 100, 1_000_000  # lists within lists; values that aliases repeat
 TAG = "tag:yaml.org,2002:"
 TAGS = {f"{TAG}{name}" for name in "str int float bool null timestamp map seq value".split()}
@@ -43,7 +44,7 @@ def read_yaml(file: Source, encoding: str, options: ReadOptions, notes: ReaderNo
         mark = getattr(error, "problem_mark", None)
         line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
         reason = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise UserError(f"{file}:{line + 1}: Not valid YAML: {reason}.") from None
+        raise UserError(f"{file}:{line + 1}: Not valid YAML: {reason}. {FIX}") from None
 
 
 def _check_limits(file: Source, text: str) -> None:
@@ -57,13 +58,13 @@ def _check_limits(file: Source, text: str) -> None:
         anchor, size = getattr(event, "anchor", None), 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise UserError(f"{where}: Not valid YAML: no complete value precedes the alias *{event.anchor}.")
+                raise UserError(f"{where}: Not valid YAML: no complete value precedes the alias *{event.anchor}. {FIX}")
             size = sizes[event.anchor]
             aliased += size
         elif isinstance(event, yaml.CollectionStartEvent):
             open_values.append((anchor, 1))
             if len(open_values) > DEEPEST:
-                raise UserError(f"{where}: Not valid YAML: too deeply nested.")
+                raise UserError(f"{where}: Not valid YAML: too deeply nested. {FIX}")
             continue
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_values.pop()
@@ -84,7 +85,9 @@ def _row_nodes(file: Source, document: yaml.Node, options: ReadOptions, notes: R
         lists = dict(_lists_of_rows(document, ""))
         found = [name for name in lists if name == wanted or not wanted]
         if wanted and not found:
-            raise UserError(f"{file}: The key columns sets rows to {wanted!r}, but no list of rows has that key.")
+            raise UserError(
+                f"{file}: The key columns sets rows to {wanted!r}, but no list of rows has that key. Correct it."
+            )
         if len(found) > 1:
             advice = f'Set columns={{"rows": "{found[1]}"}}, or split the file.'
             raise UserError(f"{_place(file, lists[found[1]])}: Both {found[0]} and {found[1]} hold rows. {advice}")
@@ -152,9 +155,11 @@ def _value(file: Source, node: yaml.Node, key: str = "") -> Any:
     values: dict[str, Any] = {}
     for name, inner in node.value:
         if not isinstance(name, yaml.ScalarNode) or name.tag not in TAGS:
-            raise UserError(f"{_place(file, name)}: Expected a text as the key, not a list, an object or `<<`.")
+            raise UserError(
+                f"{_place(file, name)}: Expected a text as the key, not a list, an object or `<<`. Write the keys out."
+            )
         if name.value in values:
-            raise UserError(f"{_place(file, name)}: Not valid YAML: duplicate key {name.value!r}.")
+            raise UserError(f"{_place(file, name)}: Not valid YAML: duplicate key {name.value!r}. Remove one.")
         values[name.value] = _value(file, inner, name.value)
     return values
 
