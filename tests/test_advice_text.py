@@ -1,7 +1,10 @@
 """The advice of every error message about JSON, YAML and text is followed; then the rows are read."""
 
 import pytest
+import test_advice_files
+import test_advice_rows
 from advice import PAIR, case, follow, sites, unmet
+from conftest import ROOT
 from test_layouts import jsonl
 from test_yaml import BOMB
 
@@ -194,3 +197,14 @@ def test_advice_is_followed(case, tmp_path, monkeypatch):
 
 def test_every_message_about_text_has_a_case(tmp_path):
     assert not unmet(CASES, sites(f"data/readers/{name}.py" for name in FILES), {}, tmp_path)
+
+
+def test_every_reader_is_covered():
+    readers = {path.stem for path in (ROOT / "jlora/data/readers").glob("*.py")}
+    assert readers == {*FILES, *test_advice_files.FILES, *test_advice_rows.FILES, "hub", "__init__"}
+
+
+def test_a_message_without_a_case_is_found(tmp_path):
+    found = sites(["data/readers/yaml_files.py"])
+    assert len(unmet(JSON, found, {}, tmp_path)) == len(found) > 9
+    assert unmet(YAML, found, {"no such message": "an exception that nothing needs"}, tmp_path) == ["no such message"]

