@@ -9,7 +9,8 @@ import pytest
 from test_layouts import contents, jsonl, read
 
 from jlora.common.errors import UserError
-from jlora.config.schema import Config, validate
+from jlora.config.schema import Config
+from jlora.config.validation import validate
 from jlora.data.readers import files, splits
 from jlora.data.tokenizer import load_tokenizer
 from jlora.distributed.sharding import make_mesh
