@@ -259,6 +259,27 @@ def test_nan_is_rejected(python_config):
         load_config(python_config(), ["--config.learning_rate=.nan"])
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("learning_rate", "learning_rate: float = 2e-4  # the highest, after warm-up\n"),
+        ("quantize_base", "One of 'none', 'nf4', 'int8'."),
+        ("columns", 'cannot be inferred: {"prompt": "q", "response": "a"}'),
+        ("mesh", '= {"data": -1, "fsdp": 1, "tensor": 1}\n'),
+    ],
+)
+def test_help_describes_one_key(key, said):
+    for program in ("data", "train", "plan"):
+        done = run_program(program, "--help", key)
+        assert said in done.stdout and done.returncode == 0 and f"\n{key}:" in f"\n{done.stdout}"
+        assert sum(f"\n{field.name}:" in f"\n{done.stdout}" for field in dataclasses.fields(Config)) == 1
+
+
+def test_help_of_a_key_that_does_not_exist_proposes_one():
+    done = run_program("data", "--help", "lr")
+    assert done.stderr == "error: --help lr: Unknown key. Did you mean learning_rate?\n" and done.returncode == 2
+
+
 def test_help_lists_every_key_with_its_default():
     said = run_program("train", "--help").stdout
     for field in dataclasses.fields(Config):

@@ -19,7 +19,7 @@ from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
 from jlora.common.paths import looked_for
 from jlora.common.plural import plural
-from jlora.config.schema import ENTRIES, Config, default_config, described_keys, suggest_key
+from jlora.config.schema import ENTRIES, Config, default_config, described_key, described_keys, suggest_key
 from jlora.config.validation import validate
 from jlora.data.mixture import read_share
 from jlora.data.named_templates import TEMPLATES
@@ -38,13 +38,23 @@ class _Parser(argparse.ArgumentParser):
         return f"{super().format_help()}All settings, with their defaults:\n\n{described_keys()}\n"
 
 
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Shows the help of a program, or that of one setting."""
+        print(described_key(values) if values else parser.format_help())
+        parser.exit()
+
+
 def config_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Returns a parser with `--config`; `parse_known_args` leaves the overrides for `load_config`."""
     parser = _Parser(
         prog=f"jlora {program}",
         description=description,
         epilog="Override any setting with --config.KEY=VALUE, for example --config.lora_rank=8.",
+        add_help=False,
     )
+    shown = "show this help, or that of one setting"
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="KEY", action=_Help, help=shown)
     parser.add_argument("--config", required=True, metavar="FILE", help="a .py or .yaml config file")
     return parser
 

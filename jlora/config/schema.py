@@ -3,12 +3,15 @@
 import dataclasses
 import difflib
 import inspect
+import itertools
+import re
 import textwrap
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
 from jlora.adapters import methods
+from jlora.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +196,23 @@ def suggest_key(name: str) -> str:
 
 def described_keys() -> str:
     """Returns all keys with their defaults and comments, as they are written in this file."""
-    return textwrap.dedent(inspect.getsource(Config).split('"""')[2]).strip()
+    source = inspect.getsource(Config).split('"""')[2].replace("dataclasses.field(default_factory=dict)", "{}")
+    return textwrap.dedent(re.sub(r"dataclasses\.field\(default_factory=lambda: (.*)\)", r"\1", source)).strip()
+
+
+def described_key(name: str) -> str:
+    """Returns one key with its default, its comments and its choices.
+
+    Raises:
+      UserError: there is no such key.
+    """
+    if name not in Config.__dataclass_fields__:
+        raise UserError(f"--help {name}: Unknown key. {suggest_key(name)}")
+    lines = described_keys().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
+    above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[:at]))
+    choices = [f"# One of {', '.join(map(repr, CHOICES[name]))}."] if name in CHOICES else []
+    return "\n".join([*reversed([*above]), lines[at], *choices])
 
 
 def suggest_nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
