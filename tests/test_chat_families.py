@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from jlora.common.errors import UserError
+from jlora.config.schema import Config
 from jlora.data.chat_template import Chat, chat_forms, render_chat
 from jlora.data.conversation import Conversation, Message, ToolCall
 from jlora.data.loss_mask import encode_conversations
 from jlora.data.preview import as_text
 from jlora.data.token_cache import load_or_tokenize
 from jlora.data.tokenizer import load_tokenizer
+from jlora.planning.data_pipeline import RowSource, fix_template_settings
 
 DATE = "2026-11-07"
 TOOLS = '[{"type": "function", "function": {"name": "stock", "parameters": {}}}]'
@@ -186,10 +188,22 @@ def test_several_calls_keep_the_order_of_their_results(base):
         encode(as_family(base, "llama31"), messages)
 
 
-@pytest.mark.parametrize(("name", "tools", "what"), [("smollm3", TOOLS, "calls of tools"), ("r1", TOOLS, "tools")])
-def test_a_template_without_tools_is_named(base, name, tools, what):
-    with pytest.raises(UserError, match=f"rows:1: The chat template of base_model=.* has no place for {what}. Remove"):
-        encode(as_family(base, name), CALLED, tools)
+def test_a_template_without_calls_is_named(base):
+    with pytest.raises(UserError, match=r"rows:1: The chat template of base_model=.* has no place for calls of tools"):
+        encode(as_family(base, "smollm3"), CALLED)
+
+
+def test_tools_without_a_place_are_left_out_and_reported(base, monkeypatch):
+    as_family(base, "smollm3")
+    monkeypatch.setattr(base, "thinking", None, raising=False)
+    assert marked(base, ANSWERED, TOOLS) == [PLAIN["smollm3"]]  # the served prompt has no tools either
+    said, rows = [], RowSource(Config(), "train_data_dir", count=3, tools=2)
+    fix_template_settings(Config(), base, rows, DATE, said.append)
+    assert said[-1] == "The chat template has no place for tools; the definitions in 2 rows are left out"
+    monkeypatch.setattr(base, "chat_template", HERMES)
+    said.clear()
+    fix_template_settings(Config(), base, rows, DATE, said.append)
+    assert not said
 
 
 def test_the_forms_are_those_that_work(base):

@@ -40,6 +40,7 @@ class InMemoryExamples(SizedExamples):
         ]
         self.sizes = np.array([example_sizes(e.loss_mask) for e in self.examples], np.int32)
         self.prefix = min(lengths)
+        self.source_names, self.sources = [""], np.zeros(len(lengths), np.int32)
 
     def __len__(self):
         return len(self.examples)

@@ -44,7 +44,7 @@ def render_chat(tokenizer: Any, chats: Sequence[Chat], *, prompt: bool) -> list[
 
     Raises:
       TemplateError: the template does not accept a conversation, or is broken.
-      UserError: the base model has no chat template, or the template has no place for a chat's tools.
+      UserError: the base model has no chat template, or the template has no place for calls of tools.
     """
     if not chats:
         return []
@@ -80,10 +80,9 @@ def _has_parts(message: Message) -> bool:
 
 def _check_parts(tokenizer: Any, chat: Chat, forms: Forms) -> None:
     calls = any(message.tool_calls or message.role == "tool" for message in chat.messages)
-    if (chat.tools and not forms.tools) or (calls and not forms.calls):
+    if calls and not forms.calls:
         raise TemplateError(
-            f"The chat template of base_model={tokenizer.name_or_path} has no place for "
-            f"{'calls of tools' if calls and not forms.calls else 'tools'}."
+            f"The chat template of base_model={tokenizer.name_or_path} has no place for calls of tools."
         )
 
 

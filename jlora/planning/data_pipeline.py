@@ -18,7 +18,7 @@ from jlora.common.plural import plural
 from jlora.config.schema import NO_HELD_OUT, Config
 from jlora.data import preview
 from jlora.data.batches import Batches, plan_batches
-from jlora.data.chat_template import encode_prompt, has_thinking_switch, states_date
+from jlora.data.chat_template import chat_forms, encode_prompt, has_thinking_switch, states_date
 from jlora.data.checks import pii
 from jlora.data.checks.report import DataReport
 from jlora.data.conversation import Conversation, Message, ReadOptions
@@ -46,6 +46,7 @@ class RowSource:
       log: receives the reader's remarks on the files.
       count: the number of rows if they were counted before, else 0.
       reasoning: how many of them have reasoning that is learned.
+      tools: how many of them define tools.
     """
 
     config: Config
@@ -54,6 +55,7 @@ class RowSource:
     log: Callable[[str], object] = lambda line: None
     count: int = 0
     reasoning: int = 0
+    tools: int = 0
 
     def __length_hint__(self) -> int:
         return self.count
@@ -138,7 +140,8 @@ def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSo
             raise UserError(f"eval_share={config.eval_share} leaves {side}. Choose another share, or add rows.")
         for line in report.lines():
             log(f"{name}: {line}")
-    return replace(rows, count=reports["training"].count, reasoning=reports["training"].reasoning), held_out
+    report = reports["training"]
+    return replace(rows, count=report.count, reasoning=report.reasoning, tools=report.tools), held_out
 
 
 def fix_template_settings(
@@ -160,6 +163,8 @@ def fix_template_settings(
         )
         log(f"enable_thinking={config.enable_thinking}, because {why}. Serve the adapter with the same setting")
     tokenizer.thinking = THINKING.get(config.enable_thinking)
+    if rows.tools and tokenizer.chat_template and not chat_forms(tokenizer).tools:
+        log(f"The chat template has no place for tools; the definitions in {plural(rows.tools, 'row')} are left out")
     return config
 
 

@@ -48,6 +48,7 @@ class DataReport:
         self._signatures: list[np.ndarray] = []
         self._empty: list[int] = []
         self._unreasoned: list[int] = []
+        self.tools = 0  # rows that define tools
         self._misdecoded: list[int] = []
         self._prefixes: Counter[str] = Counter()
         self._personal: dict[str, list[int]] = defaultdict(list)
@@ -68,6 +69,7 @@ class DataReport:
         turns = [message for message in row.messages if message.role != "system"]
         text = "\n".join(message.full_text for message in turns)
         self.count += 1
+        self.tools += bool(row.tools)
         self._plain = self._plain or row.plain
         self._where.append(Path(row.where).name)
         self._rows.append(_hash("\0".join(f"{m.role}\0{m.full_text}" for m in turns)))
