@@ -198,11 +198,11 @@ def test_tools_without_a_place_are_left_out_and_reported(base, monkeypatch):
     monkeypatch.setattr(base, "thinking", None, raising=False)
     assert marked(base, ANSWERED, TOOLS) == [PLAIN["smollm3"]]  # the served prompt has no tools either
     said, rows = [], RowSource(Config(), "train_data_dir", count=3, tools=2)
-    fix_template_settings(Config(), base, rows, DATE, said.append)
+    fix_template_settings(Config(), base, rows, said.append)
     assert said[-1] == "The chat template has no place for tools; the definitions in 2 rows are left out"
     monkeypatch.setattr(base, "chat_template", HERMES)
     said.clear()
-    fix_template_settings(Config(), base, rows, DATE, said.append)
+    fix_template_settings(Config(), base, rows, said.append)
     assert not said
 
 

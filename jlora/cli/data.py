@@ -6,7 +6,6 @@ It reads the data and the base model's tokenizer, not its weights. `--html FILE`
 """
 
 import sys
-from datetime import date
 from pathlib import Path
 
 from jlora.bases.resolve import resolve_base
@@ -40,10 +39,8 @@ def main(argv: list[str]) -> None:
 
     rows, held_out_rows = data_pipeline.read_rows(config, log)
     directory = resolve_base(config.base_model, config.revision, weights=False)
-    tokenizer = load_tokenizer(directory, config.chat_template)
-    config = data_pipeline.fix_template_settings(
-        config, tokenizer, rows, config.chat_date or date.today().isoformat(), log
-    )
+    tokenizer = load_tokenizer(directory, config.chat_template, config.chat_date)
+    config = data_pipeline.fix_template_settings(config, tokenizer, rows, log)
     model = data_pipeline.with_new_tokens(config, read_config(directory), tokenizer)
     ends = end_tokens(directory, tokenizer)
     examples = data_pipeline.read_examples(config, tokenizer, ends, rows, "training", model.vocab_size, log)

@@ -7,7 +7,6 @@ It reads the base model's config.json, not its weights, and compiles the real tr
 """
 
 import dataclasses
-from datetime import date
 from pathlib import Path
 
 import jax
@@ -83,10 +82,9 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
     """Returns how batches are laid out, and a note on where the lengths of the examples come from."""
     paths = RowSource(config, "train_data_dir").paths
     if not tokens and directory.is_dir() and all(Path(split_sheet(path)[0]).exists() for path in paths):
-        tokenizer = load_tokenizer(directory, config.chat_template)
+        tokenizer = load_tokenizer(directory, config.chat_template, config.chat_date)
         rows, _ = read_rows(config, lambda line: None)
-        today = config.chat_date or date.today().isoformat()
-        config = fix_template_settings(config, tokenizer, rows, today, lambda line: None)
+        config = fix_template_settings(config, tokenizer, rows, lambda line: None)
         ends = end_tokens(directory, tokenizer)
         vocab_size = with_new_tokens(config, model, tokenizer).vocab_size
         examples = read_examples(config, tokenizer, ends, rows, "training", vocab_size, lambda line: None)

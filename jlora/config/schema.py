@@ -34,7 +34,7 @@ class Config:
     # Instead of train_data_dir, several sets, each with how much of it an epoch takes: {data/law: 1, data/general: 0.2}
     # takes a fifth of the general rows, others in each epoch; {data/general: 500 rows} takes 500 rows.
     train_data_mix: tuple[tuple[str, str], ...] = ()
-    eval_data_dir: str = ""  # held-out rows; otherwise eval_share, or files in train_data_dir that are named valid
+    eval_data_dir: str = ""  # held-out rows; otherwise eval_share, or the files named valid in train_data_dir
     eval_share: float = 0.0  # share of the training rows to hold out, below 1; `seed` and the question decide which
     # The column or key of each part of a row, if it cannot be inferred: {"prompt": "q", "response": "a"}. Other parts
     # are context, system, history, messages and text. "rows" is the key of the list of rows in a JSON object.

@@ -1,6 +1,7 @@
 """Applies the chat template: conversations to text, prompts to token ids."""
 
 import datetime
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -71,6 +72,11 @@ def render_chat(tokenizer: Any, chats: Sequence[Chat], *, prompt: bool) -> list[
 
 def chat_forms(tokenizer: Any) -> Forms:
     """Returns the forms in which the chat template takes reasoning, calls and tools."""
+    return _forms_of(tokenizer, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=4)  # finding them takes a dozen renderings, and each batch of rows asks for them
+def _forms_of(tokenizer: Any, chat_template: str) -> Forms:
     return find_forms(lambda turns, tools: _render(tokenizer, [turns], tools, True, False)[0])
 
 

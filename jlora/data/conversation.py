@@ -15,8 +15,13 @@ ASSISTANT_NAMES = {
     *("lawyer", "answer", "a", "assistant", "doctor", "advisor", "adviser", "bot"),
 }
 SYSTEM_NAMES = {"系统", "system"}
-ROLE_NOUNS = {"system": "system message", "user": "question", "assistant": "answer", "tool": "tool's result"}
-ROLE_NOUNS["text"] = "text"
+ROLE_NOUNS = {
+    "system": "system message",
+    "user": "question",
+    "assistant": "answer",
+    "tool": "tool's result",
+    "text": "text",
+}
 # What a column can hold. `rows` is not a column but the key under which a JSON object keeps its list of rows.
 PARTS = ("prompt", "context", "response", "reasoning", "system", "history", "messages", "tools", "text", "rows")
 ROW_FORMS = (  # the parts that a kind of row requires, and all parts that it may have
@@ -184,7 +189,9 @@ def make_conversation(turns: Iterable[Turn], where: str, tools: str = "") -> Con
     """
     messages = []
     for turn, place in turns:
-        message = replace(turn, content=turn.content.strip(), reasoning=turn.reasoning.strip())
+        content, reasoning = turn.content.strip(), turn.reasoning.strip()
+        clean = content == turn.content and reasoning == turn.reasoning
+        message = turn if clean else replace(turn, content=content, reasoning=reasoning)  # a copy takes time
         if not message.content and message.role == "system":
             continue
         if not message.content and not message.tool_calls and message.role != "tool":

@@ -61,6 +61,11 @@ class RowSource:
         return self.count
 
     @property
+    def options(self) -> ReadOptions:
+        """The config's settings for reading files."""
+        return ReadOptions.from_config(asdict(self.config))
+
+    @property
     def use(self) -> str:
         """Which files of the directory are read, if their names say what they are for."""
         if self.key == "eval_data_dir":
@@ -79,8 +84,7 @@ class RowSource:
 
     def hash(self) -> str:
         """Returns the hash of the files that are read."""
-        options = ReadOptions.from_config(asdict(self.config))
-        hashes = [files.hash_files(path, self.key, options, self.use) for path in self.paths]
+        hashes = [files.hash_files(path, self.key, self.options, self.use) for path in self.paths]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -91,14 +95,12 @@ class RowSource:
                 yield replace(row, source=path) if self.is_mixed else row
 
     def has_held_out(self, path: str) -> bool:
-        """Returns whether a set has files that are named as held out."""
-        options = ReadOptions.from_config(asdict(self.config))
-        return bool(splits.find_splits(path, self.key, options).files(splits.HELD_OUT))
+        """Returns whether a set has held-out files, by their names."""
+        return bool(splits.find_splits(path, self.key, self.options).files(splits.HELD_OUT))
 
     def _rows(self, path: str) -> Iterator[Conversation]:
         config = self.config
-        options = ReadOptions.from_config(asdict(config))
-        for row in files.iter_conversations(path, self.key, options, self.log, self.use):
+        for row in files.iter_conversations(path, self.key, self.options, self.log, self.use):
             if config.pii == "mask":
                 row = pii.mask(row, config.pii_regions, config.pii_amounts)
             if config.eval_share and is_held_out(row, config.eval_share, config.seed) != self.held_out:
@@ -145,17 +147,12 @@ def read_rows(config: Config, log: Callable[[str], None] = print) -> tuple[RowSo
 
 
 def fix_template_settings(
-    config: Config, tokenizer: Any, rows: RowSource, chat_date: str, log: Callable[[str], None] = print
+    config: Config, tokenizer: Any, rows: RowSource, log: Callable[[str], None] = print
 ) -> Config:
-    """Returns the config with the settings that the chat template asks for; the tokenizer then renders with them.
-
-    Args:
-      chat_date: the date, as YYYY-MM-DD, if the template states one.
-    """
+    """Returns the config with the settings that the chat template asks for; the tokenizer then renders with them."""
     if states_date(tokenizer):
-        config = replace(config, chat_date=chat_date)
+        config = replace(config, chat_date=tokenizer.chat_date)
         log(f"The chat template states the date; chat_date={config.chat_date} is fixed for this run")
-        tokenizer.chat_date = config.chat_date
     if has_thinking_switch(tokenizer) and config.enable_thinking == "auto":
         config = replace(config, enable_thinking="true" if rows.reasoning else "false")
         why = (
@@ -170,11 +167,11 @@ def fix_template_settings(
 
 def _log_splits(config: Config, log: Callable[[str], None]) -> None:
     """Logs what the files of each directory are used for, if their names say what they are for."""
-    options = ReadOptions.from_config(asdict(config))
     instead = next((key for key in ("eval_data_dir", "eval_share") if getattr(config, key)), "")
     for key, use in (("train_data_dir", splits.TRAIN), ("eval_data_dir", splits.EVAL)):
-        for path in filter(None, RowSource(config, key).paths):
-            for line in splits.find_splits(path, key, options).remarks(use, instead):
+        rows = RowSource(config, key)
+        for path in filter(None, rows.paths):
+            for line in splits.find_splits(path, key, rows.options).remarks(use, instead):
                 log(f"{key}: {line}")
 
 

@@ -82,17 +82,19 @@ def prepare_run(config: Config) -> RunSetup:
     mesh = make_mesh(find_devices(config), config.mesh)
     check_batch(mesh, config.batch_size)
     directory = processes.first_then_others(lambda: resolve_base(config.base_model, config.revision))
-    model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template)
     chat_date = processes.broadcast_from_first(lambda: resume.find_date(config))
-    config = fix_template_settings(config, tokenizer, rows, chat_date)
+    model, tokenizer = read_config(directory), load_tokenizer(directory, config.chat_template, chat_date)
+    config = fix_template_settings(config, tokenizer, rows)
     config = add_adapter_settings(config, directory, model)
     stored, model = model.vocab_size, with_new_tokens(config, model, tokenizer)
     check_adapter_settings(config, model)
-    ends = end_tokens(directory, tokenizer)
-    examples, held_out = (
-        _tokenized(config, tokenizer, ends, some, name, model.vocab_size)
-        for some, name in ((rows, "training"), (held_out_rows, "held out"))
-    )
+    ends, vocab_size = end_tokens(directory, tokenizer), model.vocab_size
+
+    def tokenized(rows: RowSource | list[Conversation], name: str) -> SizedExamples:
+        return processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, name, vocab_size))
+
+    examples = tokenized(rows, "training")
+    held_out: Any = tokenized(held_out_rows, "held out") if held_out_rows else []
     if warning := context_warning(read_context(directory), [examples, held_out]):
         print(warning)
     steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))
@@ -114,35 +116,8 @@ def prepare_run(config: Config) -> RunSetup:
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}
     shared |= {"end tokens": sorted(ends), "lengths": hashlib.sha256(batches.sizes.tobytes()).hexdigest()}
     processes.check_agreement({key: value for key, value in shared.items() if key not in MAY_DIFFER})
-    return RunSetup(
-        config,
-        directory,
-        tokenizer,
-        model,
-        compute,
-        mesh,
-        words,
-        examples,
-        steps,
-        batches,
-        eval_batches,
-        held_out_rows,
-        record,
-    )
-
-
-def _tokenized(
-    config: Config,
-    tokenizer: Any,
-    ends: frozenset[int],
-    rows: RowSource | list[Conversation],
-    name: str,
-    vocab_size: int,
-) -> Any:
-    """Returns the examples of the rows, read by the first process first; [] without rows."""
-    if isinstance(rows, list) and not rows:
-        return []
-    return processes.first_then_others(lambda: read_examples(config, tokenizer, ends, rows, name, vocab_size))
+    inputs = (config, directory, tokenizer, model, compute, mesh, words)
+    return RunSetup(*inputs, examples, steps, batches, eval_batches, held_out_rows, record)
 
 
 def choose_platform(config: Config) -> None:

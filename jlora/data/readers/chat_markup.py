@@ -16,11 +16,10 @@ from jlora.data.conversation import (
     Message,
     ReaderNotes,
     Turn,
-    make_conversation,
 )
 from jlora.data.readers.encoding import numbered_lines
 from jlora.data.readers.source import Source
-from jlora.data.readers.text_files import RULE, Row
+from jlora.data.readers.text_files import RULE, Row, make_row
 
 CONTEXT = "context"  # the role of text that belongs to the question before it
 ROLES = {
@@ -220,11 +219,9 @@ def _row(file: Source, style: Style, block: _Block) -> Row:
 
     try:
         turns = [Turn(Message(role, content), place(at)) for role, content, at in _parse(style, block.text)]
-        return make_conversation(turns, f"{file}:{block.line}")
     except _FormEnds as error:
         return UserError(f"{place(error.at)}: {error.message(style, block.text)}")
-    except UserError as error:
-        return error
+    return make_row(turns, f"{file}:{block.line}")
 
 
 def _style_of(text: str) -> Style | None:

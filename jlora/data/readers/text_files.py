@@ -6,7 +6,7 @@ builds the rows.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from jlora.common.errors import UserError
 from jlora.data.conversation import (
@@ -28,6 +28,14 @@ RULE = re.compile(r"^\s*([-=*_])\1{2,}\s*$")  # a line such as ---, which separa
 KNOWN = USER_NAMES | ASSISTANT_NAMES | SYSTEM_NAMES
 Row = Conversation | UserError  # a row, or the reason why it cannot be used
 Lines = Callable[[], Iterator[tuple[int, str]]]  # reads a file's lines from the start, with their numbers
+
+
+def make_row(turns: Iterable[Turn], where: str) -> Row:
+    """Returns a conversation, or the reason why the turns cannot be used."""
+    try:
+        return make_conversation(turns, where)
+    except UserError as error:
+        return error
 
 
 def line_prefix(line: str, pattern: re.Pattern[str] = PREFIX) -> str:
@@ -175,12 +183,7 @@ def _conversations(
         where = f"{file}:{turns[0][1]}"
         if sum(role == "user" for role, *_ in turns) > 1 and separator == "blank":
             notes.add("rows with several questions, because no blank line separates them", file.name)
-        try:
-            return make_conversation(
-                (Turn(Message(role, "".join(text)), f"{file}:{line}") for role, line, text in turns), where
-            )
-        except UserError as error:
-            return error
+        return make_row((Turn(Message(role, "".join(text)), f"{file}:{line}") for role, line, text in turns), where)
 
     for number, line in lines():
         role = roles.get(line_prefix(line, pattern))
@@ -219,10 +222,7 @@ def _paragraphs(file: Source, lines: Lines) -> Iterator[Row]:
 
     def row() -> Row:
         where = f"{file}:{start}"
-        try:
-            return make_conversation([Turn(Message("text", "".join(block)), where)], where)
-        except UserError as error:
-            return error
+        return make_row([Turn(Message("text", "".join(block)), where)], where)
 
     for number, line in lines():
         if line.strip():

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jlora.common.errors import UserError
-from jlora.data.conversation import Message, ReaderNotes, ReadOptions, Turn, make_conversation
+from jlora.data.conversation import Message, ReaderNotes, ReadOptions, Turn
 from jlora.data.readers.column_mapping import map_columns
 from jlora.data.readers.source import Source
 from jlora.data.readers.tables import NoText, column_names, named_rows
-from jlora.data.readers.text_files import Row, begins_with_role, read_text
+from jlora.data.readers.text_files import Row, begins_with_role, make_row, read_text
 
 HEADING = re.compile(r"(?:heading (\d)|title)$", re.IGNORECASE)  # names of styles; Word translates only what it shows
 BOLD = 10  # the level of a bold line that asks, below the levels of headings
@@ -239,10 +239,7 @@ def _row(file: Source, question: Line, answer: list[Line]) -> Row:
     text = "\n".join(line.text for line in answer)
     if text.strip():
         turns.append(Turn(Message("assistant", text), where))
-    try:
-        return make_conversation(turns, where)
-    except UserError as error:
-        return error
+    return make_row(turns, where)
 
 
 def _text_of(file: Source) -> Source:
