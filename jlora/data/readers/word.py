@@ -124,16 +124,17 @@ def _content(file: Source, notes: ReaderNotes) -> tuple[dict[int, Rows], list[Li
 
 def _heading_levels(document: Any) -> dict[str, int]:
     """Returns the level of each paragraph style that is a heading or is based on one; a title has level 1."""
+    styles = {style.style_id: style for style in document.styles}
+    names = {key: HEADING.match(style.name or "") for key, style in styles.items()}
+    bases = {key: style.element.basedOn_val for key, style in styles.items()}
     levels = {}
-    for style in document.styles:
-        base: Any = style
+    for key in styles:
+        base = key
         for _ in range(9):  # styles of a broken document may be based on each other in a circle
-            if base is None:
+            if match := names.get(base):
+                levels[key] = int(match[1] or 1)
                 break
-            if match := HEADING.match(getattr(base, "name", None) or ""):
-                levels[style.style_id] = int(match[1] or 1)
-                break
-            base = getattr(base, "base_style", None)
+            base = bases.get(base)
     return levels
 
 
