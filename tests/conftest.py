@@ -6,10 +6,12 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -49,6 +51,7 @@ if "JLORA_TESTS_COMPILED" not in os.environ and "JLORA_TESTS_OPTIMIZE" not in os
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX first looks for devices
 jax.config.update("jax_platforms", "cpu")  # libtpu is here for its compiler; there is no TPU to look for
 jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # images of containers set it; each child would compile jlora anew
 torch.set_num_threads(1)  # two workers on two cores: more threads only wait for each other
 ROOT = Path(__file__).parent.parent
 if "JLORA_TESTS_COMPILED" not in os.environ:  # pytest-xdist's workers inherit it
@@ -252,6 +255,28 @@ def run_program(name: str, *arguments, devices: int = 1) -> subprocess.Completed
             code = 1
             traceback.print_exc()
     return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def terminated(condition):
+    """Sends SIGTERM to this process once a condition holds, unless the body ends before."""
+    ended = threading.Event()
+
+    def send() -> None:
+        while not condition():
+            if ended.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # it may come just after the body
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_module(name: str, *arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:

@@ -79,6 +79,11 @@ def test_files_in_a_zip_are_skipped_as_in_a_directory(file):
             read(file(content, "laws.zip"))
 
 
+def test_a_file_without_a_name_is_read(file):
+    content = zipped([("no-name", FILES["rows.csv"])]).replace(b"no-name", b"\0" * 7)
+    assert contents(read(file(content, "laws.zip"))[0]) == PAIRS
+
+
 def test_bad_rows_are_reported_by_archive_file_and_line(file):
     content = zipped([("faq/rows.jsonl", jsonl(ROWS[0], {"question": "c?", "answer": ""}, ROWS[1]))])
     path = file(content, "laws.zip")

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 @pytest.mark.slow
 def test_mutated_files_are_read_or_refused(tmp_path):
-    command = [sys.executable, "scripts/fuzz.py", "--inputs", "40", "--json", tmp_path / "figures.json"]
+    command = [sys.executable, "scripts/fuzz.py", "--inputs", "25", "--json", tmp_path / "figures.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

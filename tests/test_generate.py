@@ -12,9 +12,8 @@ import torch
 import transformers
 from conftest import process_options, run_program
 
-from jlora.data.chat_template import encode_prompt
+from jlora import load_model
 from jlora.data.conversation import Message
-from jlora.serve import loading
 from jlora.serve.generator import sample_token
 
 QUESTIONS = [
@@ -28,58 +27,55 @@ QUESTIONS = [
 ANSWER = """
 import json, sys
 from jlora import load_model
-from jlora.cli.program import run_command
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Message
 generator = load_model(sys.argv[1]).generator
-prompts = [encode_prompt(generator.tokenizer, (Message("user", question),)) for question in json.loads(sys.argv[2])]
-print(json.dumps([list(generator.generate_tokens({}, prompt, 40)) for prompt in prompts]))
-run_command("generate", ["--base", sys.argv[1], "--prompt", json.loads(sys.argv[2])[0], "--max_new_tokens", "8"])
+for question in json.loads(sys.argv[2]):
+    messages = (Message("user", question),)
+    prompt = encode_prompt(generator.tokenizer, messages)
+    tokens = list(generator.generate_tokens({}, prompt, 40))
+    generator.generate_tokens, generate = lambda *_, **__: iter(tokens), generator.generate_tokens
+    pieces = list(generator.generate_text({}, messages, max_new_tokens=40))
+    generator.generate_tokens = generate
+    print(json.dumps([prompt, tokens, pieces]))
 """
 
 
-@pytest.fixture(scope="module")
-def said(smollm) -> list[str]:
-    """The lines of a process with the real model: its answers as tokens, then what the command prints.
-
-    XLA optimizes as it does for users, which is faster here too.
-    """
+@pytest.mark.slow
+def test_greedy_answers_equal_transformers_on_the_real_model(smollm):
+    """jlora answers in another process, where XLA optimizes as it does for users, which is faster here too."""
     options = process_options(1)
     options["env"].pop("XLA_FLAGS", None)
     command = [sys.executable, "-c", ANSWER, smollm, json.dumps(QUESTIONS)]
-    return subprocess.run(command, **options, capture_output=True, check=True).stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_greedy_answers_equal_transformers_on_the_real_model(smollm, monkeypatch, said):
-    generator, nothing = loading.load_model(str(smollm)).generator, {}
+    answers = subprocess.run(command, **options, capture_output=True, check=True).stdout.splitlines()
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm)
-    for question, got in zip(QUESTIONS, json.loads(said[0]), strict=True):
-        prompt = encode_prompt(generator.tokenizer, (Message("user", question),))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm)
+    for question, line in zip(QUESTIONS, answers, strict=True):
+        prompt, got, pieces = json.loads(line)
+        turns = [{"role": "user", "content": question}]
+        assert prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         want = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
             do_sample=False,
             max_new_tokens=40,
         )[0, len(prompt) :].tolist()
-        assert got == [token for token in want if token != generator.tokenizer.eos_token_id]
-        with monkeypatch.context() as patch:
-            patch.setattr(generator, "generate_tokens", lambda *_, tokens=got, **__: iter(tokens))
-            pieces = list(generator.generate_text(nothing, (Message("user", question),), max_new_tokens=40))
-        assert "".join(pieces) == generator.tokenizer.decode(got, skip_special_tokens=True)
+        assert got == [token for token in want if token != tokenizer.eos_token_id]
+        assert "".join(pieces) == tokenizer.decode(got, skip_special_tokens=True)
         assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert "Paris" in "".join(json.loads(answers[0])[2])
 
 
 @pytest.mark.slow
-def test_the_command_answers(said, tiny):
-    assert any("Paris" in line for line in said[1:])
-    sampled = [
-        run_program(
-            *("generate", "--base", tiny, "--prompt", "Tell a story.", "--max_new_tokens", 6),
-            *("--temperature", 1.5, "--seed", seed, "--system", "You are a bard."),
-        ).stdout
-        for seed in (1, 1, 2)
-    ]
+def test_the_command_answers(tiny):
+    def answer(*options):
+        told = ("--base", tiny, "--prompt", "Tell a story.", "--max_new_tokens", 6, "--system", "You are a bard.")
+        return run_program("generate", *told, *options).stdout
+
+    model = load_model(str(tiny))
+    turns = (Message("system", "You are a bard."), Message("user", "Tell a story."))
+    assert answer() == "".join(model.generator.generate_text({}, turns, max_new_tokens=6)) + "\n"
+    sampled = [answer("--temperature", 1.5, "--seed", seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 

@@ -1,6 +1,8 @@
 """GGUF files as base models: architectures and quantizations against transformers' reader, and
 an error message for each kind of broken file."""
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -252,6 +254,14 @@ def test_truncated_files_are_rejected(tmp_path, keep):
     file = write_gguf(tmp_path / "m.gguf", "llama")
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"m.gguf cannot be read as GGUF: .*Check that it was downloaded completely"):
+        converted(file)
+
+
+def test_a_list_longer_than_the_file_is_rejected_at_once(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", "llama")
+    before, name, after = file.read_bytes().partition(b"tokenizer.ggml.tokens")
+    file.write_bytes(before + name + after[:8] + struct.pack("<Q", 2**40) + after[16:])
+    with pytest.raises(UserError, match=r"m.gguf cannot be read as GGUF: it ends too early\."):
         converted(file)
 
 

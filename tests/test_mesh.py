@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import re
-import signal
 
 import jax
 import numpy as np
 import pytest
-from conftest import Trains, adapter_of, logged, losses_of, make_model, run_program, short_run, start_module, wait_for
+from conftest import Trains, adapter_of, logged, losses_of, make_model, run_program, short_run, terminated
 
 from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError
@@ -170,19 +169,16 @@ def test_a_run_moves_from_eight_devices_to_one_to_four(tiny, pairs, tmp_path):
     done = run_program("jlora.train", "--config", config("still"))
     assert done.returncode == 0, done.stderr
     file, at = config("moving"), 0
-    for devices, mesh, until in [(8, "{fsdp: 2, tensor: 2}", 2), (1, "{}", 8), (4, "{fsdp: 4}", 20)]:
+    for devices, mesh, until in [(8, "{fsdp: 2, tensor: 2}", 2), (1, "{}", 8), (4, "{fsdp: 4}", 100)]:
         told = ["--config", file, f"--config.mesh={mesh}", "--config.resume_from_checkpoint=auto"]
-        process = start_module("jlora.train", *told, devices=devices)
-        if until < 20:
-            wait_for(logged(tmp_path / "moving", until), process)
-            process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        assert f"Training for 20 steps on {devices} CPU device" in out and (
-            at == 0 or f"from step {at}, but not bit for bit" in out
+        with terminated(logged(tmp_path / "moving", until)):
+            done = run_program("jlora.train", *told, devices=devices)
+        assert done.returncode == 0, done.stderr
+        assert f"Training for 20 steps on {devices} CPU device" in done.stdout and (
+            at == 0 or f"from step {at}, but not bit for bit" in done.stdout
         )
         if until < 20:
-            at = int(re.search(r"Stopped after step (\d+) of 20", out)[1])
+            at = int(re.search(r"Stopped after step (\d+) of 20", done.stdout)[1])
     assert len(losses("moving")) == len(losses("still"))
     assert np.abs(np.subtract(losses("moving"), losses("still"))).max() < 1e-5
     assert losses("still")[-1] < losses("still")[0] - 0.1

@@ -111,6 +111,10 @@ BAD = [
     ("- - How?\n  - Note: it is so.\n", r"rows.yml:1: .*Put quotes around a text that contains ': '"),
     ("- How?\n- So.\n", "rows.yml:1: Expected keys such as question and answer, got 'How"),
     ("- - How?\n  -\n", "rows.yml:1: The answer is empty"),
+    (
+        "- messages: [{role: user, content: a?}, {role: assistant, content: b, train: 2026-13-45}]\n",
+        "rows.yml:1: .*2026-13-45",
+    ),
     ("How is it? Well.\n", "rows.yml:1: Expected keys such as question and answer, got 'How is it"),
     (
         "title: FAQ\nauthor: Ann\n",

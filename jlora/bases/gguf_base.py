@@ -54,6 +54,15 @@ GENERAL: dict[str, Any] = {
 ROPE_TABLE = "rope_freqs.weight"  # the RoPE scaling of Llama 3.1, as a divisor for each frequency
 
 
+class _Reader(gguf.GGUFReader):
+    """A reader that stops at the end of the file; gguf's own reads a list of any length there, in no bounded time."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends too early")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def convert_gguf(file: Path, directory: Path) -> None:
     """Writes config, weights, tokenizer, chat template and generation config into `directory`, which must exist.
 
@@ -61,7 +70,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
       UserError: the file is broken, or uses a feature that jlora does not support, named by field and value.
     """
     try:
-        reader = gguf.GGUFReader(file)
+        reader = _Reader(file)
         field = {name: value.contents() for name, value in reader.fields.items()}
         stored = {tensor.name: tensor for tensor in reader.tensors}
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ml_collections import ConfigDict
 
 from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
 from jlora.common.paths import looked_for
 from jlora.common.plural import plural
+from jlora.common.yaml_text import parse_yaml
 from jlora.config.schema import ENTRIES, Config, default_config, described_key, described_keys, suggest_key
 from jlora.config.validation import validate
 from jlora.data.mixture import read_share
@@ -220,8 +220,8 @@ def _decode(path: str, raw: bytes, marked: Collection[str]) -> str:
 
 def _from_yaml(path: str, raw: bytes) -> ConfigDict:
     try:
-        values = yaml.safe_load(_decode(path, raw, BOMS.values()))
-    except yaml.YAMLError as error:
+        values = parse_yaml(_decode(path, raw, BOMS.values()))
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: Expected `key: value` lines, got {type(values).__name__}.")
@@ -269,7 +269,7 @@ def _apply_overrides(config: ConfigDict, overrides: list[str]) -> None:
         if not (equals or text):
             raise UserError(f"{argument} has no value. Expected {argument}=VALUE.")
         try:
-            value = text if key in config and isinstance(config[key], str) else yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = text if key in config and isinstance(config[key], str) else parse_yaml(text)
+        except ValueError:
             raise UserError(f"{argument}: {text!r} is not a valid YAML value.") from None
         _set_key(config, key, value, argument)

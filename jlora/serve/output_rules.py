@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from jlora.common.errors import UserError
 from jlora.common.patterns import Pattern
 from jlora.common.plural import plural
+from jlora.common.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ def read_rules(path: Path) -> Rules:
       UserError: the file cannot be read, or it contains invalid rules; all of them are listed.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"--output_rules {path} cannot be read: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(

@@ -85,7 +85,7 @@ def _members(file: Source) -> Iterator[tuple[str, Callable[[int], bytes]]]:
             yield file.shown, packed.read
         return
     with _opened(file) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir() and _holds_rows(member.filename)]
+        members = [member for member in archive.infolist() if _holds_rows(member.filename)]
         if not members:
             raise UserError(f"{file}: The archive contains no data files. Put files with rows into it.")
         for member in sorted(members, key=lambda member: member.filename):
@@ -100,7 +100,7 @@ def _members(file: Source) -> Iterator[tuple[str, Callable[[int], bytes]]]:
 
 
 def _holds_rows(name: str) -> bool:
-    return not any(is_skipped(part) for part in re.split(r"[/\\]", name) if part.strip("."))
+    return not name.endswith("/") and not any(is_skipped(part) for part in re.split(r"[/\\]", name) if part.strip("."))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Reads YAML files: a list of rows, of turns, or of pairs of texts; or an object that holds the list under one key."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import yaml
 
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
+from jlora.common.yaml_text import parse_yaml
 from jlora.data.conversation import MAX_ROW, ReaderNotes, ReadOptions
 from jlora.data.readers.column_mapping import NAMES, makes_row
 from jlora.data.readers.json_files import Row
@@ -151,7 +153,10 @@ def _value(file: Source, node: yaml.Node, key: str = "") -> Any:
     if isinstance(node, yaml.ScalarNode):
         if node.tag == f"{TAG}null":
             return None
-        return yaml.safe_load(node.value) if key in TURN_MARKS and not node.style else node.value
+        if key in TURN_MARKS and not node.style:
+            with contextlib.suppress(ValueError):
+                return parse_yaml(node.value)
+        return node.value
     values: dict[str, Any] = {}
     for name, inner in node.value:
         if not isinstance(name, yaml.ScalarNode) or name.tag not in TAGS:
