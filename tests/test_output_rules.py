@@ -66,7 +66,7 @@ def test_rules_show_complete_lines_and_hide_refused_answers(tmp_path):
         ("replace: x", "Expected a list of rules"),
         ("", "Expected a list of rules"),
         ("- [", "cannot be read"),
-        pytest.param("[" * 500 + "]" * 500, "cannot be read: it is nested too deeply", id="deep"),
+        pytest.param("- " * 3000, "cannot be read: it is nested too deeply", id="deep"),
         ("- replace: x", "Rule 1: Expected `refuse` and `say`, or `replace` and `with`"),
         ("- replace: x\n  say: y", "Rule 1: Expected `refuse` and `say`"),
         ("- refuse: 5\n  say: y", "Expected strings in quotes for refuse and say, found {'refuse': 5"),
