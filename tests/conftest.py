@@ -73,10 +73,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Trains:
     """Trains with the `state`, `programs` and `batches` of a subclass."""
 
-    def losses(self, count):
-        """Trains from the first batch on and returns the loss of each step."""
+    def losses(self, count, first=0):
+        """Trains from a batch on, by default the first, and returns the loss of each step."""
         losses = []
-        for step in range(count):
+        for step in range(first, first + count):
             self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
             losses.append(float(metrics.loss))
         return np.array(losses)

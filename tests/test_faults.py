@@ -204,7 +204,7 @@ def test_random_kills_do_not_change_the_result(monkeypatch, capsys, tiny, pairs)
     spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts/faults.py")
     faults = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faults)
-    counts = ["--kills", "2", "--terms", "1", "--processes", "1"]
+    counts = ["--kills", "2", "--terms", "0", "--processes", "1"]
     monkeypatch.setattr(sys, "argv", ["faults.py", *counts, "--base", str(tiny), "--data", str(pairs)])
     assert faults.main() == 0, capsys.readouterr().out
 

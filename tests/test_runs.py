@@ -306,7 +306,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(whole, filling_disk):
     _, write, _ = whole
     directory, fill = filling_disk
     run = directory / "full"
-    config = write("full", output_dir=str(run), save_steps=3, logging_steps=12, eval_share=0.0, max_steps=30)
+    config = write("full", output_dir=str(run), save_steps=3, logging_steps=15, eval_share=0.0, max_steps=15)
     process = start_module("jlora.train", "--config", config)
     wait_for(lambda: (run / "checkpoints/3/_CHECKPOINT_METADATA").exists(), process)
     fill(process)

@@ -1,6 +1,7 @@
 """Training in one process: the loss curve equals PEFT's, frozen weights cost nothing, many devices equal one."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import warnings
@@ -8,6 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -16,7 +18,7 @@ from conftest import Trains
 
 from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
-from jlora.adapters.peft_io import write_adapter
+from jlora.adapters.peft_io import tensors, write_adapter
 from jlora.adapters.settings import spec_of
 from jlora.bases.resolve import resolve_base
 from jlora.config.files import load_config
@@ -72,44 +74,53 @@ class Setup(Trains):
         return self.programs.held_out_loss(adapter, self.batches, print)
 
 
-def peft_losses(setup, initial, directory, count):
-    """Trains with PEFT and torch's AdamW on the same padded examples, from the same A and B; returns the losses."""
-    config = setup.config
+def peft_model(setup, initial, directory, dtype=torch.float32):
+    """Returns PEFT's model of a run's base model and this adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns if keys do not match
         tied = setup.model_config.tie_word_embeddings
         config_of_peft = peft_config(setup.spec, str(setup.directory), None, tied=tied)
         write_adapter(initial, setup.spec, config_of_peft, "", directory)
         base = transformers.AutoModelForCausalLM.from_pretrained(setup.directory, dtype=torch.float32)
-        model = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
+        return peft.PeftModel.from_pretrained(base, directory, is_trainable=True).to(dtype)
+
+
+def accumulate_gradients(model, setup, step):
+    """Returns the loss of a step on padded examples in torch, whose gradients are added up in the model."""
+    config, chosen = setup.config, [setup.examples[i] for i in setup.batches.example_indices(step)]
+    total = sum(float(e.weights[1:].sum()) for e in chosen)
+    loss_of_step = 0.0
+    for start in range(0, len(chosen), config.batch_size):
+        micro = chosen[start : start + config.batch_size]
+        length = max(len(e.tokens) for e in micro)
+        ids = torch.zeros((len(micro), length), dtype=torch.long)
+        weights, mask = torch.zeros(ids.shape), torch.zeros_like(ids)
+        for i, e in enumerate(micro):
+            ids[i, : len(e.tokens)] = torch.tensor(e.tokens)
+            weights[i, : len(e.tokens)] = torch.tensor(e.weights)
+            mask[i, : len(e.tokens)] = 1
+        logits = model(ids, attention_mask=mask).logits[:, :-1]
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (each * weights[:, 1:].flatten()).sum() / total
+        loss.backward()
+        loss_of_step += float(loss.detach())
+    return loss_of_step
+
+
+def peft_losses(setup, initial, directory, count):
+    """Trains with PEFT and torch's AdamW on the same padded examples, from the same A and B; returns the losses."""
+    config, model = setup.config, peft_model(setup, initial, directory)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     make_schedule = getattr(transformers, f"get_{config.lr_scheduler_type}_schedule_with_warmup")
     schedule = make_schedule(optimizer, int(np.ceil(config.warmup_ratio * setup.steps)), setup.steps)
     losses = []
     for step in range(count):
-        chosen = [setup.examples[i] for i in setup.batches.example_indices(step)]
-        total = sum(float(e.weights[1:].sum()) for e in chosen)
         optimizer.zero_grad()
-        loss_of_step = 0.0
-        for start in range(0, len(chosen), config.batch_size):
-            micro = chosen[start : start + config.batch_size]
-            length = max(len(e.tokens) for e in micro)
-            ids = torch.zeros((len(micro), length), dtype=torch.long)
-            weights, mask = torch.zeros(ids.shape), torch.zeros_like(ids)
-            for i, e in enumerate(micro):
-                ids[i, : len(e.tokens)] = torch.tensor(e.tokens)
-                weights[i, : len(e.tokens)] = torch.tensor(e.weights)
-                mask[i, : len(e.tokens)] = 1
-            logits = model(ids, attention_mask=mask).logits[:, :-1]
-            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            loss = (each * weights[:, 1:].flatten()).sum()
-            (loss / total).backward()
-            loss_of_step += float(loss.detach()) / total
+        losses.append(accumulate_gradients(model, setup, step))
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
         schedule.step()
-        losses.append(loss_of_step)
     return np.array(losses)
 
 
@@ -121,34 +132,54 @@ def weighted(row, weight):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("weights", "changes"),
+    "changes",
     [
-        ((), {"lr_scheduler_type": "cosine"}),
-        (
-            (),
-            {
-                "lr_scheduler_type": "linear",
-                "weight_decay": 0.1,
-                "target_modules": ("k_proj", "o_proj", "up_proj"),
-            },
-        ),
-        ((1, 0.25, 2, 0.001), {"gradient_accumulation_steps": 3, "batch_size": 2, "max_seq_length": 200}),
+        {"lr_scheduler_type": "cosine"},
+        {"lr_scheduler_type": "linear", "weight_decay": 0.1, "target_modules": ("k_proj", "o_proj", "up_proj")},
     ],
-    ids=["cosine", "linear-decay", "weights-accumulation"],
+    ids=["cosine", "linear-decay"],
 )
-def test_the_loss_curve_equals_pefts(config_file, varied_pairs, tmp_path, weights, changes):
-    """Also with weights of the answers, which weigh the sum and its divisor."""
-    data = varied_pairs
-    if weights:
-        data = tmp_path / "weighted.jsonl"
-        rows = zip(read_conversations(str(varied_pairs), "train_data_dir"), itertools.cycle(weights), strict=False)
-        data.write_text("".join(json.dumps({"messages": weighted(row, weight)}) + "\n" for row, weight in rows))
-    file = config_file(train_data_dir=str(data), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
+def test_the_loss_curve_equals_pefts(config_file, varied_pairs, tmp_path, changes):
+    file = config_file(train_data_dir=str(varied_pairs), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
     setup = Setup(file, **changes)
     want = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
-    got = setup.losses(20)
-    assert np.abs(got / want - 1).max() < 1e-4
+    assert np.abs(setup.losses(20) / want - 1).max() < 1e-5
     assert want[-1] < want[0] - 0.1  # it learns, so the bound is meaningful
+
+
+@pytest.mark.slow
+def test_weighted_losses_and_gradients_equal_pefts(config_file, varied_pairs, tmp_path):
+    """Weights of the answers weigh the sum and its divisor; in each of 20 steps, with gradient accumulation.
+
+    PEFT's gradients are those of float64, from jlora's adapter before the step.
+    """
+    data = tmp_path / "weighted.jsonl"
+    rows = zip(read_conversations(str(varied_pairs), "train_data_dir"), itertools.cycle((1, 0.25, 2, 0.001)))
+    data.write_text("".join(json.dumps({"messages": weighted(row, weight)}) + "\n" for row, weight in rows))
+    file = config_file(train_data_dir=str(data), max_steps=20, learning_rate=5e-3, warmup_ratio=0.1)
+    setup = Setup(file, gradient_accumulation_steps=3, batch_size=2, max_seq_length=200)
+    curve = peft_losses(setup, setup.state.lora, tmp_path / "initial", 20)
+    model = peft_model(setup, setup.state.lora, tmp_path / "exact", torch.float64)
+    trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    setup.optimizer = optax.chain(optax.trace(decay=0.0), setup.optimizer)  # whose state is the gradient
+    setup.state = fresh_state(setup.state.lora, setup.optimizer, setup.mesh, setup.compute.compute_dtype)
+    setup.lay(setup.batches)
+    to_peft = functools.partial(tensors, spec=setup.spec, tied=setup.model_config.tie_word_embeddings)
+    for step in range(20):
+        before = to_peft(setup.state.lora)
+        for name, parameter in trained.items():
+            parameter.data, parameter.grad = torch.tensor(before[name], dtype=torch.float64), None
+        loss = accumulate_gradients(model, setup, step)
+        (ours,) = setup.losses(1, first=step)
+        assert abs(ours / loss - 1) < 1e-5 and abs(ours / curve[step] - 1) < 1e-5
+        gradients = to_peft(setup.state.optimizer[0].trace["lora"])
+        assert gradients.keys() == trained.keys()
+        ours, theirs = (
+            np.concatenate([np.ravel(of[name]) for name in trained])
+            for of in (gradients, {name: p.grad.numpy() for name, p in trained.items()})
+        )
+        assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+    assert curve[-1] < curve[0] - 0.1
 
 
 @pytest.mark.slow
@@ -181,7 +212,8 @@ def test_packed_and_padded_losses_are_equal(config_file, varied_pairs):
 def test_sharing_the_prefix_does_not_change_training(config_file, varied_pairs):
     file = config_file(train_data_dir=str(varied_pairs), learning_rate=1e-2)
     once, each = Setup(file), Setup(file)
-    order = {"batch_size": 4, "micro_batches": 1, "steps": each.steps, "seed": 0, "linear_cost": 1e4}
+    order = {"batch_size": 4, "micro_batches": 1, "steps": each.steps, "seed": 0, "linear_cost": 1e4, "max_shapes": 1}
+    once.lay(plan_batches(once.examples, devices=1, share=True, **order))
     each.lay(plan_batches(each.examples, devices=1, **order))
     assert once.batches.prefix > 8 and each.batches.prefix == 0
     assert np.abs(once.losses(6) / each.losses(6) - 1).max() < 1e-5
