@@ -207,6 +207,8 @@ def test_mistakes_in_a_python_config(python_config, line, message):
         ("lora_rank: [", "is not valid YAML"),
         pytest.param("mesh:\n" + "- " * 3000, "is not valid YAML: it is nested too deeply", id="deep"),
         ("chat_date: 2026-13-45", "is not valid YAML: month must be in 1..12"),
+        ("output_dir: ~nobody-at-all/x", "output_dir='~nobody-at-all/x': There is no user 'nobody-at-all'"),
+        pytest.param("train_data_dir: " + "x" * 300, "train_data_dir='x{100}': File name too long. Exp", id="long"),
         ("columns: q", "columns='q': Expected"),
         (
             "columns: {question: q}",

@@ -13,3 +13,14 @@ def looked_for(path: str | Path) -> str:
     """Returns a sentence that tells which absolute path a relative one means; "" for an absolute path."""
     full = Path(path).expanduser()
     return "" if Path(path).is_absolute() else f" Looked for {full.absolute()}."
+
+
+def path_problem(path: str) -> str:
+    """Returns why no file can have this path; "" if one can."""
+    try:
+        Path(path).expanduser().exists()
+    except RuntimeError:
+        return f"There is no user {path.split('/')[0].removeprefix('~')!r}, whose home directory it names."
+    except OSError as error:
+        return f"{error.strerror}."
+    return ""

@@ -16,18 +16,15 @@ from ml_collections import ConfigDict
 
 from jlora.adapters.spec import tokens_by_table
 from jlora.common.errors import UserError
-from jlora.common.paths import looked_for
+from jlora.common.paths import looked_for, path_problem
 from jlora.common.plural import plural
 from jlora.common.yaml_text import parse_yaml
 from jlora.config.schema import ENTRIES, Config, default_config, described_key, described_keys, suggest_key
-from jlora.config.validation import validate
+from jlora.config.validation import PATH_KEYS, validate
 from jlora.data.mixture import read_share
 from jlora.data.named_templates import TEMPLATES
 from jlora.data.readers.encoding import BOMS
 
-PATH_KEYS = (
-    "train_data_dir eval_data_dir metadata_path base_model chat_template init_adapter resume_from_checkpoint"
-).split()
 CODING = re.compile(rb"[ \t\f]*#.*?coding[:=][ \t]*[-\w.]+")  # PEP 263
 
 
@@ -66,6 +63,8 @@ def load_config(path: str, overrides: list[str]) -> Config:
       UserError: the file cannot be read, a key is unknown (the message suggests the nearest), or values are wrong (the
         message lists all of them).
     """
+    if problem := path_problem(path):
+        raise UserError(f"--config {path[:100]}: {problem}")
     if not Path(path).is_file():
         raise UserError(f"--config {path}: No such file.{looked_for(path)}")
     try:
@@ -193,7 +192,9 @@ def _misplaced(path: str, config: Config) -> list[str]:
     for key in PATH_KEYS:
         value, beside = getattr(config, key), Path(path).parent / getattr(config, key)
         is_name = value in (*TEMPLATES, "auto") or (key == "base_model" and not value.startswith("."))
-        if value and not is_name and not Path(value).expanduser().exists() and beside.exists():
+        if not value or is_name or path_problem(value):
+            continue
+        if not Path(value).expanduser().exists() and beside.exists():
             problems.append(
                 f"{key}={value}: No such file or directory.{looked_for(value)} A relative path starts in the working "
                 f"directory, not beside the config. Set {key}={beside}."

@@ -11,6 +11,7 @@ from jlora.adapters.conflicts import find_conflicts
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import ALL_LINEAR, EMBEDDINGS, TARGETS
 from jlora.bases.resolve import is_hub_id
+from jlora.common.paths import path_problem
 from jlora.config.schema import CHOICES, ENTRIES, NO_HELD_OUT, Config, suggest_nearest
 from jlora.data.conversation import PARTS, ROLES, names_complete_row
 from jlora.data.readers.encoding import is_encoding
@@ -25,12 +26,17 @@ NOT_NEGATIVE = (
     "num_processes max_loss_spike"
 ).split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
+PATH_KEYS = (
+    "train_data_dir eval_data_dir metadata_path base_model chat_template init_adapter resume_from_checkpoint"
+).split()
 # Keys that may stay set although the chosen `peft_type` ignores them, so that changing it needs no other edit.
 HARMLESS = ("lora_rank", "lora_alpha", "feedforward_modules")
 
 
 def validate(config: Config) -> list[str]:
     """Returns all mistakes in a config, one line each: the key, its value, and what was expected."""
+    if problems := _path_problems(config):  # the other checks look at these paths
+        return problems
     problems = [
         f"{key}={getattr(config, key)!r}: Expected one of {', '.join(choices)}."
         for key, choices in CHOICES.items()
@@ -73,6 +79,13 @@ def validate(config: Config) -> list[str]:
     if config.fp16 and config.compute_dtype == "float32":
         problems.append("fp16=True and compute_dtype='float32' contradict each other. Remove one of them.")
     return problems
+
+
+def _path_problems(config: Config) -> list[str]:
+    paths = [(key, getattr(config, key)) for key in (*PATH_KEYS, "output_dir")]
+    paths += [("train_data_mix", path) for path in dict(config.train_data_mix)]
+    found = [(key, path, path_problem(path)) for key, path in paths]
+    return [f"{key}={path[:100]!r}: {problem} Expected a path." for key, path, problem in found if problem]
 
 
 def _data_problems(config: Config) -> list[str]:
