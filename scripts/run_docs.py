@@ -111,7 +111,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--venv", type=Path, help="an existing environment with jlora's dependencies")
-    parser.add_argument("--only", default="", metavar="REGEX", help="run only the blocks that match")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only blocks whose PAGE:LINE or text matches")
     arguments = parser.parse_args()
     found = [block for page in pages() for block in blocks(page)]
     failed = 0
@@ -120,7 +120,7 @@ def main() -> None:
         if arguments.venv:
             (Path(scratch) / ".venv").symlink_to(arguments.venv.absolute())
         for block in found:
-            if not (block.runs and re.search(arguments.only, block.text)):
+            if not (block.runs and re.search(arguments.only, f"{block.page}:{block.line}\n{block.text}")):
                 continue
             start = time.perf_counter()
             problem = run(block, Path(scratch), installs=not arguments.venv)
