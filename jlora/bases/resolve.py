@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from jlora.bases.gguf_base import convert_gguf
 from jlora.common.atomic_io import new_directory, unnamed_directory
 from jlora.common.errors import UserError
-from jlora.common.paths import cache_directory, looked_for
+from jlora.common.paths import cache_directory, looked_for, path_problem
 
 # Hub files to download (weights without pickle, configs, tokenizer), and second copies of the weights to skip.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -58,6 +58,8 @@ def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -
     Raises:
       UserError: the base model cannot be found; the message says what was tried.
     """
+    if problem := path_problem(base_model):
+        raise UserError(f"base_model={base_model[:100]}: {problem}")
     path = Path(base_model).expanduser()
     if path.is_dir():
         return path
@@ -76,7 +78,9 @@ def resolve_base(base_model: str, revision: str = "", *, weights: bool = True) -
 
 def is_hub_id(base_model: str) -> bool:
     """Returns whether a base_model is a hub id, that is, neither a package nor a local path."""
-    return not base_model.startswith("pypi:") and not Path(base_model).expanduser().exists()
+    if base_model.startswith("pypi:") or path_problem(base_model):
+        return False
+    return not Path(base_model).expanduser().exists()
 
 
 def public_id(base_model: str) -> str:

@@ -1,9 +1,9 @@
 """`jlora combine --adapters A=0.7 B=-0.3 --output DIR`: combine adapters into one, as an exact weighted sum."""
 
 import argparse
-from pathlib import Path
 
 from jlora.adapters import combining
+from jlora.common.paths import user_path
 from jlora.common.plural import plural
 from jlora.export.combined import combine_directories
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
         required=True,
         help="PEFT directories with weights, as in law/adapter=0.7; the default weight is 1",
     )
-    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    parser.add_argument("--output", type=user_path, required=True, help="directory to write")
     parser.add_argument("--base", default="", help="the base model; default: the one that the adapters name")
     arguments = parser.parse_args(argv)
     parts = [combining.read_weight(word) for word in arguments.adapters]

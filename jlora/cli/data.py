@@ -6,11 +6,11 @@ It reads the data and the base model's tokenizer, not its weights. `--html FILE`
 """
 
 import sys
-from pathlib import Path
 
 from jlora.bases.resolve import resolve_base
 from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
+from jlora.common.paths import user_path
 from jlora.common.plural import plural
 from jlora.config.files import config_parser, load_config
 from jlora.data import preview
@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
     """Runs `jlora data` with these arguments."""
     parser = config_parser("data", "Shows rows as the model sees them, with the tokens that are trained on.")
     parser.add_argument("--rows", type=int, default=10, metavar="N", help="number of rows to show (10); 0 shows all")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead of printing the rows")
+    parser.add_argument(
+        "--html", type=user_path, metavar="FILE", help="write an HTML page instead of printing the rows"
+    )
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.rows < 0:
         parser.error(f"--rows {arguments.rows}: Expected 0 or more.")

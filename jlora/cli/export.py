@@ -5,10 +5,10 @@
 """
 
 import argparse
-from pathlib import Path
 
 from jlora import export_adapter, verify_adapter
 from jlora.bases.resolve import resolve_base
+from jlora.common.paths import user_path
 from jlora.export.base_match import check_base_match
 from jlora.export.converted import convert_directory
 from jlora.export.exporter import default_output, find_step, merge_directory, merge_run
@@ -18,10 +18,12 @@ from jlora.export.servers import SERVERS
 def main(argv: list[str]) -> None:
     """Runs `jlora export`."""
     parser = argparse.ArgumentParser(prog="jlora export", description="Export a run's adapter.")
-    parser.add_argument("--run", type=Path, help="the output_dir of a run")
+    parser.add_argument("--run", type=user_path, help="the output_dir of a run")
     parser.add_argument("--step", default="best", help="a step, best (default) or latest")
     parser.add_argument(
-        "--output", type=Path, help="directory to write; default: RUN/adapter for the best step, else RUN/adapter-STEP"
+        "--output",
+        type=user_path,
+        help="directory to write; default: RUN/adapter for the best step, else RUN/adapter-STEP",
     )
     parser.add_argument("--verify", action="store_true", help="load it with PEFT, and compare logits and answers")
     parser.add_argument(
@@ -29,8 +31,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--max_lora_rank", type=int, default=0, help="vLLM's --max-lora-rank; default: 16")
     parser.add_argument("--merged", action="store_true", help="write base model and adapter as one model, RUN/merged")
-    parser.add_argument("--check", type=Path, metavar="ADAPTER", help="check that a PEFT directory matches --base")
-    parser.add_argument("--adapter", type=Path, help="with --merged or --for: a PEFT directory, instead of --run")
+    parser.add_argument("--check", type=user_path, metavar="ADAPTER", help="check that a PEFT directory matches --base")
+    parser.add_argument("--adapter", type=user_path, help="with --merged or --for: a PEFT directory, instead of --run")
     parser.add_argument("--base", default="", help="with --adapter, --merged or --check: the base model")
     arguments = parser.parse_args(argv)
     if arguments.check:

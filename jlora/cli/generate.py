@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import UserError, load_model
+from jlora.common.paths import user_path
 from jlora.config.schema import CHOICES
 from jlora.data.conversation import Message
 from jlora.serve.output_rules import filtered, read_rules
@@ -48,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="the question")
     parser.add_argument("--chat", action="store_true", help="chat in the terminal; type /help there for commands")
     parser.add_argument("--system", help="the system turn before the question")
-    parser.add_argument("--output_rules", type=Path, help="a YAML file of patterns to replace or refuse in answers")
+    parser.add_argument(
+        "--output_rules", type=user_path, help="a YAML file of patterns to replace or refuse in answers"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of the answer, at most; default: 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="probability mass to sample from; default: 1")

@@ -1,5 +1,6 @@
 """Directories outside a run, and where a relative path starts: in the working directory."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def path_problem(path: str) -> str:
     except OSError as error:
         return f"{error.strerror}."
     return ""
+
+
+def user_path(text: str) -> Path:
+    """Returns the path that an argument of a command names; `~` is the home directory, as in `--output=~/adapter`.
+
+    Raises:
+      argparse.ArgumentTypeError: no file can have this path.
+    """
+    if problem := path_problem(text):
+        raise argparse.ArgumentTypeError(f"{text[:100]}: {problem}")
+    return Path(text).expanduser()
