@@ -26,6 +26,7 @@ QUESTIONS = [
 
 ANSWER = """
 import json, sys
+from unittest.mock import patch
 from jlora import load_model
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Message
@@ -34,9 +35,8 @@ for question in json.loads(sys.argv[2]):
     messages = (Message("user", question),)
     prompt = encode_prompt(generator.tokenizer, messages)
     tokens = list(generator.generate_tokens({}, prompt, 40))
-    generator.generate_tokens, generate = lambda *_, **__: iter(tokens), generator.generate_tokens
-    pieces = list(generator.generate_text({}, messages, max_new_tokens=40))
-    generator.generate_tokens = generate
+    with patch.object(generator, "generate_tokens", lambda *_, **__: iter(tokens)):
+        pieces = list(generator.generate_text({}, messages, max_new_tokens=40))
     print(json.dumps([prompt, tokens, pieces]))
 """
 

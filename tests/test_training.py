@@ -169,15 +169,13 @@ def test_weighted_losses_and_gradients_equal_pefts(config_file, varied_pairs, tm
         before = to_peft(setup.state.lora)
         for name, parameter in trained.items():
             parameter.data, parameter.grad = torch.tensor(before[name], dtype=torch.float64), None
-        loss = accumulate_gradients(model, setup, step)
-        (ours,) = setup.losses(1, first=step)
-        assert abs(ours / loss - 1) < 1e-5 and abs(ours / curve[step] - 1) < 1e-5
+        exact = accumulate_gradients(model, setup, step)
+        (loss,) = setup.losses(1, first=step)
+        assert abs(loss / exact - 1) < 1e-5 and abs(loss / curve[step] - 1) < 1e-5
         gradients = to_peft(setup.state.optimizer[0].trace["lora"])
         assert gradients.keys() == trained.keys()
-        ours, theirs = (
-            np.concatenate([np.ravel(of[name]) for name in trained])
-            for of in (gradients, {name: p.grad.numpy() for name, p in trained.items()})
-        )
+        ours = np.concatenate([gradients[name].ravel() for name in trained])
+        theirs = np.concatenate([parameter.grad.numpy().ravel() for parameter in trained.values()])
         assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
     assert curve[-1] < curve[0] - 0.1
 
