@@ -34,7 +34,7 @@ from jlora.data.conversation import Conversation, Message
 from jlora.data.examples import Example, SizedExamples, common_prefix, example_sizes
 from jlora.data.loss_mask import encode_conversations
 
-LAYOUT = 6  # raise it with any change to answer_text, loss_mask, tokenizer or the features that alters the stored data
+LAYOUT = 7  # raise it with any change to answer_text, loss_mask, tokenizer or the features that alters the stored data
 SPLIT = "rows"
 SIZES, PREFIX, LARGEST = "sizes.npy", "prefix.npy", "largest.npy"
 NAMES, SOURCES = "source_names.npy", "sources.npy"
@@ -62,8 +62,8 @@ class CachedExamples(SizedExamples):
             raise IndexError(index)
         row = self._source[int(index)]
         weights = np.zeros(len(row["tokens"]), np.float32)
-        for (start, stop), weight in zip(row["trained"], row["weights"], strict=True):
-            weights[start:stop] = weight
+        for start, stop, weight in row["trained"]:
+            weights[int(start) : int(stop)] = weight
         return Example(row["tokens"], weights, row["where"].decode(), self.source_names[self.sources[index]])
 
 
@@ -167,18 +167,17 @@ def _encode_in_background(
 
 def _stored(example: Example) -> dict[str, Any]:
     """Returns an example as it is stored: its weights as runs of tokens that have the same one."""
-    bounds = np.flatnonzero(np.diff(example.weights, prepend=0, append=0)).astype(np.int32)
-    runs = np.stack([bounds[:-1], bounds[1:]], axis=1) if len(bounds) else np.zeros((0, 2), np.int32)
-    runs = runs[example.weights[runs[:, 0]] != 0]
-    return {"tokens": example.tokens, "trained": runs, "weights": example.weights[runs[:, 0]], "where": example.where}
+    weights = example.weights
+    bounds = [0, *(np.flatnonzero(weights[1:] != weights[:-1]) + 1).tolist(), len(weights)]
+    runs = [(start, stop, weights[start]) for start, stop in itertools.pairwise(bounds) if weights[start]]
+    return {"tokens": example.tokens, "trained": np.array(runs, float).reshape(-1, 3), "where": example.where}
 
 
 def _write(batches: Iterator[list[Example]], directory: Path, count: int) -> None:
     """Writes examples, sizes and prefix, for about `count` examples."""
     features = {  # encoded as bytes: takes a tenth of the time of lists of int64
         "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
-        "trained": tfds.features.Tensor(shape=(None, 2), dtype=np.int32, encoding="bytes"),  # each run's start and stop
-        "weights": tfds.features.Tensor(shape=(None,), dtype=np.float32, encoding="bytes"),  # of each run
+        "trained": tfds.features.Tensor(shape=(None, 3), dtype=np.float64, encoding="bytes"),  # start, stop, weight
         "where": tfds.features.Text(),
     }
     identity = tfds.core.dataset_info.DatasetIdentity(

@@ -69,8 +69,8 @@ def read_tagged(turns: Sequence[Turn], tools: str) -> Iterator[Turn]:
 
 
 def _is_result(message: Message) -> bool:
-    rest = RESULT.sub("", message.content).strip()
-    return message.role in ("user", "tool") and not rest and bool(RESULT.search(message.content))
+    tagged = message.role in ("user", "tool") and RESULT.search(message.content)
+    return bool(tagged) and not RESULT.sub("", message.content).strip()
 
 
 def result_text(content: Any) -> Any:
