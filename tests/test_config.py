@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import run_program
+from programs import run_program
 
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import TARGETS

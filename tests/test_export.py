@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_program, short_run
+from programs import run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora.adapters import peft_config, peft_io, plain_lora, provenance

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, adapter_of, process_options, run_program, short_run, start_module, wait_for
+from conftest import ROOT
+from programs import adapter_of, process_options, run_program, short_run, start_module, wait_for
 
 from jlora.common.errors import UserError
 from jlora.config.schema import Config

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import Trains, run_program, short_run
+from programs import Trains, run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 from jlora.adapters.methods import AXES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import process_options, run_program
+from programs import process_options, run_program
 
 from jlora import load_model
 from jlora.data.conversation import Message

@@ -9,18 +9,18 @@ import time
 
 import numpy as np
 import pytest
-from conftest import (
+from programs import (
     adapter_of,
     command,
     free_port,
     logged,
     losses_of,
-    make_model,
     process_options,
     run_program,
     short_run,
     wait_for,
 )
+from tiny_models import make_model
 
 pytestmark = pytest.mark.slow
 STEPS = 10

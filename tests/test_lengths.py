@@ -7,7 +7,7 @@ import shutil
 
 import jax
 import pytest
-from conftest import run_program, short_run
+from programs import run_program, short_run
 
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.config.schema import Config

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import run_program
+from programs import run_program
 from safetensors.numpy import load_file
 from test_families import CASES, make
 

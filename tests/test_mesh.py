@@ -7,7 +7,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import Trains, adapter_of, logged, losses_of, make_model, run_program, short_run, terminated
+from programs import Trains, adapter_of, logged, losses_of, run_program, short_run, terminated
+from tiny_models import make_model
 
 from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError

@@ -7,9 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import run_program
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import run_program
 
 from jlora.common.errors import UserError
 from jlora.config.files import load_config

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, make_model
 from flax import nnx
+from tiny_models import VOCABULARY, make_model
 
 from jlora.adapters import params
 from jlora.adapters.methods.lora import merged_weight

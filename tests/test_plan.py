@@ -8,7 +8,8 @@ import re
 
 import jax
 import pytest
-from conftest import ROOT, process_options
+from conftest import ROOT
+from programs import process_options
 
 from jlora.api import finetune
 from jlora.cli import plan

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import run_program, short_run
+from programs import run_program, short_run
 from safetensors.numpy import load_file, save_file
 
 import jlora

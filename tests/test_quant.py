@@ -13,9 +13,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import run_program
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from programs import run_program
 from safetensors.numpy import load_file, save_file
 
 from jlora.adapters import params

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
+from programs import (
     adapter_of,
     logged,
     losses_of,

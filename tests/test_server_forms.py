@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-from conftest import short_run
+from programs import short_run
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from variants import (

@@ -12,8 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import command, make_model, process_options, run_program
 from flax import nnx
+from programs import command, process_options, run_program
+from tiny_models import make_model
 
 from jlora.adapters import combining, params
 from jlora.adapters.peft_config import peft_config, read_spec

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import free_port, logged, losses_of, process_options, run_program, short_run, start_module, wait_for
+from programs import free_port, logged, losses_of, process_options, run_program, short_run, start_module, wait_for
 from test_faults import state_of
 
 from jlora.distributed.stop_signal import STOPPING, TWIN, StopSignal

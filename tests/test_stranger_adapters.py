@@ -12,10 +12,11 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_model, run_program
+from programs import run_program
 from safetensors.numpy import load_file, save_file
 from test_model import full, load
 from test_strangers import SMALL
+from tiny_models import make_model
 
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import write_adapter

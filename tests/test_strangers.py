@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, make_model, run_program
+from programs import run_program
 from safetensors.numpy import load_file, save_file
 from test_families import eager_logits
 from test_model import load
+from tiny_models import VOCABULARY, make_model
 
 from jlora.adapters.spec import NO_ADAPTER
 from jlora.cli.program import run_program as run_main

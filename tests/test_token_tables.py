@@ -10,9 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, make_model, run_program
+from programs import run_program
 from safetensors.numpy import load_file, save_file
 from test_strangers import SMALL
+from tiny_models import VOCABULARY, make_model
 
 from jlora import load_model
 from jlora.adapters.methods import table_method

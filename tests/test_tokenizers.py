@@ -8,7 +8,7 @@ import sys
 import huggingface_hub
 import pytest
 import transformers
-from conftest import command, process_options, run_program
+from programs import command, process_options, run_program
 from tokenizers import Regex, pre_tokenizers
 
 from jlora.bases.gguf_tokenizer import LLAMA3

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import Trains
+from programs import Trains
 
 from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import run_module, run_program
+from programs import run_module, run_program
 
 
 @pytest.mark.parametrize(

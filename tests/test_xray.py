@@ -9,7 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import command, process_options, run_program
+from programs import command, process_options, run_program
 
 from jlora.cli import data as program
 from jlora.common.errors import UserError

@@ -6,9 +6,9 @@ import numpy as np
 import peft
 import torch
 import transformers
-from conftest import make_model
 from flax import nnx
 from peft.optimizers import create_loraplus_optimizer
+from tiny_models import make_model
 
 from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
