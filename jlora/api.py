@@ -44,7 +44,7 @@ from jlora.serve.loading import Model, load_model
 from jlora.steps.compilation import enable_compilation_cache
 from jlora.training.loop import overfitting_warning
 from jlora.training.run import TrainedRun, train
-from jlora.training.setup import choose_platform, find_devices
+from jlora.training.setup import configure_jax, find_devices
 
 __all__ = [
     "Config",
@@ -111,7 +111,7 @@ def finetune(config: Config) -> Result:
     if problems := problems + validate(config):
         raise UserError("\n  ".join(["The config is not valid:", *problems]))
     config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
-    choose_platform(config)
+    configure_jax(config)
     processes.connect(config.coordinator_address, config.num_processes, config.process_id)
     find_devices(config)
     processes.mute_all_but_first()

@@ -27,7 +27,7 @@ from jlora.planning.data_pipeline import RowSource, fix_template_settings, read_
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
 from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
-from jlora.training.setup import choose_compute, choose_platform, find_devices
+from jlora.training.setup import choose_compute, configure_jax, find_devices
 
 
 def main(argv: list[str]) -> None:
@@ -74,7 +74,7 @@ def _find_target(name: str, config: Config) -> Target:
     if name != "here" and not name.startswith("gpu"):
         jax.config.update("jax_platforms", "cpu")  # a slice needs no TPU here, only its compiler
     elif name == "here":
-        choose_platform(config)
+        configure_jax(config)
     return find_target(name, find_devices(config))
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from jlora.common.accelerators import quiet_without_accelerator
 from jlora.common.errors import UserError, VerificationError
 from jlora.common.terminal import CONTROL_BESIDE_BARS, EscapedStream
 
@@ -41,7 +42,13 @@ def main() -> None:
 def run_command(name: str, arguments: list[str] | None = None) -> None:
     """Runs one of COMMANDS and exits with its code; `arguments` default to those of the command line."""
     given = sys.argv[1:] if arguments is None else arguments
-    run_program(lambda argv: importlib.import_module(f"jlora.cli.{name}").main(argv), given)
+
+    def run(arguments: list[str]) -> None:
+        with quiet_without_accelerator():  # importing JAX makes its plugins complain
+            module = importlib.import_module(f"jlora.cli.{name}")
+        module.main(arguments)
+
+    run_program(run, given)
 
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:

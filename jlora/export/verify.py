@@ -17,7 +17,7 @@ import jlora
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
-from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
+from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import VerificationError
 from jlora.common.plural import plural
 from jlora.data.chat_template import encode_prompt
@@ -25,7 +25,6 @@ from jlora.data.conversation import ReadOptions
 from jlora.data.readers import splits
 from jlora.data.readers.files import read_conversations
 from jlora.data.tokenizer import TEMPLATE_KEYS, end_tokens, load_tokenizer
-from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings
 from jlora.models.families import read_config
@@ -110,12 +109,6 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
 
-def _base(directory: Path, compute: ComputeSettings, vocabulary: int) -> dict[str, Any]:
-    alone = dataclasses.replace(NO_ADAPTER, vocabulary=vocabulary)
-    _, _, shapes = hf_loader.abstract_model(read_config(directory), alone, compute)
-    return hf_loader.load_base(directory, shapes, make_mesh(jax.devices()[:1]))
-
-
 def _read_back(
     exported: Path, directory: Path, tokenizer: Any, prompts: list[list[int]], compute: ComputeSettings
 ) -> tuple[list[np.ndarray], list[list[int]]]:
@@ -145,7 +138,8 @@ def _peft(
             base.resize_token_embeddings(vocabulary, mean_resizing=False)
         if compute.quantize != "none":  # take the dequantized weights, not those in the files
             with torch.no_grad():
-                for name, values in hf_loader.dequantized_weights(_base(directory, compute, vocabulary)):
+                stored = hf_loader.load_base_alone(directory, compute, vocabulary)
+                for name, values in hf_loader.dequantized_weights(stored):
                     base.get_parameter(name).copy_(torch.tensor(values))
         model = PeftModel.from_pretrained(base, exported).eval()
     texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
@@ -172,7 +166,7 @@ def _jlora(
 ) -> tuple[list[np.ndarray], list[list[int]]]:
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
-        base = _base(directory, compute, spec.vocabulary)
+        base = hf_loader.load_base_alone(directory, compute, spec.vocabulary)
         generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
 
         @jax.jit

@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.common.errors import UserError
 from jlora.common.hf_names import tensor_names
-from jlora.distributed.sharding import shardings
+from jlora.distributed.platforms import find_devices
+from jlora.distributed.sharding import make_mesh, shardings
 from jlora.models.compute_settings import ComputeSettings
 from jlora.models.families import read_config
 from jlora.models.llama import Llama
@@ -167,6 +168,20 @@ class _LeafReader:
         if not finite:
             self.broken.add(name)
         self.progress(size)
+
+
+def load_base_alone(directory: Path, compute: ComputeSettings, vocabulary: int = 0) -> dict[str, Any]:
+    """Loads a base model without an adapter on one device.
+
+    Args:
+      vocabulary: rows of the token tables, if they must have more than the base model's.
+
+    Raises:
+      UserError: as `load_base`.
+    """
+    alone = dataclasses.replace(NO_ADAPTER, vocabulary=vocabulary)
+    _, _, shapes = abstract_model(read_config(directory), alone, compute)
+    return load_base(directory, shapes, make_mesh(find_devices()[:1]))
 
 
 def dequantized_weights(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from jlora.common.accelerators import quiet_without_accelerator
 from jlora.common.errors import UserError
 
 GIB = 1 << 30
@@ -84,7 +85,8 @@ def _simulated_slice(kind: str, chips: str) -> list[Any]:
     alone = {"chips_per_host_bounds": (1, 1, 1)} if chips == "1" else {}
     shape = {"1": "1x1x1" if kind in ("v4", "v5p") else "1x1"}.get(chips, chips)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **alone)
+        with quiet_without_accelerator():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **alone)
     except Exception as error:  # libtpu raises many kinds
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(

@@ -1,12 +1,9 @@
 """Loads a base model with adapters."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax
 
 from jlora.adapters import combining, params
 from jlora.adapters.combining import AdapterSet
@@ -22,7 +19,7 @@ from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
-from jlora.distributed.sharding import make_mesh
+from jlora.distributed.platforms import find_devices
 from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings, default_dtype
 from jlora.models.families import read_config
@@ -78,17 +75,16 @@ def load_model(
         base, named_revision = base_of(next(iter(directories.values())))
         revision = revision or named_revision
     directory = resolve_base(base, revision)
-    config, dtype = read_config(directory), default_dtype(jax.devices()[0])
+    dtype = default_dtype(find_devices()[0])
     compute = ComputeSettings(dtype, dtype, quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
     rows = max((spec.vocabulary for _, spec in found.values()), default=0)
-    _, _, base_shapes = hf_loader.abstract_model(config, dataclasses.replace(NO_ADAPTER, vocabulary=rows), compute)
-    frozen = hf_loader.load_base(directory, base_shapes, make_mesh(jax.devices()[:1]))
+    frozen = hf_loader.load_base_alone(directory, compute, rows)
     forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
     weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NO_ADAPTER
     if forms and not unsupported_as_lora(spec):
         weights, spec = combining.to_common_form(forms)
-    graphdef, _, _ = hf_loader.abstract_model(config, spec, compute)
+    graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
     tokenizer = load_tokenizer(directory, template, *template_settings(directories))
     generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
     return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
@@ -99,9 +95,7 @@ def read_complete(directories: Mapping[str, Path], base: Path) -> dict[str, comb
     found = read_all(directories, base)
     if any(needs_base_weights(spec) for _, spec in found.values()):
         rows = max(spec.vocabulary for _, spec in found.values())
-        alone = dataclasses.replace(NO_ADAPTER, vocabulary=rows)
-        _, _, shapes = hf_loader.abstract_model(read_config(base), alone, FLOAT32_COMPUTE)
-        frozen = hf_loader.load_base(base, shapes, make_mesh(jax.devices()[:1]))
+        frozen = hf_loader.load_base_alone(base, FLOAT32_COMPUTE, rows)
         found = {name: (params.complete(spec, adapter, frozen), spec) for name, (adapter, spec) in found.items()}
     return found
 

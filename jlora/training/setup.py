@@ -25,7 +25,7 @@ from jlora.data.conversation import Conversation
 from jlora.data.examples import SizedExamples
 from jlora.data.readers import files
 from jlora.data.tokenizer import end_tokens, load_tokenizer
-from jlora.distributed import processes
+from jlora.distributed import platforms, processes
 from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh, own_rows
 from jlora.distributed.sharding import describe as describe_mesh
 from jlora.models import attention_backend
@@ -44,7 +44,6 @@ from jlora.planning.data_pipeline import (
 )
 from jlora.training import resume
 
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 # Entries that may differ between the processes of a run; data and base model are compared by their contents.
 MAY_DIFFER = (
     "process_id base_model train_data_dir eval_data_dir questions train_commit held_out_commit output_dir "
@@ -120,13 +119,11 @@ def prepare_run(config: Config) -> RunSetup:
     return RunSetup(*inputs, examples, steps, batches, eval_batches, held_out_rows, record)
 
 
-def choose_platform(config: Config) -> None:
+def configure_jax(config: Config) -> None:
     """Configures JAX for `device`; call it before JAX is first used."""
-    jax.config.update(
-        "jax_cpu_enable_async_dispatch", False
-    )  # malloc.retain_freed_memory needs steps on the main thread
-    if config.device != "auto":
-        jax.config.update("jax_platforms", PLATFORMS[config.device])
+    # malloc.retain_freed_memory needs steps on the main thread
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    platforms.choose_platform(config.device)
 
 
 def find_devices(config: Config) -> list[jax.Device]:
@@ -136,7 +133,7 @@ def find_devices(config: Config) -> list[jax.Device]:
       UserError: JAX finds no device of the kind that `device` names.
     """
     try:
-        return jax.devices()
+        return platforms.find_devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts if the platform has no plugin
         reason = str(error).strip().split("\n")[0] or "no plugin is installed"
         raise UserError(

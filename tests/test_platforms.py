@@ -1,0 +1,53 @@
+"""The platform of a run, and a quiet start where plugins for accelerators are installed, but no accelerator."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from jlora.common.accelerators import has_accelerator, unprinted
+
+JAX_ALONE = "import jax; print(jax.devices())"
+JLORA = "from jlora.distributed.platforms import find_devices; print(find_devices())"
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "nvmap", "dxg", "kfd", "accel0", "accel/accel3", "vfio/0"])
+def test_a_drivers_device_file_is_an_accelerator(tmp_path, name):
+    for other in ("null", "nvram", "vfio/vfio", "nvme0"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).touch()
+    assert not has_accelerator(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert has_accelerator(tmp_path)
+
+
+def test_a_system_without_device_files_may_have_one(tmp_path):
+    assert has_accelerator(tmp_path / "missing")
+
+
+@pytest.mark.skipif(has_accelerator(), reason="this machine has an accelerator")
+@pytest.mark.parametrize("named", ["", "cpu"])
+def test_absent_accelerators_do_not_complain(tmp_path, named):
+    """A plugin that complains whenever JAX looks for devices stands for those of CUDA and of the TPU."""
+    plugin = tmp_path / "jax_plugins/absent/__init__.py"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text("import os\ndef initialize():\n    os.write(2, b'no driver')\n")
+    environment = {**os.environ, "JAX_PLATFORMS": named, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    alone, ours = (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        for code in (JAX_ALONE, JLORA)
+    )
+    assert "no driver" in alone.stderr
+    assert "CpuDevice" in ours.stdout and not ours.stderr
+
+
+def test_only_native_errors_within_are_discarded(capfd):
+    os.write(2, b"before ")
+    with pytest.raises(ValueError, match="inside"), unprinted():
+        os.write(2, b"discarded ")
+        raise ValueError("inside")
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "before after"
