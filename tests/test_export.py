@@ -115,7 +115,7 @@ def test_an_export_for_a_server_is_verified_or_not_written(run, tmp_path, monkey
     monkeypatch.setattr(
         plain_lora, "to_plain_lora", lambda adapter, spec: scaling(adapter, dataclasses.replace(spec, alpha=9.0))
     )
-    with pytest.raises(VerificationError, match="does not compute what was trained"):
+    with pytest.raises(VerificationError, match=r"what was trained .* logits of \d prompts differ by more; "):
         main(["--run", str(other), "--for", "sglang"])
     assert not (other / "adapter-sglang").exists()
     assert not list(other.glob(".unfinished*"))

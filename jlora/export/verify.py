@@ -88,9 +88,11 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     if peft_warnings:
         raise VerificationError(f"PEFT warns when it loads {exported}: {'; '.join(peft_warnings)}.")
     ours, our_answers = _jlora(adapter, spec, directory, tokenizer, prompts, compute)
-    differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)])
-    largest, median = float(differences.max()), float(np.median(differences))
+    differences = [np.abs(a - b).ravel() for a, b in zip(ours, theirs, strict=True)]
+    by_prompt = np.array([difference.max() for difference in differences])  # NaN if one is NaN
+    largest, median = float(by_prompt.max()), float(np.median(np.concatenate(differences)))
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
+    questions = [messages[-1].content for messages in asked]
     packages = ("jax", "flax", "transformers") + (() if weaker else ("torch", "peft"))
     versions = {"jlora": jlora.__version__, **{name: importlib.metadata.version(name) for name in packages}}
     reader = "jlora's own reader (a weaker check: PyTorch and PEFT are not installed)"
@@ -103,8 +105,11 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     )
     if not largest <= TOLERANCE or equal < AGREEMENT * len(prompts):
         limits = f"at most {TOLERANCE:g} for logits, at least {AGREEMENT:.0%} for answers"
-        raise VerificationError(f"The exported adapter does not compute what was trained ({limits}). {figures}.")
-    questions = [messages[-1].content for messages in asked]
+        beyond, worst = int(np.sum(~(by_prompt <= TOLERANCE))), questions[int(by_prompt.argmax())]
+        raise VerificationError(
+            f"The exported adapter does not compute what was trained ({limits}). {figures}. The logits of "
+            f"{plural(beyond, 'prompt')} differ by more; those of {worst[:60]!r} differ most."
+        )
     sentence = f"Verified with {figures}"
     return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
 
