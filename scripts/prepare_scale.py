@@ -5,8 +5,7 @@
 Generates JSON lines with random words of the sample data (about 250 tokens per row). Prepares them in a process of its
 own, as training does, and tokenizes the same texts in batches with the tokenizer alone.
 
-On two cores: 78% of the tokenizer's rate for a million rows; 0.63 GB. Short rows (--words 45) are
-slower.
+On two cores: 78% of the tokenizer's rate for a million rows; 0.63 GB. Short rows (--words 45) are slower.
 """
 
 import argparse

@@ -104,7 +104,7 @@ class Config:
     # Output, devices and precision
     output_dir: str = "output/lora"  # checkpoints, logs and the exported adapter; an existing run is never overwritten
     resume_from_checkpoint: str = ""  # "auto": continue in output_dir; or the directory of a run to start from
-    device: str = "auto"  # "cpu", "gpu" (or "cuda"), "tpu"; "auto": the best that JAX finds
+    device: str = "auto"  # "cpu", "gpu" (or "cuda"), "tpu"; "auto": the accelerator whose driver is here, else the CPU
     # Devices per axis; -1: all that remain. `data` replicates the base model, `fsdp` shards it so that a large one
     # fits, and `tensor` also splits each layer's heads and feed-forward, if even one row is too large for a device.
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})
