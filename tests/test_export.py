@@ -1,9 +1,11 @@
 """Exported adapters: PEFT loads what was trained, and verification catches broken ones."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from programs import run_program, short_run
 from safetensors.numpy import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jlora.adapters import peft_config, peft_io, plain_lora, provenance
 from jlora.cli.export import main
@@ -89,6 +92,24 @@ def test_verification_catches_a_broken_export(run, tmp_path, break_it, monkeypat
     (broken / peft_config.CONFIG).write_text(json.dumps(config))
     with pytest.raises(VerificationError, match=r"does not compute what was trained|PEFT warns"):
         verify.verify(read_record(run, "--run"), *exporter.load_adapter(run, 12), broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inexact", [0, 1], ids=["warm-up", "measured"])
+def test_verification_does_not_measure_the_first_pass_of_pytorch(run, inexact, monkeypatch):
+    monkeypatch.setattr(verify, "PROMPTS", 2)
+    monkeypatch.setattr(verify, "NEW_TOKENS", 2)
+    passes, exact = itertools.count(), LlamaRotaryEmbedding.forward
+
+    def forward(self, x, position_ids):
+        cos, sin = exact(self, x, position_ids)
+        return (cos + 0.1, sin) if next(passes) == inexact else (cos, sin)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    broken = pytest.raises(VerificationError, match="The logits of 1 prompt differ") if inexact else nullcontext()
+    with broken:
+        verify.verify(read_record(run, "--run"), *exporter.load_adapter(run, 12), run / "adapter")
+    assert next(passes) > 2
 
 
 @pytest.mark.slow

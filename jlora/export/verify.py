@@ -151,6 +151,8 @@ def _peft(
     peft_warnings = [text for text in texts if not text.startswith(MERGING)]
     logits, answers = [], []
     with torch.no_grad():
+        # A first call of cos or exp may be inexact in one of several threads: github.com/pytorch/pytorch/issues/188792.
+        model(torch.tensor(prompts[:1]))
         for prompt in tqdm(prompts, desc="PEFT", unit="prompt", disable=None):
             ids = torch.tensor([prompt])
             logits.append(model(ids).logits[0].numpy())
