@@ -33,8 +33,9 @@ ROWS: dict[str, tuple[str, str, int, dict[str, object]]] = {
         4096,
         {"batch_size": 256, "remat": "full", "mesh": "{data: 4, fsdp: 64}"},
     ),
-    "7b-gpu-24": ("llama-2-7b", "gpu:24GiB", 512, {"batch_size": 4, "remat": "full"}),
-    "7b-gpu-8-nf4": ("llama-2-7b", "gpu:8GiB", 512, {"batch_size": 1, "remat": "full", "quantize_base": "nf4"}),
+    "7b-h100": ("llama-2-7b", "gpu:h100", 512, {"batch_size": 4, "remat": "dots"}),
+    "7b-rtx4090": ("llama-2-7b", "gpu:rtx4090", 512, {"batch_size": 4, "remat": "full"}),
+    "7b-nf4-rtx4060": ("llama-2-7b", "gpu:rtx4060", 512, {"batch_size": 1, "remat": "full", "quantize_base": "nf4"}),
 }
 
 

@@ -15,15 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.common.errors import UserError
 from jlora.distributed.sharding import make_mesh
-from jlora.models import attention, attention_backend, flash_attention
+from jlora.models import attention, attention_backend, cudnn_attention, splash_attention
 from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.families import read_config
 
 
 @pytest.fixture(autouse=True)
 def interpret(monkeypatch):
-    monkeypatch.setattr(flash_attention, "INTERPRET", True)
-    monkeypatch.setattr(flash_attention, "BLOCK", 128)
+    monkeypatch.setattr(splash_attention, "INTERPRET", True)
+    monkeypatch.setattr(splash_attention, "BLOCK", 128)
+    monkeypatch.setattr(cudnn_attention, "IMPLEMENTATION", "xla")
 
 
 def inputs(T, N, K, H, rows=1):
@@ -69,19 +70,10 @@ def run(kind, arrays, segments, window=None, mesh=None, packing=UNKNOWN):
     return [np.asarray(x) for x in step(kind, arrays, segments, window, mesh, packing)]
 
 
-CASES = [
-    ("splash", 150, 4, 2, 64, None),
-    ("splash", 150, 2, 1, 128, 40),
-    ("pallas", 150, 4, 2, 64, None),
-    ("pallas", 100, 2, 2, 128, None),
-    ("pallas", 100, 2, 1, 80, None),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "T", "N", "K", "H", "window"), CASES)
-def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, window):
-    arrays, segments = inputs(T, N, K, H)
+@pytest.mark.parametrize(("T", "N", "K", "H", "window"), [(150, 4, 2, 64, None), (150, 2, 1, 128, 40)])
+def test_splash_equals_the_formula_and_keeps_examples_apart(T, N, K, H, window):
+    kernel, (arrays, segments) = "splash", inputs(T, N, K, H)
     got, want = run(kernel, arrays, segments, window), run("xla", arrays, segments, window)
     assert np.abs(got[0] - plain(*arrays[:3], segments, window)).max() < 1e-5
     for a, b in zip(got, want, strict=True):
@@ -101,10 +93,10 @@ def test_kernel_equals_the_formula_and_keeps_examples_apart(kernel, T, N, K, H, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "packing"), [("splash", (12, 2)), ("splash", (20, 3)), ("pallas", (15, 2))])
-def test_kernel_sees_the_shared_prefix(kernel, packing):
+@pytest.mark.parametrize("packing", [(12, 2), (20, 3)])
+def test_splash_sees_the_shared_prefix(packing):
     """Also with a shorter prefix or fewer examples than the bounds allow, or without a prefix."""
-    arrays, segments = inputs(150, 4, 2, 64, rows=2)
+    kernel, (arrays, segments) = "splash", inputs(150, 4, 2, 64, rows=2)
     segments = segments.at[0, :12].set(-1)
     real = np.asarray(segments != 0)  # the outputs of padding are arbitrary
     arrays[3] = arrays[3] * real[..., None, None]
@@ -130,72 +122,76 @@ def test_shared_prefix_is_seen_at_any_distance(window):
 
 
 @pytest.mark.slow
-def test_kernel_on_eight_devices_equals_one_without_communication():  # splash: in test_mesh.py, within the whole step
-    kernel = "pallas"
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernel_on_eight_devices_equals_one_without_communication(kernel):
+    packing = Packing(0, 2, 60)
     arrays, segments = inputs(60, 2, 1, 64, rows=8)
+    arrays[3] = arrays[3] * (segments != 0)[..., None, None]  # the outputs of padding are arbitrary
     mesh = make_mesh(jax.devices())
     want = run("xla", arrays, segments)
     split = NamedSharding(mesh, P("data"))
     placed = jax.device_put((arrays, segments), split)
 
-    program, alone = (step.lower(kernel, *placed, None, over).compile() for over in (mesh, None))
-    for a, b in zip(program(*placed), want, strict=True):
+    program, alone = (step.lower(kernel, *placed, None, over, packing).compile() for over in (mesh, None))
+    got = program(*placed)
+    for a, b in zip((jnp.where((segments != 0)[..., None, None], got[0], want[0]), *got[1:]), want, strict=True):
         assert np.abs(a - b).max() < 3e-5
     collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not any(name in program.as_text() for name in collectives)
-    assert any(name in alone.as_text() for name in collectives)  # the negative control: the compiler alone cannot
+    if kernel == "splash":  # the negative control: the compiler alone cannot split a kernel
+        assert any(name in alone.as_text() for name in collectives)
 
 
 class Wish:
-    """The arguments of attention_backend.choose_backend: by default for the tiny model on a TPU, in float32."""
+    """The arguments of attention_backend.choose_backend: by default for the tiny model on a TPU."""
 
     def __init__(self, directory):
         self.model = read_config(directory)
 
-    def __call__(self, wish, platform="tpu", capability="8.0", dtype=jnp.bfloat16, longest=150, **changes):
+    def __call__(self, wish, platform="tpu", capability="8.0", dtype=jnp.bfloat16, **changes):
         device = types.SimpleNamespace(platform=platform, device_kind="T4", compute_capability=capability)
-        return attention_backend.choose_backend(
-            wish, device, dataclasses.replace(self.model, **changes), dtype, longest
-        )
+        model = dataclasses.replace(self.model, **changes)
+        return attention_backend.choose_backend(wish, device, model, dtype, (2, 150), Packing(0, 2, 100))
 
 
 @pytest.mark.slow
 def test_kernel_is_chosen_only_if_it_agrees_with_xla(tiny, monkeypatch):
-    wish = Wish(tiny)
+    wish, times = Wish(tiny), r"\d+\.\d\d ms a layer, \d+\.\d\d ms in XLA"
     assert wish("auto", "cpu") == wish("xla") == ("xla", "")
-    assert wish("auto") == wish("splash", sliding_window=64) == ("splash", "")
-    monkeypatch.setattr(flash_attention, "INTERPRET", False)  # a CPU cannot run it then
-    name, why = wish("auto")
-    assert name == "xla" and re.match(r"splash: it failed on this device \(.*interpret", why)
+    for name, note in (wish("splash"), wish("splash", sliding_window=64)):
+        assert name == "splash" and re.fullmatch(times, note)
+    name, note = wish("auto")  # the interpreter is slow
+    assert name == "xla" and re.fullmatch(rf"not splash: it is slower \({times}\)", note)
+    monkeypatch.setattr(attention_backend, "RUNS", 0)  # both take as long
+    assert wish("auto")[0] == "splash"
+    monkeypatch.setattr(splash_attention, "INTERPRET", False)  # a CPU cannot run it then
+    name, note = wish("auto")
+    assert name == "xla" and re.match(r"not splash: it failed on this device \(.*interpret", note)
     with pytest.raises(UserError, match=r"attn_implementation='splash' cannot run here: it failed .* Set .* to 'xla'"):
         wish("splash")
 
-    def leaking(q, k, v, segments, window, block):
+    def leaking(q, k, v, segments, window, mesh, packing):
         places = {"q_segments": segments.clip(1, 1), "k_segments": segments.clip(1, 1), "q_start": 0}
         return attention.attention(q, k, v, **places, window=window, backend="xla", mesh=None)
 
-    monkeypatch.setitem(flash_attention.KERNELS, "splash", leaking)
-    assert re.match(r"splash: its results differ from XLA's by \d", wish("auto")[1])
+    monkeypatch.setitem(attention.KERNELS, "splash", leaking)
+    assert re.match(r"not splash: its results differ from XLA's by \d", wish("auto")[1])
 
 
 @pytest.mark.parametrize(
     ("wish", "changes", "message"),
     [
         ("splash", {"platform": "cpu"}, "it requires a TPU, and this device is a CPU"),
-        ("pallas", {"platform": "tpu"}, "it requires a GPU, and this device is a TPU"),
+        ("cudnn", {"platform": "tpu"}, "it requires a GPU, and this device is a TPU"),
         (
-            "pallas",
+            "cudnn",
             {"capability": "7.5"},
             "it requires an NVIDIA card of compute capability 8.0 or higher, and this device is a T4",
         ),
-        ("pallas", {"capability": "gfx90a"}, "it requires an NVIDIA card .*"),
-        ("pallas", {"dtype": jnp.float32}, "it requires activations in bfloat16 or float16, and these are float32"),
-        ("pallas", {"head_dim": 256}, "it requires a head_dim of at most 128, and this model's is 256"),
-        (
-            "pallas",
-            {"sliding_window": 64},
-            "it does not support a sliding window, and rows are longer than this model's window of 64 tokens",
-        ),
+        ("cudnn", {"capability": "gfx90a"}, "it requires an NVIDIA card .*"),
+        ("cudnn", {"dtype": jnp.float32}, "it requires activations in bfloat16 or float16, and these are float32"),
+        ("cudnn", {"head_dim": 256}, "it requires a head_dim of at most 128 that is a multiple of 8, and .* is 256"),
+        ("cudnn", {"head_dim": 100, "capability": "9.0"}, "it requires a head_dim of at most 256 .* is 100"),
     ],
 )
 def test_unusable_kernel_gives_one_message(tiny, wish, changes, message):
@@ -204,7 +200,7 @@ def test_unusable_kernel_gives_one_message(tiny, wish, changes, message):
         Wish(tiny)(wish, **changes)
     if changes["platform"] == "gpu":
         name, why = Wish(tiny)("auto", **changes)
-        assert name == "xla" and re.match(f"pallas: {message}", why)
+        assert name == "xla" and re.match(f"not cudnn: {message}", why)
 
 
 def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
@@ -219,19 +215,12 @@ def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, segments)
 
 
-def test_gpu_kernel_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr(flash_attention, "INTERPRET", False)
-    text = grad("pallas", 128, 8, 2, 300, jnp.bfloat16).lower(lowering_platforms=("cuda",)).as_text()
-    assert len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 3  # forward, and two of the backward pass
-    assert "2x384x2x128xbf16" in text and "2x300x8x300" not in text
-
-
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_splash_compiles_for_a_tpu(monkeypatch):
     """By libtpu, without a TPU: the head sizes of SmolLM2 and Llama 3, and a window."""
-    monkeypatch.setattr(flash_attention, "INTERPRET", False)
-    monkeypatch.setattr(flash_attention, "BLOCK", 512)
+    monkeypatch.setattr(splash_attention, "INTERPRET", False)
+    monkeypatch.setattr(splash_attention, "BLOCK", 512)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     for H, N, K, T, window in [(64, 9, 3, 1100, None), (128, 8, 2, 600, 256)]:

@@ -148,7 +148,7 @@ def test_the_estimate_is_linear_in_the_work(tiny, monkeypatch):
     model = read_config(tiny)
 
     def estimate(devices, length):
-        target = hardware.Target("here", jax.devices()[:devices], None, None, "")
+        target = hardware.Target("here", jax.devices()[:devices], None, None)
         config, layout = dataclasses.replace(Config(), batch_size=4, mesh={}), (1, 4, Shape(length, 8), UNKNOWN)
         job = make_job(config, model, FLOAT32_COMPUTE, target, lambda *_: layout)
         _, _, base = hf_loader.abstract_model(model, NO_ADAPTER, job.compute)

@@ -9,13 +9,16 @@ import pytest
 from conftest import ROOT
 
 from jlora.adapters.settings import spec_of
-from jlora.common import malloc
+from jlora.common import hf_names, malloc
 from jlora.config.files import load_config
+from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.distributed import sharding
 from jlora.models import hf_loader
-from jlora.models.compute_settings import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE, Packing
 from jlora.models.families import read_config
+from jlora.planning import hardware
+from jlora.planning.forecast import forecast, make_job
 from jlora.steps import compilation, optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
 
@@ -65,7 +68,7 @@ def test_compiler_works_if_xla_lacks_the_options(monkeypatch):
 
 FAULTS = """
 import resource
-from jlora.common import malloc
+from jlora.common import hf_names, malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -93,3 +96,35 @@ def test_malloc_keeps_freed_memory_until_give_back():
 def test_more_remat_needs_less_memory(temporaries):
     none, dots, full = (temporaries(512, remat) for remat in ("none", "dots", "full"))
     assert full < 0.5 * dots and dots < 0.8 * none
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_an_adapted_projection_keeps_one_product(smollm, remat):
+    """With remat=dots, W x + B A x, not both; all seven projections adapted keep no more than one."""
+
+    def per_layer(targets):
+        """Bytes that one more layer adds, without its weights, adapter and optimizer state."""
+        config = dataclasses.replace(Config(), target_modules=targets, remat=remat, mesh={}, lora_rank=1)
+
+        def rest(layers):
+            model = dataclasses.replace(read_config(smollm), num_hidden_layers=layers)
+            target = hardware.Target("here", jax.devices()[:1], None, None)
+
+            def layout(config, ways):
+                return 1, 1, Shape(512, 64), Packing(0, 1, 512)
+
+            compute = dataclasses.replace(FLOAT32_COMPUTE, attention="xla")
+            return forecast(make_job(config, model, compute, target, layout)).memory.rest
+
+        return (rest(12) - rest(4)) / 8
+
+    model = read_config(smollm)
+    heads = model.num_attention_heads * model.head_dim
+    outputs = (
+        2 * heads + 2 * model.num_key_value_heads * model.head_dim + 2 * model.intermediate_size + model.hidden_size
+    )
+    one, seven = per_layer(("q_proj",)), per_layer(tuple(hf_names.projections()))
+    assert seven - one < 0.2 * 4 * 512 * outputs
+    if remat == "dots":
+        assert one > 0.9 * 4 * 512 * outputs  # each product is kept once

@@ -16,7 +16,7 @@ from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
 from jlora.data.examples import Example
 from jlora.distributed import sharding
-from jlora.models import flash_attention, hf_loader
+from jlora.models import hf_loader, splash_attention
 from jlora.models.compute_settings import Packing
 from jlora.models.families import read_config
 from jlora.planning import collectives
@@ -63,13 +63,14 @@ class Run(Trains):
         model, spec = read_config(directory), spec_of(dataclasses.asdict(config))
         kernel = config.attn_implementation.replace("auto", "xla")
         compute = setup.choose_compute(config, jax.devices()[0])
-        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel, packing=Packing(*self.batches.packing))
+        compute = dataclasses.replace(compute, mesh=self.mesh, attention=kernel)
         graphdef, shapes, base_shapes = hf_loader.abstract_model(model, spec, compute)
         self.base = hf_loader.load_base(directory, base_shapes, self.mesh)
         optimizer = optim.make_optimizer(config, spec, 10)
         adapter = run.first_adapter(config, spec, shapes, self.base, tied=False)
         self.state = fresh_state(adapter, optimizer, self.mesh, compute.compute_dtype)
-        self.programs = Programs(graphdef, self.base, optimizer, self.mesh, dropout=spec.draws, seed=1)
+        packing = Packing(*self.batches.packing)
+        self.programs = Programs(graphdef, self.base, optimizer, self.mesh, packing=packing, dropout=spec.draws, seed=1)
         self.curve = self.losses(10)
 
 
@@ -99,7 +100,7 @@ def alone(heads):
     ids=str,
 )
 def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
-    monkeypatch.setattr(flash_attention, "INTERPRET", True)
+    monkeypatch.setattr(splash_attention, "INTERPRET", True)
     one, many = alone(**changes), Run(heads, 8, mesh, **changes)
     assert np.abs(np.subtract(one.curve, many.curve)).max() < 1e-5
     assert one.curve[-1] < one.curve[0] - 0.1  # it learns, so the bound is meaningful

@@ -85,8 +85,7 @@ def test_collectives_are_read_from_a_program():
     [
         ("v5x:2x4", "Unknown --target 'v5x:2x4'. Examples: here, v5e:1, v5e:2x4"),
         ("v5e:3x5", "v5e:3x5 cannot be simulated: .*a slice that exists, such as here, v5e:1"),
-        ("gpu:24", "Unknown --target 'gpu:24'. Examples: .*gpu:24GiB"),
-        ("gpu:3x24GiB", "Only 1, 4 or 8 GPUs of up to 95 GiB each can be simulated"),
+        ("gpu:24", "Unknown --target 'gpu:24'. .*gpu:24GiB"),
     ],
 )
 def test_unknown_targets_are_rejected(name, message):
@@ -104,7 +103,7 @@ def job_of(file, target, length=128, **changes):
 
 @pytest.mark.slow
 def test_memory_is_reported_by_part(small):
-    target = hardware.Target("here", jax.devices()[:2], None, None, "")
+    target = hardware.Target("here", jax.devices()[:2], None, None)
     seen = forecast(job_of(small, target)[0])
     heads, keys, D, F, L = 256, 128, 256, 512, 2
     matrices = 2 * heads * D + 2 * keys * D + 3 * F * D
@@ -119,7 +118,7 @@ def test_memory_is_reported_by_part(small):
 
 @pytest.mark.slow
 def test_search_finds_settings_that_fit(small):
-    roomy = hardware.Target("here", jax.devices()[:1], None, None, "")
+    roomy = hardware.Target("here", jax.devices()[:1], None, None)
     job, layout = job_of(small, roomy)
     seen, said = forecast(job), []
     tight = roomy._replace(limit=int(seen.needed * 0.7))
@@ -152,7 +151,7 @@ def test_plan_needs_only_config_json(written, capsys):
     plan.main(["--config", str(written(batch_size=8)), "--tokens", "64"])
     said = capsys.readouterr().out
     for words in (
-        "8 x cpu, data=8; remat=dots, float32 base",
+        "8 x cpu, data=8; remat=dots, float32 base, attention by xla",
         "1 forward and backward pass of 8 x 64 tokens; assuming 64 tokens per example, all trained on (--tokens)",
         "Fits: 0.0",
         "activations, temporaries, padding",

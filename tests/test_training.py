@@ -54,7 +54,7 @@ class Setup(Trains):
         self.spec = spec_of(dataclasses.asdict(self.config))
         compute = setup.choose_compute(self.config, jax.devices()[0])
         self.compute = dataclasses.replace(compute, attention=attention, mesh=self.mesh)
-        _, self.shapes, base_shapes = hf_loader.abstract_model(self.model_config, self.spec, self.compute)
+        self.graphdef, self.shapes, base_shapes = hf_loader.abstract_model(self.model_config, self.spec, self.compute)
         self.base = hf_loader.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.spec, self.steps)
         adapter = run.first_adapter(
@@ -65,10 +65,17 @@ class Setup(Trains):
 
     def lay(self, batches):
         """Switches to these batches, and compiles programs for them."""
-        compute = dataclasses.replace(self.compute, packing=Packing(*batches.packing))
-        self.graphdef, *_ = hf_loader.abstract_model(self.model_config, self.spec, compute)
-        self.batches = batches
-        self.programs = Programs(self.graphdef, self.base, self.optimizer, self.mesh, dropout=self.spec.draws, seed=1)
+        self.batches, packing = batches, Packing(*batches.packing)
+        self.programs = Programs(
+            self.graphdef,
+            self.base,
+            self.optimizer,
+            self.mesh,
+            packing=packing,
+            held_out_packing=packing,
+            dropout=self.spec.draws,
+            seed=1,
+        )
 
     def held_out_loss(self, adapter):
         return self.programs.held_out_loss(adapter, self.batches, print)

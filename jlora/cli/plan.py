@@ -13,14 +13,15 @@ import jax
 
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
+from jlora.common.plural import plural
 from jlora.config.files import config_parser, load_config
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.data.readers.splits import split_sheet
 from jlora.data.tokenizer import end_tokens, load_tokenizer
-from jlora.distributed.sharding import describe
+from jlora.distributed.sharding import data_parallel_size, describe
 from jlora.models import attention_backend
-from jlora.models.compute_settings import UNKNOWN, Packing
+from jlora.models.compute_settings import Packing
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import RowSource, fix_template_settings, read_examples, read_rows, with_new_tokens
@@ -45,12 +46,18 @@ def main(argv: list[str]) -> None:
     model = read_config(directory)
     layout, lengths = _layout(config, directory, model, arguments.tokens)
     compute, here = choose_compute(config, target.devices[0]), arguments.target == "here"
-    wish, dtype = "auto" if target.simulation_note else config.attn_implementation, compute.compute_dtype
+    job = make_job(config, model, compute, target, layout)
     attention, _ = attention_backend.choose_backend(
-        wish, target.devices[0], model, dtype, config.max_seq_length, here=here
+        config.attn_implementation,
+        target.devices[0],
+        model,
+        compute.compute_dtype,
+        (job.rows // data_parallel_size(job.mesh), job.shape.length),
+        job.packing,
+        here=here,
     )
-    compute = dataclasses.replace(compute, attention=attention)
-    forecast, _ = choose_remat(make_job(config, model, compute, target, layout), target, 1000, lambda line: None)
+    job = dataclasses.replace(job, compute=dataclasses.replace(job.compute, attention=attention))
+    forecast, _ = choose_remat(job, target, 1000, lambda line: None)
     fits = forecast.fits(target.limit)
     for line in report(forecast, target, lengths):
         print(line)
@@ -71,10 +78,10 @@ def main(argv: list[str]) -> None:
 
 def _find_target(name: str, config: Config) -> Target:
     """Returns the target, after selecting the JAX platform that it needs."""
-    if name != "here" and not name.startswith("gpu"):
-        jax.config.update("jax_platforms", "cpu")  # a slice needs no TPU here, only its compiler
-    elif name == "here":
+    if name == "here":
         configure_jax(config)
+    else:
+        jax.config.update("jax_platforms", "cpu")  # only the target's compiler is needed here
     return find_target(name, find_devices(config))
 
 
@@ -92,7 +99,7 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
     length = tokens or config.max_seq_length
 
     def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
-        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), UNKNOWN
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), Packing(0, 1, length)
 
     source = "--tokens" if tokens else "max_seq_length"
     return layout, f"assuming {length} tokens per example, all trained on ({source})"
@@ -102,17 +109,15 @@ def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:
     """Returns the forecast as lines for people."""
     job, compute = forecast.job, forecast.job.compute
     kind = target.devices[0].device_kind
-    devices = f"{job.mesh.size} x {kind}" + (f" as {target.name}" if target.simulation_note else "")
     lines = [
-        f"{devices}, {describe(job.mesh)}; remat={compute.remat}, {jax.numpy.dtype(compute.param_dtype).name} base",
+        f"{job.mesh.size} x {kind}, {describe(job.mesh)}; remat={compute.remat}, "
+        f"{jax.numpy.dtype(compute.param_dtype).name} base, attention by {compute.attention}",
         f"Step: {job.micro_batches} forward and backward {'pass' if job.micro_batches == 1 else 'passes'} of "
         f"{job.rows} x {job.shape.length} tokens; {lengths}",
     ]
     room = "" if target.limit is None else f" of {target.limit / GIB:.2f}"
     verdict = "Fits" if forecast.fits(target.limit) else "DOES NOT FIT"
     lines.append(f"{verdict}: {forecast.needed / GIB:.2f}{room} GiB on each device")
-    if target.simulation_note:
-        lines.append(f"  {target.simulation_note}; the error of this estimate was never measured on a GPU")
     if forecast.memory:
         parts = {**dataclasses.asdict(forecast.memory), "activations, temporaries, padding": forecast.memory.rest}
         parts["program"] = parts.pop("code")
@@ -121,6 +126,10 @@ def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:
         lines.append(f"  The largest of these is {max(parts, key=lambda name: parts[name])}")
     work = forecast.work
     lines.append(f"Per device and step: {work.flops / 1e12:.2f} TFLOPs; {_communication(forecast)}")
+    if forecast.kernels:
+        kernels = sorted(forecast.kernels.items(), key=lambda item: -item[1][1])
+        each = ", ".join(f"{kind} {moved / 1e9:.1f} GB in {plural(runs, 'run')}" for kind, (runs, moved) in kernels)
+        lines.append(f"Kernels move {work.moved / 1e9:.1f} GB: {each}")
     if seconds := work.seconds(target):
         limit = max(seconds, key=lambda name: seconds[name])
         each = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())

@@ -113,7 +113,7 @@ class Config:
     quantize_base: str = "none"  # the base model's projections: "nf4" (4 bits, bitsandbytes' codes) or "int8" (8 bits)
     compute_dtype: str = "auto"  # of activations; "auto": param_dtype
     fp16: bool = False  # compute in bfloat16, or in float16 on cards without it
-    attn_implementation: str = "auto"  # "splash" (TPU), "pallas" (GPU), "xla"; "auto": the device's kernel if it works
+    attn_implementation: str = "auto"  # "splash" (TPU), "cudnn" (GPU), "xla"; "auto": the device's kernel if faster
     # What the backward pass recomputes, which saves memory but takes time: "none"; "dots": all but weight products
     # and attention's output; "full": whole layers. "auto": the first of these that fits in memory.
     remat: str = "auto"
@@ -143,7 +143,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "gpu", "cuda", "tpu"),
     "param_dtype": ("auto", "float32", "bfloat16", "float16"),
     "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
-    "attn_implementation": ("auto", "xla", "splash", "pallas"),
+    "attn_implementation": ("auto", "xla", "splash", "cudnn"),
     "remat": ("auto", "none", "dots", "full"),
     "quantize_base": ("none", "nf4", "int8"),
     "peft_type": methods.choices("peft_type"),

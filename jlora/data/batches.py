@@ -110,7 +110,7 @@ class Batches:
 
     @property
     def packing(self) -> tuple[int, int, int]:
-        """The bounds for `ComputeSettings.packing` of the model that takes these batches."""
+        """The fields of `models.compute_settings.Packing`, bounds on the rows."""
         return self.prefix, self.examples_per_row, int(self.sizes[:, 2].max())
 
     def prefix_note(self) -> str:

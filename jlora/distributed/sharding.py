@@ -7,7 +7,7 @@ whose layers are gathered one at a time when they are computed (Rajbhandari et a
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -147,6 +147,18 @@ def shardings(tree: Any, mesh: Mesh, root: str, axes: Mapping[str, str] | None =
         return sharding
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def map_rows_and_heads(attend: Callable[..., Array], mesh: Mesh | None) -> Callable[..., Array]:
+    """Returns `attend(q, k, v, segments)`, computed by each device for its own rows and heads, without communication.
+
+    The arrays are [B, T, heads, H] and [B, T]. The compiler cannot split a kernel by itself.
+    """
+    if mesh is None or mesh.size == 1:
+        return attend
+    split, rows = P(BATCH_AXES, None, "tensor", None), P(BATCH_AXES, None)
+    specs = (split, split, split, rows)
+    return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
 
 
 def constrain_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:

@@ -1,5 +1,5 @@
-"""Causal attention within segments: in XLA by blocks of queries, which runs anywhere, or in a kernel
-(flash_attention.py).
+"""Causal attention within segments: in XLA by blocks of queries, which runs anywhere, or in a kernel of the device
+(splash_attention.py on TPU, cudnn_attention.py on NVIDIA GPUs).
 
 Axes: B batch, T query position, S key position, N query heads, K kv heads, G=N/K, H head dim, b block, t query in a
 block, Q=Gt: the queries of all heads that share a kv head.
@@ -15,13 +15,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jlora.models.compute_settings import UNKNOWN, Packing
-from jlora.models.flash_attention import flash
+from jlora.models.cudnn_attention import cudnn
 from jlora.models.remat import ATTENTION_OUTPUT
-from jlora.models.unpack_examples import make_slots
+from jlora.models.splash_attention import splash
+from jlora.models.unpack_examples import make_slots, slot_sizes
 
 BLOCK = 512  # queries computed at a time: the largest array is [B, N, BLOCK, S]
 # Slots are used only if their scores are fewer than this share of a block's: moving the examples has a cost too.
 MAX_SLOT_SHARE = 0.75
+KERNELS: dict[str, Any] = {"splash": splash, "cudnn": cudnn}
 LANES = 16  # float32 values in a CPU's widest registers; the number of keys per slot is a multiple
 
 
@@ -45,7 +47,7 @@ def attention(
         -1 is a prefix at the start of a row: every later query sees it, regardless of the window.
       q_start: position of the first query among the keys (0 in training, `Cache.fill` in decoding).
       window: number of keys that a query sees at most, including its own; None means no limit.
-      backend: "xla", or a kernel of flash_attention.py, which needs keys and queries of the same row.
+      backend: a key of KERNELS, which needs keys and queries of the same row, or "xla".
       mesh: splits B and N; used by kernels only.
       packing: bounds on the rows if keys and queries are of the same row. Kernels support no prefix with a window.
 
@@ -53,7 +55,7 @@ def attention(
       The attention output in v's dtype. Softmax is computed in float32.
     """
     if backend != "xla":
-        return flash(q, k, v, q_segments, kernel=backend, window=window, mesh=mesh, packing=packing)
+        return KERNELS[backend](q, k, v, q_segments, window=window, mesh=mesh, packing=packing)
     B, T, N, H = q.shape
     if layout := in_slots(T, packing):
         return _by_example(q, k, v, q_segments, layout, window)
@@ -78,6 +80,19 @@ def in_slots(T: int, packing: Packing) -> Packing | None:
     return Packing(P, E, M) if 0 < E * M * (P + M) < MAX_SLOT_SHARE * T * min(T, BLOCK) else None
 
 
+def pairs(backend: str, T: int, packing: Packing) -> float:
+    """Returns how many pairs of a query and a key are compared in one row, by one head."""
+    P, E, M = packing
+    if backend == "splash":  # skips what is not causal
+        return (T + P * E) ** 2 / 2
+    if backend == "cudnn":
+        return sum((P + size) ** 2 / 2 for size in slot_sizes(T, P, E, M, multiple=1))
+    if slots := in_slots(T, packing):
+        P, E, M = slots
+        return float(P**2 + E * M * (P + M))
+    return float(T**2)
+
+
 def _by_example(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -88,7 +103,7 @@ def _by_example(
 ) -> Float[Array, "B T N H"]:
     """Attends within each example, in a slot of its own behind a copy of the shared prefix; then within the prefix."""
     P, E, M = packing
-    slots = make_slots(segments, packing)
+    slots = make_slots(segments, P, (M,) * E)
     q, k, v = slots.to_slots(q), slots.to_slots(k), slots.to_slots(v)
     shared, own = slots.filled[:, :P], slots.filled[:, P:].reshape(-1, M).astype(jnp.int32)
     before = jnp.repeat(jnp.where(shared, -1, 2), E, axis=0)  # no query has segment 2

@@ -32,7 +32,6 @@ class ComputeSettings:
       mesh: splits the rows of activations; None leaves them where they are.
       quantize: "nf4" or "int8" stores the projections' weights in 4 or 8 bits and all others in `param_dtype`; "none"
         stores all in `param_dtype`.
-      packing: bounds on the packed rows.
     """
 
     param_dtype: DTypeLike
@@ -41,7 +40,6 @@ class ComputeSettings:
     attention: str = "xla"
     mesh: Mesh | None = None
     quantize: str = "none"
-    packing: Packing = UNKNOWN
 
 
 FLOAT32_COMPUTE = ComputeSettings(jnp.float32, jnp.float32)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -17,14 +18,15 @@ class KVCache(NamedTuple):
     segments: Int[Array, "B S"]  # 0 at empty positions and padding
     fill: Int[Array, ""]  # number of positions written
 
-
-class LayerKVCache(NamedTuple):
-    """One layer's part of the cache; `segments` already includes the tokens that this step writes at `fill`."""
-
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
-    segments: Int[Array, "B S"]
-    fill: Int[Array, ""]
+    def written(
+        self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    ) -> tuple["KVCache", Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Returns the cache with new keys and values of one layer, from position `fill` on, and all of that layer's."""
+        at = (layer, 0, self.fill, 0, 0)
+        keys = jax.lax.dynamic_update_slice(self.k, k[None], at)
+        values = jax.lax.dynamic_update_slice(self.v, v[None], at)
+        own = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+        return self._replace(k=keys, v=values), *own
 
 
 def empty_kv_cache(config: ModelConfig, dtype: DTypeLike, batch: int, length: int) -> KVCache:

@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.adapters import params
 from jlora.adapters.methods import make_method, table_method
-from jlora.adapters.methods.method import FROZEN, Frozen, Leaves
+from jlora.adapters.methods.method import FROZEN, Frozen, Leaves, kept
 from jlora.adapters.neftune import noise
 from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
 from jlora.distributed.sharding import constrain_rows, constrain_table
 from jlora.models.attention import attention
-from jlora.models.compute_settings import UNKNOWN, ComputeSettings
-from jlora.models.kv_cache import KVCache, LayerKVCache
+from jlora.models.compute_settings import UNKNOWN, ComputeSettings, Packing
+from jlora.models.kv_cache import KVCache
 from jlora.models.model_config import ModelConfig
 from jlora.models.quant import linear, zeros
 from jlora.models.remat import REMAT_POLICIES
@@ -70,7 +70,7 @@ class Projection(nnx.Module):
         bias = self.bias[...].astype(x.dtype)[None, None] if self.biased else 0.0
         frozen = Frozen(weight, bias, partial(linear, weight=weight))
         if not self.adapted:
-            return frozen.product(x) + frozen.bias
+            return kept(frozen.product(x)) + frozen.bias
         values = {leaf: getattr(self, leaf.name)[...] for leaf in self.method.leaves()}
         leaves = {leaf.name: jax.lax.stop_gradient(v) if leaf.rate == FROZEN else v for leaf, v in values.items()}
         return self.method.apply(x, frozen, leaves, self.site.scale(layer), key)
@@ -113,8 +113,9 @@ class Attention(nnx.Module):
         segments: Int[Array, "B T"],
         layer: Int[Array, ""],
         keys: list[PRNGKeyArray | None],
-        cache: LayerKVCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerKVCache | None]:
+        cache: KVCache | None,
+        packing: Packing,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         B, T, _ = x.shape
         q = self.q_proj(x, layer, keys[0]).reshape(B, T, -1, self.config.head_dim)
         k = self.k_proj(x, layer, keys[1]).reshape(B, T, -1, self.config.head_dim)
@@ -125,10 +126,8 @@ class Attention(nnx.Module):
         k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.compute.attention
         if cache is not None:
             backend = "xla"  # kernels need as many queries as keys
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.fill, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.fill, axis=1)
             k_segments, start = cache.segments, cache.fill
-            cache = cache._replace(k=k, v=v)
+            cache, k, v = cache.written(layer, k, v)
         out = attention(
             q,
             k,
@@ -139,7 +138,7 @@ class Attention(nnx.Module):
             window=self.config.sliding_window,
             backend=backend,
             mesh=self.compute.mesh,
-            packing=self.compute.packing if cache is None else UNKNOWN,
+            packing=packing if cache is None else UNKNOWN,
         )
         return self.o_proj(out.reshape(B, T, -1), layer, keys[3]), cache
 
@@ -176,10 +175,11 @@ class Layer(nnx.Module):
         segments: Int[Array, "B T"],
         layer: Int[Array, ""],
         key: PRNGKeyArray | None,
-        cache: LayerKVCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerKVCache | None]:
+        cache: KVCache | None,
+        packing: Packing,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, segments, layer, keys[:4], cache)
+        attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, segments, layer, keys[:4], cache, packing)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x), layer, keys[4:]), cache
 
@@ -240,6 +240,7 @@ class Llama(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
         cache: KVCache | None = None,
+        packing: Packing = UNKNOWN,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns hidden states after the final norm, and the cache with these tokens added.
 
@@ -249,6 +250,7 @@ class Llama(nnx.Module):
           positions: position of each token within its example, from 0.
           key: for the adapter's dropout and noise on embeddings; None turns both off.
           cache: keys and values so far; None in training.
+          packing: bounds on the packed rows.
         """
         cos_sin = rotary_cos_sin(self.config.rope, positions, self.config.head_dim)
         x = self.embed_tokens.embed(tokens).astype(self.compute.compute_dtype)
@@ -257,24 +259,21 @@ class Llama(nnx.Module):
             x = noise(x, segments, self.spec.neftune_noise_alpha, noise_key)
         if cache is None:
             x = constrain_rows(x, self.compute.mesh)
-        graphdef, layers = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
         if cache is not None:
             written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.fill, axis=1)
             cache = cache._replace(segments=written)
+        graphdef, layers = nnx.split(self.layers)
 
-        def layer(x: Array, leaves: tuple[Any, Any, Any, Any]) -> tuple[Array, tuple[Array, Array] | None]:
-            state, index, key, kv = leaves
-            past = None if cache is None else LayerKVCache(kv[0], kv[1], cache.segments, cache.fill)
-            x, past = nnx.merge(graphdef, state)(x, cos_sin, segments, index, key, past)
-            return x, None if past is None else (past.k, past.v)
+        def layer(carry: tuple[Array, KVCache | None], leaves: tuple[Any, Array, Any]) -> tuple[Any, None]:
+            (x, cache), (state, index, key) = carry, leaves
+            return nnx.merge(graphdef, state)(x, cos_sin, segments, index, key, cache, packing), None
 
         policy = REMAT_POLICIES[self.compute.remat]
         body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
-        kv = None if cache is None else (cache.k, cache.v)
-        x, kv = jax.lax.scan(body, x, (layers, jnp.arange(self.config.num_hidden_layers), keys, kv))
-        if cache is not None and kv is not None:
-            cache = KVCache(kv[0], kv[1], cache.segments, cache.fill + tokens.shape[1])
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(self.config.num_hidden_layers), keys))
+        if cache is not None:
+            cache = cache._replace(fill=cache.fill + tokens.shape[1])
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:

@@ -1,16 +1,15 @@
 """Moves each example of a packed row to a slot of its own, so that attention never compares two examples.
 
-Axes: B row, T position in a row, P position in the shared prefix, E example of a row, M position in a slot,
-U = P + E M: the prefix and then the slots, end to end.
+Axes: B row, T position in a row, P position in the shared prefix, E example of a row, U = P + the sizes of all slots:
+the prefix and then the slots, end to end.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-
-from jlora.models.compute_settings import Packing
 
 
 class Slots(NamedTuple):
@@ -21,6 +20,7 @@ class Slots(NamedTuple):
     from_slots: Int[Array, "B T"]  # slot position of each row position; arbitrary where not `real`
     real: Bool[Array, "B T"]  # not padding
     fits: Bool[Array, " B"]  # whether the slots have room for the whole row
+    tokens: Int[Array, "B E"]  # in each slot
 
     def to_slots(self, x: Float[Array, "B T *N"]) -> Float[Array, "B U *N"]:
         """Moves values from rows to slots; empty slot positions hold arbitrary values."""
@@ -32,22 +32,50 @@ class Slots(NamedTuple):
         return jnp.where(_expanded(self.fits[:, None], x), x, jnp.nan)
 
 
-def make_slots(segments: Int[Array, "B T"], packing: Packing) -> Slots:
-    """Assigns the prefix (segment -1) to its own positions, and example e (from 1) to slot e - 1."""
+def make_slots(segments: Int[Array, "B T"], prefix: int, sizes: tuple[int, ...]) -> Slots:
+    """Assigns the prefix (segment -1) to its own positions, and the longest example to the first slot, and so on.
+
+    Args:
+      prefix: P.
+      sizes: tokens that fit in each of the E slots, in descending order.
+    """
     B, T = segments.shape
-    P, E, M = packing
+    P, E, starts = prefix, len(sizes), prefix + np.cumsum((0, *sizes))
     own = segments[:, None] == jnp.arange(1, E + 1)[None, :, None]
-    first, count = jnp.argmax(own, axis=-1, keepdims=True), jnp.sum(own, axis=-1, keepdims=True)
-    of_row, in_slot = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.arange(M)[None, None]
-    from_row = jnp.concatenate([of_row[:, :P], (first + in_slot).reshape(B, -1)], axis=1)
-    filled = jnp.concatenate([segments[:, :P] < 0, (in_slot < count).reshape(B, -1)], axis=1)
-    example = jnp.maximum(segments - 1, 0)
-    slot = P + example * M + of_row - jnp.take_along_axis(first[..., 0], example, axis=1)
-    from_slots = jnp.where(segments < 0, of_row, jnp.clip(slot, 0, P + E * M - 1))
+    count = jnp.sum(own, axis=-1)
+    longest_first = jnp.argsort(-count, axis=1)  # stable: of examples as long, the first in the row first
+    rank = jnp.argsort(longest_first, axis=1)
+    first = jnp.argmax(own, axis=-1)
+    tokens, from_first = (jnp.take_along_axis(x, longest_first, axis=1) for x in (count, first))
+    slot_of, in_slot = np.repeat(np.arange(E), sizes), np.arange(sum(sizes)) - np.repeat(starts[:-1] - P, sizes)
+    of_row = jnp.broadcast_to(jnp.arange(T), (B, T))
+    from_row = jnp.concatenate([of_row[:, :P], from_first[:, slot_of] + in_slot[None]], axis=1)
+    filled = jnp.concatenate([segments[:, :P] < 0, in_slot[None] < tokens[:, slot_of]], axis=1)
+    example = jnp.clip(segments - 1, 0, E - 1)
+    start = jnp.asarray(starts)[rank] - first
+    slot = of_row + jnp.take_along_axis(start, example, axis=1)
+    from_slots = jnp.where(segments < 0, of_row, jnp.clip(slot, 0, P + sum(sizes) - 1))
     fits = (
-        jnp.all(count[..., 0] <= M, axis=1) & (jnp.max(segments, axis=1) <= E) & jnp.all(segments[:, P:] >= 0, axis=1)
+        jnp.all(tokens <= jnp.asarray(sizes)[None], axis=1)
+        & (jnp.max(segments, axis=1) <= E)
+        & jnp.all(segments[:, P:] >= 0, axis=1)
     )
-    return Slots(jnp.minimum(from_row, T - 1), filled, from_slots, segments != 0, fits)
+    return Slots(jnp.minimum(from_row, T - 1), filled, from_slots, segments != 0, fits, tokens)
+
+
+def slot_sizes(T: int, prefix: int, examples: int, longest: int, multiple: int) -> tuple[int, ...]:
+    """Returns slots into which every row fits: of T tokens, with at most `examples` of at most `longest` tokens.
+
+    The k-th longest example has at most 1/k of the row. So one slot of T tokens, two of T / 2, four of T / 4 and so on
+    always suffice. All sizes are rounded up to a multiple.
+    """
+    own = T - prefix
+
+    def size(rank: int) -> int:
+        most = min(longest, own // (1 << (rank.bit_length() - 1)))
+        return max(multiple, -(-most // multiple) * multiple)
+
+    return tuple(size(rank) for rank in range(1, min(examples, own) + 1))
 
 
 @jax.custom_vjp

@@ -16,12 +16,13 @@ from jlora.data.batches import Shape
 from jlora.data.examples import Example
 from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh
 from jlora.models import hf_loader
-from jlora.models.attention import BLOCK, in_slots
-from jlora.models.compute_settings import ComputeSettings, Packing
+from jlora.models.attention import pairs
+from jlora.models.compute_settings import UNKNOWN, ComputeSettings, Packing
 from jlora.models.model_config import ModelConfig
 from jlora.planning import collectives
 from jlora.planning.data_pipeline import make_run_batches
 from jlora.planning.hardware import Target
+from jlora.planning.hlo import Program
 from jlora.steps import optim
 from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
 from jlora.steps.train_step import TrainState
@@ -49,7 +50,7 @@ class Work:
     """The work of a device per step. FLOPs and memory traffic are computed from the shapes, not by the compiler."""
 
     flops: float
-    read: float  # bytes of weights read from memory, over all passes
+    moved: float  # bytes read from and written to memory: on GPUs by all kernels, elsewhere reads of weights alone
     sent: float  # bytes to other devices
     attention: float  # FLOPs of attention, contained in `flops`
 
@@ -60,7 +61,7 @@ class Work:
         peak = target.peak
         return {
             "arithmetic": self.flops / peak.flops,
-            "memory": self.read / peak.memory,
+            "memory": self.moved / peak.memory,
             "links": self.sent / peak.links,
         }
 
@@ -75,6 +76,8 @@ class Job:
     micro_batches: int  # A
     rows: int  # R
     shape: Shape
+    packing: Packing
+    held_out_packing: Packing = UNKNOWN
 
     @property
     def mesh(self) -> Mesh:
@@ -88,7 +91,7 @@ class Job:
         return dataclasses.replace(self, config=config, compute=compute)
 
 
-# config, ways to split rows -> A, R, the largest shape, and the values for ComputeSettings.packing
+# config, ways to split rows -> A, R, the largest shape, and the bounds on the rows
 Layout = Callable[[Config, int], tuple[int, int, Shape, Packing]]
 
 
@@ -112,8 +115,8 @@ def make_job(config: Config, model: ModelConfig, compute: ComputeSettings, targe
     check_batch(mesh, config.batch_size)
     remat = "none" if config.remat == "auto" else config.remat
     micro_batches, rows, shape, packing = layout(config, data_parallel_size(mesh))
-    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh, packing=packing)
-    return Job(config, model, compute, micro_batches, rows, shape)
+    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh)
+    return Job(config, model, compute, micro_batches, rows, shape, packing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,7 @@ class Forecast:
     needed: int
     work: Work
     collectives: list[collectives.Collective]
+    kernels: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # GPU: kind -> runs, bytes moved
 
     def fits(self, limit: int | None) -> bool:
         """Returns whether the job fits in `limit` bytes per device; with None, whether it compiled."""
@@ -136,7 +140,16 @@ def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
     spec = spec_of(dataclasses.asdict(job.config))
     graphdef, adapter, base = hf_loader.abstract_model(job.model, spec, job.compute)
     optimizer, base = optim.make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
-    programs = Programs(graphdef, base, optimizer, job.mesh, dropout=spec.draws, seed=job.config.seed + 1)
+    programs = Programs(
+        graphdef,
+        base,
+        optimizer,
+        job.mesh,
+        packing=job.packing,
+        held_out_packing=job.held_out_packing,
+        dropout=spec.draws,
+        seed=job.config.seed + 1,
+    )
     return programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype)
 
 
@@ -160,7 +173,13 @@ def compile_and_forecast(job: Job, programs: Programs, state: TrainState, log: C
     rest = total + analysis.temp_size_in_bytes - kept - adapter - optimizer - rows
     memory = Memory(kept, adapter, optimizer, rows, rest, analysis.generated_code_size_in_bytes)
     sent = collectives.find_collectives(text, job.mesh.size)
-    return Forecast(job, memory, memory.total, count_work(job, base, sent), sent)
+    work, kernels = count_work(job, base, sent), dict[str, tuple[int, float]]()
+    if job.mesh.devices.flat[0].platform == "gpu":
+        for kernel in Program(text).kernels():
+            runs, moved = kernels.get(kernel.kind, (0, 0.0))
+            kernels[kernel.kind] = runs + kernel.times, moved + kernel.times * (kernel.read + kernel.written)
+        work = dataclasses.replace(work, moved=sum(moved for _, moved in kernels.values()))
+    return Forecast(job, memory, memory.total, work, sent, kernels)
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -187,19 +206,18 @@ def count_work(job: Job, base: Any, sent: list[collectives.Collective]) -> Work:
     """Computes the work of a step from its shapes.
 
     Per token, the layers cost 2 FLOPs per parameter forward and 2 backward (the base model has no gradient), and 2 more
-    if the layer is recomputed. Attention costs 4 N H per layer and pair of query and key forward, twice that backward,
-    and once more if its blocks are recomputed. The output layer costs 2 V D per target forward and 2 backward.
+    if the layer is recomputed. Attention costs 4 N H per layer and pair of query and key forward, 2.5 times that
+    backward, which computes the scores again, and once more if the layer is recomputed. The output layer costs 2 V D
+    per target forward and 2 backward.
     """
     model, again = job.model, job.compute.remat == "full"
     heads = model.num_attention_heads * model.head_dim
     length, targets = job.shape
-    slots = in_slots(length, job.compute.packing) if job.compute.attention == "xla" else None
-    P, E, M = slots or (length, 0, 0)
-    attention = 4 * (P**2 + E * M * (P + M)) * heads * (3 + again + (not slots and length > BLOCK))
+    attention = 4 * heads * pairs(job.compute.attention, length, job.packing) * (3.5 + again)
     layer = length * model.matrices * (6 if again else 4) + attention
     rows = job.micro_batches * job.rows
     flops = rows * (model.num_hidden_layers * layer + targets * 4 * model.vocab_size * model.hidden_size)
     attention *= rows * model.num_hidden_layers
     passes = (3 if again else 2) * job.micro_batches
-    read = passes * bytes_per_device(base) * job.mesh.shape["fsdp"]  # after gathering, a device reads all of it
-    return Work(flops / job.mesh.size, float(read), math.fsum(c.sent for c in sent), attention / job.mesh.size)
+    moved = passes * bytes_per_device(base) * job.mesh.shape["fsdp"]  # after gathering, a device reads all of it
+    return Work(flops / job.mesh.size, float(moved), math.fsum(c.sent for c in sent), attention / job.mesh.size)

@@ -1,5 +1,9 @@
-"""Targets to plan for: the devices of this machine, or a TPU slice or GPUs that it may not have."""
+"""Targets to plan for: the devices of this machine, or a TPU slice or GPUs that it may not have.
 
+XLA's compilers for TPUs and for NVIDIA GPUs run on machines without them.
+"""
+
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -10,6 +14,8 @@ from jax.experimental import topologies
 
 from jlora.common.accelerators import quiet_without_accelerator
 from jlora.common.errors import UserError
+from jlora.distributed.platforms import GPU_MEMORY_SHARE
+from jlora.planning.gpu_cards import CARDS, simulated_cards
 
 GIB = 1 << 30
 
@@ -30,8 +36,10 @@ TPUS = {
     "v5p": Peak(95 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Peak(32 * GIB, 918e12, 1640e9, 448e9),
 }
-GPU_SLICES = {1: "1", 4: "2x2x1", 8: "2x2x2"}  # number of GPUs -> the TPU slice that simulates them
-EXAMPLES = "here, v5e:1, v5e:2x4, v6e:2x4, v5p:4x4x4, v4:2x2x2, gpu:24GiB, gpu:8x80GiB"
+# Memory of a GPU that a process cannot use: the driver's context and the libraries. An assumption, not measured.
+GPU_CONTEXT = GIB // 2
+REPORTED = 0.93  # least share of a card's nominal memory that its driver reports
+EXAMPLES = "here, v5e:1, v5e:2x4, v6e:2x4, v5p:4x4x4, v4:2x2x2, gpu:h100, gpu:8xa100-80, gpu:24GiB"
 
 
 class Target(NamedTuple):
@@ -41,11 +49,10 @@ class Target(NamedTuple):
     devices: list[Any]
     limit: int | None  # bytes of memory per device; None if unknown
     peak: Peak | None
-    simulation_note: str  # for simulated GPUs, the device that was compiled for instead; otherwise ""
 
 
 def find_target(name: str, here: list[jax.Device]) -> Target:
-    """Returns the target with a name: `here`, KIND:CHIPS for a TPU slice, or `gpu:MEMORY`.
+    """Returns the target with a name: `here`, KIND:CHIPS for a TPU slice, `gpu:CARD` or `gpu:MEMORY`.
 
     Args:
       here: the devices of this machine.
@@ -54,12 +61,12 @@ def find_target(name: str, here: list[jax.Device]) -> Target:
       UserError: the target is unknown, or its compiler is not installed.
     """
     if name == "here":
-        return Target(name, here, memory_limit(here), None, "")
+        return Target(name, here, memory_limit(here), None)
     kind, _, rest = name.partition(":")
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){0,2}", rest):
-        return Target(name, _simulated_slice(kind, rest), TPUS[kind].capacity, TPUS[kind], "")
-    if kind == "gpu" and (match := re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)GiB", rest)):
-        return _gpu_target(name, int(match[1] or 1), int(float(match[2]) * GIB), here)
+        return Target(name, _simulated_slice(kind, rest), TPUS[kind].capacity, TPUS[kind])
+    if kind == "gpu" and (match := re.fullmatch(r"(?:(\d+)x)?(.+)", rest)) and int(match[1] or 1):
+        return _gpus(name, int(match[1] or 1), match[2])
     raise UserError(f"Unknown --target {name!r}. Examples: {EXAMPLES}.")
 
 
@@ -96,16 +103,36 @@ def _simulated_slice(kind: str, chips: str) -> list[Any]:
     return list(found.devices)
 
 
-def _gpu_target(name: str, count: int, limit: int, here: list[jax.Device]) -> Target:
-    """Returns this machine's GPUs if it has enough of them; else TPU chips with as much memory, which simulate them.
-
-    A CPU cannot simulate them, because its compiler keeps copies of bfloat16 weights in float32.
-    """
-    if here[0].platform == "gpu" and len(here) >= count:
-        return Target(name, here[:count], limit, None, "")
-    if count not in GPU_SLICES or limit > TPUS["v5p"].capacity:
+def _gpus(name: str, count: int, wanted: str) -> Target:
+    """Returns simulated GPUs: of a listed card, or of the smallest listed card with at least this memory."""
+    capacity = None
+    if memory := re.fullmatch(r"(\d+(?:\.\d+)?)GiB", wanted):
+        capacity = int(float(memory[1]) * GIB)
+        wanted = min((card for card in CARDS if CARDS[card].memory >= REPORTED * capacity), key=_memory, default="")
+        if not wanted:
+            largest = max(CARDS.values(), key=lambda card: card.memory)
+            raise UserError(
+                f"--target {name}: No GPU that jlora knows has that much memory. The largest, {largest.name}, has "
+                f"{largest.memory / GIB:.0f} GiB."
+            )
+    if wanted not in CARDS:
+        raise UserError(f"Unknown --target {name!r}. GPUs: {', '.join(CARDS)}; or their memory, such as gpu:24GiB.")
+    card = CARDS[wanted]
+    try:
+        if not importlib.util.find_spec("nvidia.cudnn"):
+            raise ModuleNotFoundError("nvidia-cudnn is not installed")
+        with quiet_without_accelerator():
+            devices = simulated_cards(card, count)
+    except Exception as error:  # the plugin raises many kinds
+        reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"--target {name}: Only 1, 4 or 8 GPUs of up to 95 GiB each can be simulated. Examples: {EXAMPLES}."
-        )
-    note = "an estimate, compiled for TPU v5p because this machine has no such GPU"
-    return Target(name, _simulated_slice("v5p", GPU_SLICES[count]), limit, None, note)
+            f"{name} cannot be simulated: {reason}. This needs XLA's CUDA compiler and cuDNN, on Linux: "
+            "pip install 'jlora[cuda-compiler]'. The GPU itself is not needed."
+        ) from None
+    capacity = min(card.memory, capacity or card.memory)
+    usable = int((capacity - GPU_CONTEXT) * GPU_MEMORY_SHARE)
+    return Target(name, devices, usable, Peak(capacity, card.flops, card.bandwidth, card.links))
+
+
+def _memory(card: str) -> int:
+    return CARDS[card].memory

@@ -144,6 +144,6 @@ def _sort_key(job: Job, base: Any, target: Target) -> tuple[bool, float]:
     """Sorts jobs: those with an unquantized base model first, then by the minimum time for their work."""
     share = job.mesh.shape["fsdp"]
     done = count_work(job, base, [])
-    done = dataclasses.replace(done, sent=done.read * (share - 1) / share)
+    done = dataclasses.replace(done, sent=done.moved * (share - 1) / share)
     chip = target._replace(peak=target.peak or TPUS["v5e"])  # any chip will do, because only the order counts
     return job.config.quantize_base != "none", sum(done.seconds(chip).values())

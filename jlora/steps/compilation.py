@@ -14,9 +14,17 @@ FIRST = {
     "gpu": "about a minute",
     "tpu": "about a minute",
 }  # expected time by platform, for any size of model
+# With these, products of cuBLAS read the weights of a layer where they are in the stack. Otherwise the compiler copies
+# them out first, forward and backward. The CUDA compiler of jax 0.10 fails with them.
+IN_PLACE: dict[str, str | bool] = {
+    "xla_gpu_enable_dynamic_slice_fusion": True,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
 # A library computes matrix products on a CPU; all other operations use XLA's own loops, which use the cores better.
 OPTIONS: dict[str, dict[str, str | bool]] = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+    "gpu": IN_PLACE if jax.__version_info__ >= (0, 11) else {},
 }
 LARGEST = 2 << 30  # bytes of cached programs; the least recently used are evicted
 
@@ -59,6 +67,6 @@ class Compiler:
 
     def _compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         if self._options:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # other versions of XLA may not know the options
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # other versions of XLA may not support the options
                 return lowered.compile(compiler_options=self._options)
         return lowered.compile()

@@ -17,6 +17,7 @@ from jlora.adapters.methods import AXES
 from jlora.adapters.params import Adapter
 from jlora.data.batches import Batch, Batches, Shape
 from jlora.distributed.sharding import data_parallel_size, place, places_of, shardings
+from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.llama import Llama, neutral_adapter
 from jlora.steps import loss_scale, optim
 from jlora.steps.compilation import Compiler
@@ -67,6 +68,7 @@ class Programs:
 
     Args:
       base: the frozen weights, placed on the mesh; placed shapes are enough to compile, but not to run.
+      packing, held_out_packing: bounds on the rows of the training and held-out batches.
       loss: what the run minimizes.
     """
 
@@ -77,6 +79,8 @@ class Programs:
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
         *,
+        packing: Packing = UNKNOWN,
+        held_out_packing: Packing = UNKNOWN,
         loss: Loss = CROSS_ENTROPY,
         dropout: bool,
         seed: int,
@@ -84,10 +88,10 @@ class Programs:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._seed = seed
-        self._train_step = make_train_step(graphdef, loss, optimizer, dropout=dropout, devices=data_parallel_size(mesh))
-        self._eval = jax.jit(
-            make_eval_step(graphdef, loss, devices=data_parallel_size(mesh)), out_shardings=self._everywhere
-        )
+        devices = data_parallel_size(mesh)
+        self._train_step = make_train_step(graphdef, loss, optimizer, packing=packing, dropout=dropout, devices=devices)
+        eval_step = make_eval_step(graphdef, loss, packing=held_out_packing, devices=devices)
+        self._eval = jax.jit(eval_step, out_shardings=self._everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
         self.after_compiling: Callable[[], None] = lambda: None

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.adapters.params import Adapter
 from jlora.data.batches import Batch
+from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.llama import Llama
 from jlora.steps import loss_scale, optim
 from jlora.steps.loss import Loss
@@ -53,11 +54,12 @@ def loss_sum(
     base: Any,
     micro: Batch,
     key: PRNGKeyArray | None,
+    packing: Packing,
     devices: int,
 ) -> Float[Array, ""]:
     """Returns the summed loss of one micro-batch (no leading axis A)."""
     model = nnx.merge(graphdef, lora, base)
-    hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key)
+    hidden, _ = model(micro.tokens, micro.segments, micro.positions, key=key, packing=packing)
     head_key = None if key is None else jax.random.fold_in(key, 0)
     return loss(*model.head(hidden, head_key), micro, devices)
 
@@ -67,6 +69,7 @@ def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
+    packing: Packing = UNKNOWN,
     dropout: bool,
     devices: int,
 ) -> Callable[[TrainState, Any, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
@@ -82,7 +85,7 @@ def make_train_step(
         count = loss.count(batch)
 
         def mean_loss(lora: Adapter, micro: Batch, key: PRNGKeyArray) -> Array:
-            mean = loss_sum(graphdef, loss, lora, base, micro, key if dropout else None, devices) / count
+            mean = loss_sum(graphdef, loss, lora, base, micro, key if dropout else None, packing, devices) / count
             return mean if state.scaling is None else mean * state.scaling.scale
 
         def accumulate(carry: tuple[Array, Adapter], leaves: tuple[Batch, PRNGKeyArray]) -> tuple[Any, None]:
@@ -108,12 +111,12 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef[Llama], loss: Loss, *, devices: int
+    graphdef: nnx.GraphDef[Llama], loss: Loss, *, packing: Packing = UNKNOWN, devices: int
 ) -> Callable[[Adapter, Any, Batch], tuple[Array, Array]]:
     """Returns `step(lora, base, batch) -> (summed loss, count)`, without dropout."""
 
     def eval_step(lora: Adapter, base: Any, batch: Batch) -> tuple[Array, Array]:
-        losses = jax.lax.map(lambda micro: loss_sum(graphdef, loss, lora, base, micro, None, devices), batch)
+        losses = jax.lax.map(lambda micro: loss_sum(graphdef, loss, lora, base, micro, None, packing, devices), batch)
         return jnp.sum(losses), loss.count(batch)
 
     return eval_step

@@ -22,6 +22,7 @@ from jlora.distributed import processes
 from jlora.distributed.sharding import data_parallel_size, describe, place, places_of
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
+from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.planning.forecast import Job, bytes_per_device, count_work, layout_from_examples
 from jlora.planning.hardware import find_target
 from jlora.planning.search import choose_remat, ensure_fits
@@ -104,7 +105,16 @@ def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
         layout_from_examples(setup.model, setup.examples),
     )
     here = here._replace(limit=processes.minimum(here.limit))
-    job = Job(config, setup.model, setup.compute, batches.micro_batches, batches.rows, batches.shapes[-1])
+    job = Job(
+        config=config,
+        model=setup.model,
+        compute=setup.compute,
+        micro_batches=batches.micro_batches,
+        rows=batches.rows,
+        shape=batches.shapes[-1],
+        packing=Packing(*batches.packing),
+        held_out_packing=Packing(*setup.held_out.packing) if setup.held_out else UNKNOWN,
+    )
     placed = placed_shapes(base_shapes, mesh, "base")
     if first < setup.steps:
         with processes.fail_together():

@@ -97,19 +97,20 @@ def prepare_run(config: Config) -> RunSetup:
     if warning := context_warning(read_context(directory), [examples, held_out]):
         print(warning)
     steps, batches, eval_batches = make_run_batches(config, model, examples, held_out, data_parallel_size(mesh))
-    both = [some for some in (batches, eval_batches) if some]
-    longest = max(shape.length for some in both for shape in some.shapes)
-    packing = Packing(*(max(of) for of in zip(*(some.packing for some in both), strict=True)))
     batches = dataclasses.replace(batches, local_rows=own_rows(mesh, batches.rows))
     if eval_batches:
         eval_batches = dataclasses.replace(eval_batches, local_rows=own_rows(mesh, eval_batches.rows))
     device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
-    attention, why = processes.broadcast_from_first(
-        lambda: attention_backend.choose_backend(wish, device, model, compute.compute_dtype, longest)
+    own_batch, packing = (
+        (batches.rows // data_parallel_size(mesh), batches.shapes[-1].length),
+        Packing(*batches.packing),
     )
-    compute = dataclasses.replace(compute, attention=attention, mesh=mesh, packing=packing)
-    words = f"{attention}{why and f' (not {why})'}"
+    attention, note = processes.broadcast_from_first(
+        lambda: attention_backend.choose_backend(wish, device, model, compute.compute_dtype, own_batch, packing)
+    )
+    compute = dataclasses.replace(compute, attention=attention, mesh=mesh)
+    words = f"{attention}{note and f' ({note})'}"
     record = make_record(config, directory, tokenizer, mesh, compute)
     record["base"]["vocabulary"] = str(model.vocab_size) if model.vocab_size > stored else ""
     shared = {**record["config"], **record["data"], **record["versions"], "base": record["base"]["fingerprint"]}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.adapters.methods.lora import Lora, delta, dropout, merged_weight
-from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Scale, Values, Weight
+from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Scale, Values, Weight, kept
 from jlora.adapters.spec import AdapterSpec
 
 
@@ -29,11 +29,11 @@ class Dora(Lora):
     def apply(
         self, x: Float[Array, "B T i"], frozen: Frozen, leaves: Leaves, scale: Scale, key: PRNGKeyArray | None
     ) -> Float[Array, "B T o"]:
-        y = self.product(x, frozen, leaves, scale)
+        y = kept(self.product(x, frozen, leaves, scale))
         dropped = dropout(x, self.spec.dropout, key)
-        change = delta(dropped, leaves["lora_A"], leaves["lora_B"], scale)
+        change = kept(delta(dropped, leaves["lora_A"], leaves["lora_B"], scale))
         factor = self.magnitude_over_norm(frozen.weight, leaves, scale)[None, None]
-        direction = y if dropped is x else self.product(dropped, frozen, leaves, scale)
+        direction = y if dropped is x else kept(self.product(dropped, frozen, leaves, scale))
         return y + ((factor - 1.0) * direction + factor * change).astype(x.dtype) + frozen.bias
 
     def magnitude_over_norm(self, weight: Weight, leaves: Leaves, scale: Scale) -> Float[Array, " o"]:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.adapters.methods.method import Frozen, Leaf, Leaves, Method, Scale, Values, Weight
+from jlora.adapters.methods.method import Frozen, Leaf, Leaves, Method, Scale, Values, Weight, kept
 from jlora.adapters.spec import AdapterSpec
 
 
@@ -43,8 +43,8 @@ class Ia3(Method):
     ) -> Float[Array, "B T o"]:
         factor = jnp.where(scale == 0, 1.0, leaves["ia3_l"]).astype(x.dtype)[None, None]
         if self.scales_input:
-            return frozen.product(x * factor) + frozen.bias
-        return (frozen.product(x) + frozen.bias) * factor
+            return kept(frozen.product(x * factor)) + frozen.bias
+        return (kept(frozen.product(x)) + frozen.bias) * factor
 
     def merge(self, weight: Float[Array, "o i"], leaves: Leaves, scale: Scale) -> Float[Array, "o i"]:
         return (weight.astype(jnp.float32) * self.in_file(leaves["ia3_l"])).astype(weight.dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Method, Scale, Values, Weight
+from jlora.adapters.methods.method import FAST, Frozen, Leaf, Leaves, Method, Scale, Values, Weight, kept
 from jlora.adapters.spec import EMBEDDINGS, AdapterSpec, tokens_by_table
 
 
@@ -58,7 +58,7 @@ class Lora(Method):
     ) -> Float[Array, "B T o"]:
         y = self.product(x, frozen, leaves, scale)
         dropped = dropout(x, self.spec.dropout, key)
-        return y + delta(dropped, leaves["lora_A"], leaves["lora_B"], scale) + frozen.bias
+        return kept(y + delta(dropped, leaves["lora_A"], leaves["lora_B"], scale)) + frozen.bias
 
     def product(self, x: Float[Array, "B T i"], frozen: Frozen, leaves: Leaves, scale: Scale) -> Float[Array, "B T o"]:
         """Returns W x, where W is the weight to which B A is added."""
@@ -128,8 +128,26 @@ def delta(
     x: Float[Array, "B T i"], a: Float[Values, "r i"], b: Float[Values, "o r"], scale: Scale
 ) -> Float[Array, "B T o"]:
     """Returns scale * B A x in x's dtype. The scale is applied before A is rounded to that dtype."""
-    low = jnp.einsum("BTi,ri->BTr", x, (scale * a).astype(x.dtype))
-    return jnp.einsum("BTr,or->BTo", low, b.astype(x.dtype))
+    return thin_product(thin_product(x, scale * a), b)
+
+
+@jax.custom_vjp
+def thin_product(x: Float[Array, "B T i"], weight: Float[Values, "o i"]) -> Float[Array, "B T o"]:
+    """Returns W x in x's dtype. The gradient of W is in float32, also where devices add up their parts of it."""
+    return jnp.einsum("BTi,oi->BTo", x, weight.astype(x.dtype))
+
+
+def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return thin_product(x, weight), (x, weight)
+
+
+def _backward(residuals: tuple[Array, Array], gradient: Float[Array, "B T o"]) -> tuple[Array, Array]:
+    x, weight = residuals
+    of_weight = jnp.einsum("BTo,BTi->oi", gradient, x, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTo,oi->BTi", gradient, weight.astype(x.dtype)), of_weight.astype(weight.dtype)
+
+
+thin_product.defvjp(_forward, _backward)
 
 
 def merged_weight(

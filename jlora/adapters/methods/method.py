@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -21,6 +22,7 @@ from jlora.adapters.spec import AdapterSpec
 Values = jax.Array | np.ndarray  # on a device, or on the host
 Leaves = dict[str, Values]  # the arrays of one module, by name: for one layer, or stacked over L
 Scale = float | Float[Array, ""]
+PRODUCT = "product"  # checkpoint_name of the results that `kept` marks
 TRAINS, FAST, FROZEN = "train", "fast", "frozen"  # FAST: LoRA+ trains it with a higher rate
 
 
@@ -54,6 +56,11 @@ class Site:
     def scale(self, layer: Int[Array, ""]) -> Scale:
         """Returns the scale of one layer; a plain number if it is the same in all layers."""
         return self.scales[0] if len(set(self.scales)) == 1 else jnp.array(self.scales, jnp.float32)[layer]
+
+
+def kept(product: Float[Array, "B T o"]) -> Float[Array, "B T o"]:
+    """Marks a product with a weight of the base model as one that the backward pass keeps, with remat="dots"."""
+    return checkpoint_name(product, PRODUCT)
 
 
 def zero(values: Values, weight: Weight) -> Array:
@@ -136,6 +143,8 @@ class Method:
         self, x: Float[Array, "B T i"], frozen: Frozen, leaves: Leaves, scale: Scale, key: PRNGKeyArray | None
     ) -> Float[Array, "B T o"]:
         """Returns the projection's output with the adapter, including the bias.
+
+        What the backward pass needs of a product with the frozen weight is marked with `kept`.
 
         Args:
           leaves: the values; no gradient reaches the FROZEN ones.
