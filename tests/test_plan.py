@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import types
 
 import jax
 import pytest
@@ -21,6 +22,7 @@ from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN
 from jlora.models.families import read_config
 from jlora.planning import collectives, hardware, search
 from jlora.planning.forecast import forecast, make_job
+from jlora.training import run
 
 SMALL = {
     "model_type": "llama",
@@ -145,6 +147,14 @@ def test_training_stops_before_it_runs_out_of_memory(config_file, monkeypatch, t
     ):
         finetune(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_that_do_not_fit_are_reported_before_training():
+    target = hardware.Target("here", jax.devices()[:1], 1 << 30, None)
+    programs = types.SimpleNamespace(needed_bytes=lambda name: {"evaluation": 3 << 30}[name])
+    with pytest.raises(UserError, match=r"Evaluating on eval_data_dir needs 3\.00 GiB .* only 1\.00 GiB is available"):
+        run.ensure_evaluation_fits(programs, target)
+    run.ensure_evaluation_fits(programs, target._replace(limit=3 << 30))
 
 
 def test_plan_needs_only_config_json(written, capsys):

@@ -74,6 +74,7 @@ def test_a_run_prints_its_progress_and_writes_its_files(whole):
         f"serve it:  {sys.executable} -m jlora.export --run {run} --for vllm",
     ):
         assert words in said, words
+    assert said.rindex("Compiling the") < said.index("Held-out loss of the base model before training: ")
     assert {p.name for p in run.iterdir()} - {".lock"} == {
         "config.json",
         "logs",

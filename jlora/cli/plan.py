@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         here=here,
     )
     job = dataclasses.replace(job, compute=dataclasses.replace(job.compute, attention=attention))
-    forecast, _ = choose_remat(job, target, 1000, lambda line: None)
+    forecast, *_ = choose_remat(job, target, 1000, lambda line: None)
     fits = forecast.fits(target.limit)
     for line in report(forecast, target, lengths):
         print(line)

@@ -24,7 +24,7 @@ from jlora.planning.data_pipeline import make_run_batches
 from jlora.planning.hardware import Target
 from jlora.planning.hlo import Program
 from jlora.steps import optim
-from jlora.steps.programs import Programs, batch_shapes, placed_shapes, state_shapes
+from jlora.steps.programs import Programs, batch_shapes, needed_bytes, placed_shapes, state_shapes
 from jlora.steps.train_step import TrainState
 
 
@@ -169,9 +169,9 @@ def compile_and_forecast(job: Job, programs: Programs, state: TrainState, log: C
     analysis, text = program.memory_analysis(), program.as_text()
     assert analysis is not None and text is not None  # all backends that jlora supports provide both
     kept, adapter, optimizer, rows = map(bytes_per_device, (base, state.lora, (state.optimizer, state.step), batch))
-    total = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    rest = total + analysis.temp_size_in_bytes - kept - adapter - optimizer - rows
-    memory = Memory(kept, adapter, optimizer, rows, rest, analysis.generated_code_size_in_bytes)
+    code = analysis.generated_code_size_in_bytes
+    rest = needed_bytes(analysis) - code - kept - adapter - optimizer - rows
+    memory = Memory(kept, adapter, optimizer, rows, rest, code)
     sent = collectives.find_collectives(text, job.mesh.size)
     work, kernels = count_work(job, base, sent), dict[str, tuple[int, float]]()
     if job.mesh.devices.flat[0].platform == "gpu":

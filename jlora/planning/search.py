@@ -25,13 +25,20 @@ from jlora.planning.forecast import (
 )
 from jlora.planning.hardware import GIB, TPUS, Target
 from jlora.steps.programs import Programs, placed_shapes
+from jlora.steps.train_step import TrainState
 
 REMATS = ("none", "dots", "full")  # fastest first
 MAX_COMPILATIONS = 4  # a large model takes a minute per compilation
 
 
-def choose_remat(job: Job, target: Target, steps: int, log: Callable[[str], None]) -> tuple[Forecast, Programs]:
-    """Compiles the training step. With remat="auto", tries the fastest first until one fits; else returns the last."""
+def choose_remat(
+    job: Job, target: Target, steps: int, log: Callable[[str], None]
+) -> tuple[Forecast, Programs, TrainState]:
+    """Compiles the training step. With remat="auto", tries the fastest first until one fits; else returns the last.
+
+    Returns:
+      The forecast, the programs with that step compiled, and the state as shapes.
+    """
     on_cpu = target.devices[0].platform == "cpu"  # there, "none" is not faster than "dots"
     for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
         attempt = job.with_remat(remat)
@@ -39,7 +46,7 @@ def choose_remat(job: Job, target: Target, steps: int, log: Callable[[str], None
         current = compile_and_forecast(attempt, programs, state, log)
         if current.fits(target.limit):
             break
-    return current, programs
+    return current, programs, state
 
 
 def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:

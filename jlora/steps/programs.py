@@ -63,8 +63,14 @@ def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh) -> Bat
     return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, "batch")
 
 
+def needed_bytes(analysis: Any) -> int:
+    """Returns the bytes of a program's arguments, results, temporaries and code, from its `memory_analysis`."""
+    arrays = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(arrays + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes)
+
+
 class Programs:
-    """The compiled steps of one run on one mesh. Each batch shape is compiled on first use.
+    """The compiled steps of one run on one mesh. A batch shape that `compile_all` has not compiled is on first use.
 
     Args:
       base: the frozen weights, placed on the mesh; placed shapes are enough to compile, but not to run.
@@ -94,7 +100,6 @@ class Programs:
         self._eval = jax.jit(eval_step, out_shardings=self._everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
-        self.after_compiling: Callable[[], None] = lambda: None
 
     def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
         """Runs one optimizer step. The given state is donated and must not be used again."""
@@ -109,10 +114,8 @@ class Programs:
         """Returns the mean loss on all held-out examples, under "", and on those of each set, under its name."""
         sums = []
         for step in range(batches.steps_per_epoch):
-            batch = batches[step]
-            arguments = (adapter, self.base, self._place(batch))
-            program = self._program("evaluation", batch, lambda: self._eval.lower(*arguments), say)  # noqa: B023
-            sums.append(program(*arguments))
+            batch = self._place(batches[step])
+            sums.append(self.compile_evaluation(adapter, batch, say)(adapter, self.base, batch))
         fetched, names = np.array(jax.device_get(sums)), [batches.set_name(step) for step in range(len(sums))]
         by_set = {name: fetched[[name == other for other in names]].sum(axis=0) for name in names if name}
         return {name: float(total / count) for name, (total, count) in {"": fetched.sum(axis=0), **by_set}.items()}
@@ -121,6 +124,21 @@ class Programs:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
         made = jax.jit(neutral_adapter, static_argnums=0, out_shardings=places_of(adapter))
         return made(self.graphdef, adapter, self.base)
+
+    def compile_all(
+        self, state: TrainState, batches: Batches, held_out: Batches | None, say: Callable[[str], None]
+    ) -> None:
+        """Compiles the steps for every batch shape of a run, the largest first; `state` may be placed shapes."""
+        for shape in reversed(batches.shapes):
+            self.compile_training(state, batch_shapes(batches.micro_batches, batches.rows, shape, self._mesh), say)
+        if held_out is not None:
+            for shape in held_out.shapes:
+                batch = batch_shapes(held_out.micro_batches, held_out.rows, shape, self._mesh)
+                self.compile_evaluation(state.lora, batch, say)
+
+    def compile_evaluation(self, adapter: Adapter, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
+        """Returns the evaluation step for the batch's shape; `adapter` and `batch` may be placed shapes."""
+        return self._program("evaluation", batch, lambda: self._eval.lower(adapter, self.base, batch), say)
 
     def compile_training(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> jax.stages.Compiled:
         """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""
@@ -132,6 +150,11 @@ class Programs:
             return step.lower(state, self.base, batch, key)
 
         return self._program("training", batch, lower, say)
+
+    def needed_bytes(self, name: str) -> int:
+        """Returns the most bytes per device that the compiled "training" or "evaluation" steps need; 0 without one."""
+        analyses = [program.memory_analysis() for (kind, _), program in self.compiled.items() if kind == name]
+        return max((needed_bytes(analysis) for analysis in analyses), default=0)
 
     def _place(self, batch: Batch) -> Batch:
         """Copies a host batch to the mesh, with its rows split."""
@@ -149,5 +172,4 @@ class Programs:
         if key not in self.compiled:
             rows, length = batch.tokens.shape[1:]
             self.compiled[key] = self._compile(f"the {name} step for {rows} x {length} tokens", lower, say)
-            self.after_compiling()
         return self.compiled[key]

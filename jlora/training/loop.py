@@ -61,7 +61,6 @@ class TrainingLoop:
         config, every = self.config, self.config.eval_steps or self.batches.steps_per_epoch
         if self.held_out is not None and self.progress.base_loss is None:
             self._evaluate_start(state)
-        self.programs.after_compiling = self.logger.restart_clock
         self.logger.restart_clock()
         for done in range(int(state.step) + 1, self.steps + 1):
             if self.stop.requested(done) or self._out_of_patience():

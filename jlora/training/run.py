@@ -16,6 +16,7 @@ from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.settings import spec_of
 from jlora.adapters.spec import AdapterSpec
 from jlora.common import malloc
+from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.config.schema import Config
 from jlora.distributed import processes
@@ -23,8 +24,8 @@ from jlora.distributed.sharding import data_parallel_size, describe, place, plac
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
 from jlora.models.compute_settings import UNKNOWN, Packing
-from jlora.planning.forecast import Job, bytes_per_device, count_work, layout_from_examples
-from jlora.planning.hardware import find_target
+from jlora.planning.forecast import Forecast, Job, bytes_per_device, count_work, layout_from_examples
+from jlora.planning.hardware import GIB, Target, find_target
 from jlora.planning.search import choose_remat, ensure_fits
 from jlora.planning.step_time import check_step_time
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
@@ -119,8 +120,8 @@ def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
     if first < setup.steps:
         with processes.fail_together():
             check_step_time(job, count_work(job, placed, []), batches, first, print)
-    with ThreadPoolExecutor(1) as background:  # the step compiles while the base model is read
-        fitted = background.submit(choose_remat, job, here, setup.steps, print)
+    with ThreadPoolExecutor(1) as background:  # the programs compile while the base model is read
+        fitted = background.submit(compile_programs, job, here, setup)
         size = bytes_per_device(placed)
         if here.limit is not None and size > here.limit:
             with processes.fail_together():
@@ -130,10 +131,30 @@ def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
         forecast, programs = fitted.result()
     with processes.fail_together():
         ensure_fits(forecast, here, layout, print)
+        ensure_evaluation_fits(programs, here)
     programs.base, setup.record["runtime"]["remat"] = base, forecast.job.compute.remat
     if jax.default_backend() == "cpu":
         malloc.retain_freed_memory()
     return programs, first_adapter(config, spec, shapes, base, tied=setup.model.tie_word_embeddings)
+
+
+def compile_programs(job: Job, here: Target, setup: RunSetup) -> tuple[Forecast, Programs]:
+    """Compiles the steps for all batch shapes; if the largest does not fit into memory, only that one."""
+    forecast, programs, state = choose_remat(job, here, setup.steps, print)
+    if forecast.fits(here.limit):
+        programs.compile_all(state, setup.batches, setup.held_out, print)
+    return forecast, programs
+
+
+def ensure_evaluation_fits(programs: Programs, here: Target) -> None:
+    """Raises a UserError if the evaluation step would run out of memory, because its rows are longer."""
+    needed = programs.needed_bytes("evaluation")
+    if here.limit is not None and needed > here.limit:
+        raise UserError(
+            f"Evaluating on eval_data_dir needs {needed / GIB:.2f} GiB on each device, but only "
+            f"{here.limit / GIB:.2f} GiB is available. Its examples are longer than those of train_data_dir. Set a "
+            "smaller max_seq_length with overlong=truncate, split or drop, or a smaller batch_size."
+        )
 
 
 def first_adapter(
@@ -182,7 +203,7 @@ def restore(start: resume.StartPoint, fresh: TrainState) -> tuple[TrainState, Pr
 def outline(setup: RunSetup) -> list[str]:
     """Describes what is about to run, and where."""
     mesh, sizes = setup.mesh, len(setup.batches.shapes)
-    shapes = f"{sizes} batch shapes, each compiled on first use" if sizes > 1 else "1 batch shape"
+    shapes = f"{sizes} batch shapes" if sizes > 1 else "1 batch shape"
     axes = "" if data_parallel_size(mesh) == mesh.shape["data"] == mesh.size else f" ({describe(mesh)})"
     many = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = mesh.devices.flat[0].device_kind.replace("cpu", "CPU")
