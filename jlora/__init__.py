@@ -7,6 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from jlora.common.accelerators import quiet_without_accelerator
+
 if TYPE_CHECKING:
     from jlora.api import Result, finetune, load_config
     from jlora.common.errors import UserError, VerificationError
@@ -49,5 +51,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 def __getattr__(name: str) -> Any:
     """Imports the names of the API on first use, so that `import jlora` stays fast."""
     if name in __all__:
-        return getattr(importlib.import_module(_MODULES.get(name, "jlora.api")), name)
+        with quiet_without_accelerator():  # importing JAX makes its plugins complain
+            module = importlib.import_module(_MODULES.get(name, "jlora.api"))
+        return getattr(module, name)
     raise AttributeError(f"module 'jlora' has no attribute {name!r}")

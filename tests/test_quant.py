@@ -29,7 +29,7 @@ from jlora.data.batches import Batch
 from jlora.distributed import sharding
 from jlora.export import exporter, verify
 from jlora.models import hf_loader, quant
-from jlora.models.compute_settings import FLOAT32_COMPUTE
+from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN
 from jlora.models.families import read_config
 from jlora.steps.loss import CROSS_ENTROPY
 from jlora.steps.train_step import loss_sum
@@ -224,7 +224,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
 
     def temporaries():
         def loss(adapter, base):
-            return loss_sum(graphdef, CROSS_ENTROPY, adapter, base, batch, None, 1)
+            return loss_sum(graphdef, CROSS_ENTROPY, adapter, base, batch, None, UNKNOWN, 1)
 
         return jax.jit(jax.grad(loss)).lower(adapter, base).compile().memory_analysis().temp_size_in_bytes
 

@@ -139,7 +139,7 @@ def test_unsupported_adapters_are_refused_before_writing(changes, max_rank, mess
 
 @pytest.mark.slow
 def test_run_with_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, pairs, capsys, monkeypatch):
-    monkeypatch.setattr(setup, "find_devices", lambda config: jax.devices()[:1])
+    monkeypatch.setattr(setup, "find_devices", lambda device: jax.devices()[:1])
     (tmp_path / "few.txt").write_text("\n\n".join((pairs / "train.txt").read_text().split("\n\n")[:4]))
     settings = short_run(
         tiny,

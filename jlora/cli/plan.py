@@ -19,6 +19,7 @@ from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.data.readers.splits import split_sheet
 from jlora.data.tokenizer import end_tokens, load_tokenizer
+from jlora.distributed.platforms import find_devices
 from jlora.distributed.sharding import data_parallel_size, describe
 from jlora.models import attention_backend
 from jlora.models.compute_settings import Packing
@@ -28,7 +29,7 @@ from jlora.planning.data_pipeline import RowSource, fix_template_settings, read_
 from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
 from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
-from jlora.training.setup import choose_compute, configure_jax, find_devices
+from jlora.training.setup import choose_compute, configure_jax
 
 
 def main(argv: list[str]) -> None:
@@ -78,11 +79,10 @@ def main(argv: list[str]) -> None:
 
 def _find_target(name: str, config: Config) -> Target:
     """Returns the target, after selecting the JAX platform that it needs."""
-    if name == "here":
-        configure_jax(config)
-    else:
-        jax.config.update("jax_platforms", "cpu")  # only the target's compiler is needed here
-    return find_target(name, find_devices(config))
+    if name != "here":
+        return find_target(name, find_devices("cpu"))  # only the target's compiler is needed
+    configure_jax(config)
+    return find_target(name, find_devices(config.device))
 
 
 def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) -> tuple[Layout, str]:

@@ -26,6 +26,7 @@ from jlora.data.examples import SizedExamples
 from jlora.data.readers import files
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed import platforms, processes
+from jlora.distributed.platforms import find_devices
 from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh, own_rows
 from jlora.distributed.sharding import describe as describe_mesh
 from jlora.models import attention_backend
@@ -78,7 +79,7 @@ def prepare_run(config: Config) -> RunSetup:
     if processes.is_first():
         resume.check_output(config)
     rows, held_out_rows = read_rows(config)
-    mesh = make_mesh(find_devices(config), config.mesh)
+    mesh = make_mesh(find_devices(config.device), config.mesh)
     check_batch(mesh, config.batch_size)
     directory = processes.first_then_others(lambda: resolve_base(config.base_model, config.revision))
     chat_date = processes.broadcast_from_first(lambda: resume.find_date(config))
@@ -125,22 +126,6 @@ def configure_jax(config: Config) -> None:
     # malloc.retain_freed_memory needs steps on the main thread
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     platforms.choose_platform(config.device)
-
-
-def find_devices(config: Config) -> list[jax.Device]:
-    """Returns the devices of all processes.
-
-    Raises:
-      UserError: JAX finds no device of the kind that `device` names.
-    """
-    try:
-        return platforms.find_devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts if the platform has no plugin
-        reason = str(error).strip().split("\n")[0] or "no plugin is installed"
-        raise UserError(
-            f"JAX found no device for device={config.device} ({reason}). Install jlora[cuda12], jlora[cuda13] or "
-            "jlora[tpu] for this machine, or set device=auto."
-        ) from None
 
 
 def choose_compute(config: Config, device: Any) -> ComputeSettings:
