@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from test_plan import SMALL, plan_of
 
+from jlora.cli import plan
 from jlora.common.errors import UserError
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
@@ -69,6 +71,20 @@ def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"gpu:l4 cannot be simulated: .*pip install 'jlora\[cuda-compiler\]'"):
         hardware.find_target("gpu:l4", jax.devices()[:1])
+
+
+def test_failing_compiler_gives_a_message(small, tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        os.write(2, b"a warning of the compiler")
+        raise jax.errors.JaxRuntimeError("INTERNAL: libdevice not found")
+
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"base_model": str(small), "train_data_dir": "none"}))
+    monkeypatch.setattr(plan, "choose_remat", fail)
+    monkeypatch.setattr(plan, "find_devices", lambda device: jax.devices()[:1])
+    with pytest.raises(UserError, match=r"--target gpu:l4 failed: INTERNAL: libdevice not found\. .*cuda-compiler"):
+        plan.main(["--config", str(file), "--tokens", "64", "--target", "gpu:l4"])
+    assert not capfd.readouterr().err
 
 
 def test_memory_selects_the_smallest_card_that_has_it():

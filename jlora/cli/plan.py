@@ -6,12 +6,15 @@ It reads the base model's config.json, not its weights, and compiles the real tr
 0: the run fits; 2: it does not, or a setting is wrong.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from jlora.bases.resolve import resolve_base
+from jlora.common.accelerators import unprinted
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.config.files import config_parser, load_config
@@ -58,7 +61,8 @@ def main(argv: list[str]) -> None:
         here=here,
     )
     job = dataclasses.replace(job, compute=dataclasses.replace(job.compute, attention=attention))
-    forecast, *_ = choose_remat(job, target, 1000, lambda line: None)
+    with _compiler_of(target, here=here):
+        forecast, *_ = choose_remat(job, target, 1000, lambda line: None)
     fits = forecast.fits(target.limit)
     for line in report(forecast, target, lengths):
         print(line)
@@ -66,7 +70,8 @@ def main(argv: list[str]) -> None:
         return
     if arguments.only:
         raise UserError(describe_shortfall(forecast, target))
-    best = find_fastest(forecast, target, layout, print)
+    with _compiler_of(target, here=here):
+        best = find_fastest(forecast, target, layout, print)
     if best is forecast:
         print("No faster settings that fit were found")
     elif best is not None:
@@ -75,6 +80,27 @@ def main(argv: list[str]) -> None:
             print(f"    c.{key} = {value!r}")
     if not fits:
         raise UserError(f"{describe_shortfall(forecast, target)} {suggest_fix(config, best)}")
+
+
+@contextlib.contextmanager
+def _compiler_of(target: Target, *, here: bool) -> Iterator[None]:
+    """Discards what the compiler for another machine prints, such as that a program does not fit.
+
+    Raises:
+      UserError: the compiler failed.
+    """
+    if here:
+        yield
+        return
+    try:
+        with unprinted():
+            yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"The compiler for --target {target.name} failed: {reason}. For a GPU, it needs all packages of "
+            "jlora[cuda-compiler]; for a TPU, those of jlora[tpu]."
+        ) from None
 
 
 def _find_target(name: str, config: Config) -> Target:
