@@ -1,11 +1,14 @@
 """The code itself: small files, lazy imports, nothing hidden. Format, lint, types and layers: .ci/run checks them."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+from programs import short_run
 
 
 def modules():
@@ -52,3 +55,37 @@ def test_every_required_package_is_used():
     used = {name.split(".")[0] for file in modules().values() for name in imports(file)}
     fixed = "jax flax optax orbax transformers safetensors ml_collections tensorflow_datasets".split()
     assert set(fixed) <= used
+
+
+EVERY_MODULE_AND_A_RUN = """
+import importlib, json, pkgutil, sys
+import jlora
+for module in pkgutil.walk_packages(jlora.__path__, "jlora."):
+    if not module.name.endswith("__main__") and module.name not in sys.argv[2:]:
+        importlib.import_module(module.name)
+result = jlora.finetune(jlora.Config(**json.loads(sys.argv[1])))
+print(jlora.load_model(adapters={"it": result.adapter}).answer("What is this?", adapter="it", max_new_tokens=2))
+"""
+DEPRECATED = re.compile(r"^\S*/jlora/\S+\.py:\d+: (?:Pending)?DeprecationWarning: .*", re.MULTILINE)
+
+
+def warnings_of(*command):
+    """Returns what a program prints to standard error, with all warnings about deprecated functions."""
+    options = ["-W", "always::DeprecationWarning", "-W", "always::PendingDeprecationWarning"]
+    return subprocess.run([sys.executable, *options, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_nothing_deprecated_is_used(tiny, pairs, tmp_path):
+    """By jlora itself, with the versions that are installed; and nothing private of JAX."""
+    control = tmp_path / "jlora/old.py"
+    control.parent.mkdir()
+    control.write_text("import warnings\nwarnings.warn('this is old', DeprecationWarning)\n")
+    assert DEPRECATED.findall(warnings_of(control).stderr)
+    settings = json.dumps({**short_run(tiny, pairs, tmp_path / "run", batch_size=8, max_steps=2), "num_processes": 1})
+    programs = [f"jlora.{name}" for name in ("train", "plan", "generate", "combine")]  # importing one runs it
+    done = warnings_of("-c", EVERY_MODULE_AND_A_RUN, settings, *programs)
+    assert done.returncode == 0, done.stderr
+    assert not DEPRECATED.findall(done.stderr)
+    for file in sorted((ROOT / "jlora").rglob("*.py")):
+        assert not re.search(r"jax\._src|jaxlib\._|from jax import _", file.read_text()), file
