@@ -1,8 +1,8 @@
-"""Plans large base models for TPU slices with the TPU's own compiler: memory, collectives, minimum step time.
+"""Plans large base models for TPU slices and GPUs with their own compilers: memory, collectives, minimum step time.
 
     python scripts/plan_table.py [ROW ...]
 
-It needs libtpu (`pip install -e '.[test]'` installs it), but no TPU and no weights. Each row takes a minute or two and
+It needs libtpu and the CUDA compiler (`pip install -e '.[test]'` installs them), but no device and no weights. Each row takes a minute or two and
 adds a line to scripts/results/plan.md, and the output of `python -m jlora.plan` to scripts/results/plan/ROW.txt.
 """
 
@@ -73,7 +73,7 @@ def table() -> None:
     lines = [
         "# Memory and minimum step time of large base models",
         "",
-        f"Computed by the TPU compiler for {ADAPTER}. Written by scripts/plan_table.py.",
+        f"Computed by the compilers for TPUs and CUDA, without a device, for {ADAPTER}. Written by scripts/plan_table.py.",
         "",
         "| run | target | memory per device | sent per step and device | minimum step time |",
         "|---|---|---|---|---|",

@@ -47,7 +47,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of a device per step. FLOPs and memory traffic are computed from the shapes, not by the compiler."""
+    """The work of a device per step. FLOPs are computed from the shapes, not by the compiler."""
 
     flops: float
     moved: float  # bytes read from and written to memory: on GPUs by all kernels, elsewhere reads of weights alone
