@@ -2,8 +2,9 @@
 
     python scripts/plan_table.py [ROW ...]
 
-It needs libtpu and the CUDA compiler (`pip install -e '.[test]'` installs them), but no device and no weights. Each row takes a minute or two and
-adds a line to scripts/results/plan.md, and the output of `python -m jlora.plan` to scripts/results/plan/ROW.txt.
+It needs libtpu and the CUDA compiler (`pip install -e '.[test]'` installs them), but no device and no weights. Each row
+takes a minute or two and adds a line to scripts/results/plan.md, and the output of `python -m jlora.plan` to
+scripts/results/plan/ROW.txt.
 """
 
 import importlib.metadata
@@ -73,7 +74,7 @@ def table() -> None:
     lines = [
         "# Memory and minimum step time of large base models",
         "",
-        f"Computed by the compilers for TPUs and CUDA, without a device, for {ADAPTER}. Written by scripts/plan_table.py.",
+        f"Computed for {ADAPTER} by the compilers for TPUs and CUDA, without a device (scripts/plan_table.py).",
         "",
         "| run | target | memory per device | sent per step and device | minimum step time |",
         "|---|---|---|---|---|",
