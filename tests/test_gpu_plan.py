@@ -114,26 +114,19 @@ def test_the_real_step_compiles_for_a_card(small, card, dtype):
 
 
 @pytest.mark.slow
-def test_data_parallel_gpus_send_the_adapters_gradients(small):
-    one, eight = (forecast_of(small, f"gpu:{n}xh100", packing=(0, 1, 296), batch_size=8 * n) for n in (1, 8))
-    assert not one.collectives and {c.kind for c in eight.collectives} == {"all-reduce"}
-    assert GRADIENTS < sum(c.size * c.times for c in eight.collectives) <= GRADIENTS + 100
-    assert eight.memory.rest < 1.1 * one.memory.rest
-
-
-@pytest.mark.slow
-def test_fsdp_gathers_the_base_twice(small):
+def test_eight_gpus_send_the_adapters_gradients_or_gather_the_base_twice(small):
     whole, split = (forecast_of(small, "gpu:8xh100", packing=(0, 1, 296), mesh=mesh) for mesh in ({}, {"fsdp": 8}))
+    assert {c.kind for c in whole.collectives} == {"all-reduce"}
+    assert GRADIENTS < sum(c.size * c.times for c in whole.collectives) <= GRADIENTS + 100
     gathered = sum(c.size * c.times for c in split.collectives if c.kind == "all-gather")
     assert gathered <= 2.05 * whole.memory.base and split.memory.base < 0.2 * whole.memory.base
 
 
 @pytest.mark.slow
-def test_seven_billion_parameters_on_gpus():
-    said = plan_of("7b-h100")
-    assert "Fits: " in said and "attention by cudnn" in said and re.search(r"cuDNN \S+ GB in 64 runs", said), said
+def test_seven_billion_parameters_in_four_bits_on_a_small_gpu():
     said = plan_of("7b-nf4-rtx4060")
-    assert float(re.search(r"Fits: (\S+) of 6.9\d GiB", said)[1]) < 4.6, said
+    assert float(re.search(r"Fits: (\S+) of 6.9\d GiB", said)[1]) < 4.3, said
+    assert "attention by cudnn" in said and re.search(r"cuDNN \S+ GB in 96 runs", said), said  # forward twice
 
 
 LOOP = """
