@@ -9,7 +9,6 @@ process of its own with a time limit, so a failure of one leaves the others. jlo
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -32,7 +31,6 @@ PARTS = {
     "compiler_options": 120,
     "generation": 60,
 }
-NEEDED = "jax flax optax orbax.checkpoint transformers ml_collections tensorflow_datasets torch peft".split()
 
 
 def main() -> None:
@@ -55,10 +53,8 @@ def main() -> None:
 
 def install(wheels: Path) -> None:
     """Installs jlora, and the packages that it lacks, from a folder; what is there already stays as it is."""
-    missing = [name for name in NEEDED if not _found(name)]
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(wheels), "--no-deps"]
-    files = [str(file) for file in sorted(wheels.glob("*.whl"))] if missing else []
-    subprocess.run([*command, *files, "--no-build-isolation", "-e", str(HERE.parent)], check=True)
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(wheels)]
+    subprocess.run([*command, "--no-build-isolation", "-e", str(HERE.parent), "torch", "peft"], check=True)
 
 
 def run(part: str, shape: str, tokens: int) -> dict[str, Any]:
@@ -97,13 +93,6 @@ def write(output: Path, results: dict[str, Any], work: str) -> None:
     others = {part: figures for part, figures in results.items() if "tokens_per_second" not in figures}
     lines += ["", *(f"- {part}: {json.dumps(figures)}" for part, figures in others.items())]
     (output / f"gpu-{card}.md").write_text("\n".join(lines) + "\n")
-
-
-def _found(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def versions(shape: str, tokens: int) -> dict[str, Any]:
     from jlora.distributed.platforms import find_devices
 
     packages = "jlora jax jaxlib flax optax torch peft transformers".split()
-    found = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
+    found = {
+        package.name: package.version for package in importlib.metadata.distributions() if package.name in packages
+    }
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -104,11 +106,11 @@ def _train(shape: str, tokens: int, **changes: Any) -> dict[str, Any]:
     from jlora.adapters.settings import spec_of
     from jlora.common import hf_names
     from jlora.config.schema import Config
-    from jlora.data.batches import Batch, Shape
+    from jlora.data.batches import Batch
     from jlora.distributed.platforms import find_devices
     from jlora.models import attention_backend, hf_loader
     from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
-    from jlora.planning.forecast import make_job
+    from jlora.planning.forecast import layout_of_length, make_job
     from jlora.planning.hardware import Target, memory_limit
     from jlora.planning.search import choose_remat
     from jlora.steps.programs import fresh_state, placed_shapes
@@ -117,13 +119,9 @@ def _train(shape: str, tokens: int, **changes: Any) -> dict[str, Any]:
     names, dtype = tuple(hf_names.projections()), default_dtype(device)
     config = dataclasses.replace(Config(), target_modules=names, batch_size=ROWS, mesh={}, **changes)
     packing, spec = Packing(0, 1, tokens), spec_of(dataclasses.asdict(config))
-
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
-        return 1, ROWS, Shape(tokens, tokens), packing
-
     kernel, note = attention_backend.choose_backend("auto", device, model, dtype, (ROWS, tokens), packing)
     target = Target("here", [device], memory_limit([device]), None)
-    job = make_job(config, model, ComputeSettings(dtype, dtype, attention=kernel), target, layout)
+    job = make_job(config, model, ComputeSettings(dtype, dtype, attention=kernel), target, layout_of_length(tokens))
     start = time.perf_counter()
     forecast, programs, _ = choose_remat(job, target, 100, lambda line: None)
     compiling = time.perf_counter() - start
@@ -262,15 +260,6 @@ def _model(shape: str) -> Any:
     from jlora.models.families import read_config
 
     return read_config(HERE / "shapes" / f"{shape}.json")
-
-
-def _installed(name: str) -> bool:
-    import importlib.metadata
-
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 PARTS: dict[str, Callable[[str, int], dict[str, Any]]] = {

@@ -14,11 +14,10 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jlora.config.schema import Config
-from jlora.data.batches import Shape
 from jlora.models.attention_backend import choose_backend
 from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
 from jlora.models.families import read_config
-from jlora.planning.forecast import Forecast, forecast, make_job
+from jlora.planning.forecast import Forecast, forecast, layout_of_length, make_job
 from jlora.planning.gpu_cards import CARDS
 from jlora.planning.hardware import GIB, Target, find_target
 
@@ -68,11 +67,8 @@ def plan(shape: str, kind: str, target: Target) -> Forecast:
     dtype, packing = default_dtype(device), Packing(0, 1, TOKENS)
     backend, _ = choose_backend("auto", device, model, dtype, (1, TOKENS), packing, here=False)
     config = dataclasses.replace(Config(), batch_size=1, quantize_base=kind, remat="full", mesh={})
-
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
-        return 1, 1, Shape(TOKENS, TOKENS), packing
-
-    return forecast(make_job(config, model, ComputeSettings(dtype, dtype, attention=backend), target, layout))
+    compute = ComputeSettings(dtype, dtype, attention=backend)
+    return forecast(make_job(config, model, compute, target, layout_of_length(TOKENS)))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_slots_suffice_for_any_row():
 
 NEEDS_COMPILER = [
     pytest.mark.cuda_compiler,
-    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins.xla_cuda12"), reason="pip install -e '.[cuda]'"),
+    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins.xla_cuda12"), reason="the compiler is not installed"),
 ]
 
 

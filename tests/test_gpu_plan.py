@@ -9,6 +9,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from test_cudnn import NEEDS_COMPILER
 from test_plan import SMALL, plan_of
 
 from jlora.cli import plan
@@ -21,10 +22,7 @@ from jlora.planning import gpu_cards, hardware
 from jlora.planning.forecast import forecast, make_job
 from jlora.planning.hlo import Program
 
-pytestmark = [
-    pytest.mark.cuda_compiler,
-    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins.xla_cuda12"), reason="the compiler is not installed"),
-]
+pytestmark = NEEDS_COMPILER
 GIB = 1 << 30
 HEADS, KEYS, D, F, L = 256, 128, 256, 512, 2  # of SMALL
 GRADIENTS = 4 * L * 16 * (D + HEADS + D + KEYS)  # bytes of A and B of q and v

@@ -20,6 +20,7 @@ from jlora.models import hf_loader, splash_attention
 from jlora.models.compute_settings import Packing
 from jlora.models.families import read_config
 from jlora.planning import collectives
+from jlora.planning.hlo import Program
 from jlora.steps import optim
 from jlora.steps.programs import Programs, fresh_state
 from jlora.training import run, setup
@@ -110,7 +111,7 @@ def test_every_mesh_equals_one_device(heads, alone, monkeypatch, mesh, changes):
         if leaf.ndim == 3:  # each device holds its share of every matrix, and no more
             assert leaf.addressable_data(0).nbytes == leaf.nbytes * many.mesh.shape["data"] // 8
     (program,) = many.programs.compiled.values()
-    sent = collectives.find_collectives(program.as_text(), 8)
+    sent = collectives.find_collectives(Program(program.as_text()), 8)
     gathered = [c.size for c in sent if c.kind == "all-gather"]
     if many.mesh.shape["fsdp"] > 1:  # the stack never comes together, only a layer's matrices, and the head once
         matrices = [leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(many.base["layers"])]

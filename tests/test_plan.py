@@ -22,6 +22,7 @@ from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN
 from jlora.models.families import read_config
 from jlora.planning import collectives, hardware, search
 from jlora.planning.forecast import forecast, make_job
+from jlora.planning.hlo import Program
 from jlora.training import run
 
 SMALL = {
@@ -77,7 +78,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_read_from_a_program():
-    found = sorted(collectives.find_collectives(LOOPS, 8))
+    found = sorted(collectives.find_collectives(Program(LOOPS), 8))
     assert found == [("all-gather", 64, 8, 3), ("all-reduce", 4, 2, 1), ("all-reduce", 32 + 16, 4, 5)]
     assert found[0].sent == 3 * 64 * 7 / 8 and found[2].sent == 5 * 48 * 2 * 3 / 4
 

@@ -19,17 +19,15 @@ from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.config.files import config_parser, load_config
 from jlora.config.schema import Config
-from jlora.data.batches import Shape
 from jlora.data.readers.splits import split_sheet
 from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.distributed.platforms import find_devices
 from jlora.distributed.sharding import data_parallel_size, describe
 from jlora.models import attention_backend
-from jlora.models.compute_settings import Packing
 from jlora.models.families import read_config
 from jlora.models.model_config import ModelConfig
 from jlora.planning.data_pipeline import RowSource, fix_template_settings, read_examples, read_rows, with_new_tokens
-from jlora.planning.forecast import Forecast, Layout, layout_from_examples, make_job
+from jlora.planning.forecast import Forecast, Layout, layout_from_examples, layout_of_length, make_job
 from jlora.planning.hardware import EXAMPLES, GIB, Target, find_target
 from jlora.planning.search import changed_settings, choose_remat, describe_shortfall, find_fastest, suggest_fix
 from jlora.training.setup import choose_compute, configure_jax
@@ -123,12 +121,8 @@ def _layout(config: Config, directory: Path, model: ModelConfig, tokens: int) ->
         examples = read_examples(config, tokenizer, ends, rows, "training", vocab_size, lambda line: None)
         return layout_from_examples(model, examples), f"row lengths from {', '.join(paths)}"
     length = tokens or config.max_seq_length
-
-    def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
-        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), Packing(0, 1, length)
-
     source = "--tokens" if tokens else "max_seq_length"
-    return layout, f"assuming {length} tokens per example, all trained on ({source})"
+    return layout_of_length(length), f"assuming {length} tokens per example, all trained on ({source})"
 
 
 def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:

@@ -25,15 +25,15 @@ class Collective(NamedTuple):
         return self.times * self.size * factor.get(self.kind, share)
 
 
-def find_collectives(text: str, devices: int) -> list[Collective]:
+def find_collectives(program: Program, devices: int) -> list[Collective]:
     """Returns all collectives between two or more devices; those in a loop count once per iteration.
 
     Args:
-      text: the optimized module, as returned by `compiled.as_text()`.
+      program: an optimized module.
       devices: devices in the mesh; the size of a group that the text does not spell out.
     """
     found = []
-    for instruction, times, _ in Program(text).executions(within_kernels=True):
+    for instruction, times, _ in program.executions(within_kernels=True):
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS and (group := _group_size(instruction.attributes, devices)) > 1:
             size = _result_bytes(instruction)

@@ -105,6 +105,15 @@ def layout_from_examples(model: ModelConfig, examples: Sequence[Example]) -> Lay
     return layout
 
 
+def layout_of_length(length: int) -> Layout:
+    """Returns a layout whose rows each hold one example of this many tokens, all of them trained on."""
+
+    def layout(config: Config, ways: int) -> tuple[int, int, Shape, Packing]:
+        return config.gradient_accumulation_steps, config.batch_size, Shape(length, length), Packing(0, 1, length)
+
+    return layout
+
+
 def make_job(config: Config, model: ModelConfig, compute: ComputeSettings, target: Target, layout: Layout) -> Job:
     """Makes a job of a config and a target.
 
@@ -172,10 +181,11 @@ def compile_and_forecast(job: Job, programs: Programs, state: TrainState, log: C
     code = analysis.generated_code_size_in_bytes
     rest = needed_bytes(analysis) - code - kept - adapter - optimizer - rows
     memory = Memory(kept, adapter, optimizer, rows, rest, code)
-    sent = collectives.find_collectives(text, job.mesh.size)
+    listing = Program(text)
+    sent = collectives.find_collectives(listing, job.mesh.size)
     work, kernels = count_work(job, base, sent), dict[str, tuple[int, float]]()
     if job.mesh.devices.flat[0].platform == "gpu":
-        for kernel in Program(text).kernels():
+        for kernel in listing.kernels():
             runs, moved = kernels.get(kernel.kind, (0, 0.0))
             kernels[kernel.kind] = runs + kernel.times, moved + kernel.times * (kernel.read + kernel.written)
         work = dataclasses.replace(work, moved=sum(moved for _, moved in kernels.values()))

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 from jax.experimental import topologies
 
-GIB = 1 << 30
 MIB = 1 << 20
 
 

@@ -74,7 +74,11 @@ class Program:
                 lines.append(Instruction(name, shape, opcode, names or [operands], attributes or "", bool(root)))
 
     def executions(self, *, within_kernels: bool = False) -> Iterator[tuple[Instruction, int, str]]:
-        """Yields each instruction, how often it runs, and the computation that it is in; loops multiply."""
+        """Yields each instruction, how often it runs, and the computation that it is in; loops multiply.
+
+        Args:
+          within_kernels: yield what a kernel consists of too, not only the kernel itself.
+        """
 
         def run(name: str, times: int) -> Iterator[tuple[Instruction, int, str]]:
             for instruction in self.computations[name]:

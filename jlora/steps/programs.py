@@ -70,7 +70,7 @@ def needed_bytes(analysis: Any) -> int:
 
 
 class Programs:
-    """The compiled steps of one run on one mesh. A batch shape that `compile_all` has not compiled is on first use.
+    """The compiled steps of one run on one mesh. Shapes that `compile_all` has not compiled are compiled on first use.
 
     Args:
       base: the frozen weights, placed on the mesh; placed shapes are enough to compile, but not to run.

@@ -25,8 +25,8 @@ from jlora.data.conversation import Conversation
 from jlora.data.examples import SizedExamples
 from jlora.data.readers import files
 from jlora.data.tokenizer import end_tokens, load_tokenizer
-from jlora.distributed import platforms, processes
-from jlora.distributed.platforms import find_devices
+from jlora.distributed import processes
+from jlora.distributed.platforms import choose_platform, find_devices
 from jlora.distributed.sharding import check_batch, data_parallel_size, make_mesh, own_rows
 from jlora.distributed.sharding import describe as describe_mesh
 from jlora.models import attention_backend
@@ -103,10 +103,8 @@ def prepare_run(config: Config) -> RunSetup:
         eval_batches = dataclasses.replace(eval_batches, local_rows=own_rows(mesh, eval_batches.rows))
     device, wish = jax.local_devices()[0], config.attn_implementation
     compute = choose_compute(config, device)
-    own_batch, packing = (
-        (batches.rows // data_parallel_size(mesh), batches.shapes[-1].length),
-        Packing(*batches.packing),
-    )
+    own_batch = (batches.rows // data_parallel_size(mesh), batches.shapes[-1].length)
+    packing = Packing(*batches.packing)
     attention, note = processes.broadcast_from_first(
         lambda: attention_backend.choose_backend(wish, device, model, compute.compute_dtype, own_batch, packing)
     )
@@ -125,7 +123,7 @@ def configure_jax(config: Config) -> None:
     """Configures JAX for `device`; call it before JAX is first used."""
     # malloc.retain_freed_memory needs steps on the main thread
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    platforms.choose_platform(config.device)
+    choose_platform(config.device)
 
 
 def choose_compute(config: Config, device: Any) -> ComputeSettings:
