@@ -1,5 +1,7 @@
 """cuDNN's attention over slots: the same code against the formula on a CPU, and compiled for GPUs without one."""
 
+import dataclasses
+import functools
 import importlib.util
 import re
 
@@ -7,13 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from test_attention import inputs, plain, run
+from test_model import SPEC, TOKENS, full, load
 
-from jlora.models import attention, cudnn_attention
-from jlora.models.compute_settings import Packing
+from jlora.data.batches import Batch
+from jlora.models import attention, cudnn_attention, hf_loader
+from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN, Packing
+from jlora.models.families import read_config
 from jlora.models.unpack_examples import slot_sizes
 from jlora.planning import gpu_cards
+from jlora.steps.loss import CROSS_ENTROPY
 
 
 @pytest.fixture
@@ -73,6 +80,60 @@ def test_bfloat16_is_as_close_as_its_rounding(on_cpu):
     got = run("cudnn", [x.astype(jnp.bfloat16) for x in arrays], segments, packing=packing)
     for a, b in zip(got[1:], want[1:], strict=True):
         assert np.linalg.norm(a.astype(np.float32) - b) < 0.02 * np.linalg.norm(b)
+
+
+def positions_of(segments):
+    """The position of each token in its example, which begins behind the prefix."""
+    positions = np.zeros_like(segments)
+    for row, own in zip(positions, np.asarray(segments), strict=True):
+        shared = np.sum(own < 0)
+        row[own < 0] = np.arange(shared)
+        for example in range(1, own.max() + 1):
+            row[own == example] = shared + np.arange(np.sum(own == example))
+    return jnp.asarray(positions)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """Returns a function of an attention backend, segments and bounds; it returns a model's logits and gradients."""
+    _, adapter, base = load(tiny)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(backend, packing, adapter, base, batch):
+        compute = dataclasses.replace(FLOAT32_COMPUTE, attention=backend)
+        graphdef, *_ = hf_loader.abstract_model(read_config(tiny), SPEC, compute)
+
+        def loss(adapter):
+            llama = nnx.merge(graphdef, adapter, base)
+            hidden, _ = llama(batch.tokens, batch.segments, batch.positions, packing=packing)
+            return CROSS_ENTROPY(*llama.head(hidden), batch, 1) / CROSS_ENTROPY.count(batch), llama.logits(hidden)
+
+        return jax.grad(loss, has_aux=True)(adapter)
+
+    def results(backend, segments, packing=UNKNOWN):
+        tokens = jnp.asarray(TOKENS.ravel()[: segments.size].reshape(segments.shape))
+        at, next_tokens = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape), jnp.roll(tokens, -1, axis=1)
+        weights = jnp.asarray(segments > 0, jnp.float32)
+        batch = Batch(tokens, segments, positions_of(segments), at, next_tokens, weights)
+        gradients, logits = run(backend, packing, full(adapter), base, batch)
+        return np.asarray(logits), jax.tree.leaves(gradients)
+
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one example", "many", "prefix"])
+def test_a_whole_model_has_the_same_logits_and_gradients(name, model, on_cpu):
+    """Of three layers, with heads that share keys, as with XLA's attention."""
+    packing, lengths, _ = LAYOUTS[name]
+    segments = rows_of(*lengths[:3], T=150)
+    real = np.asarray(segments != 0)
+    (logits, gradients), (want, slopes) = model("cudnn", segments, packing), model("xla", segments)
+    assert np.abs(logits - want)[real].max() < 2e-4
+    for a, b in zip(gradients, slopes, strict=True):
+        assert np.abs(a - b).max() < 1e-4 < 1e-2 < np.abs(b).max()
+    other, _ = model("xla", jnp.roll(segments, 1, axis=1))  # the negative control: off by one token
+    assert np.abs(other - want)[real].max() > 0.1
 
 
 @pytest.mark.parametrize(

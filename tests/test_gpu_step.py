@@ -1,0 +1,82 @@
+"""The whole training step on an H100, compiled by XLA's CUDA compiler without one: cuDNN in the loop over layers."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_cudnn import NEEDS_COMPILER, compiled
+
+from jlora.config.schema import Config
+from jlora.data.batches import Shape
+from jlora.models import cudnn_attention
+from jlora.models.compute_settings import ComputeSettings, Packing
+from jlora.models.families import read_config
+from jlora.models.unpack_examples import slot_sizes
+from jlora.planning import hardware
+from jlora.planning.forecast import make_job, make_run_programs
+from jlora.planning.hlo import SHAPE, Program
+from jlora.steps.programs import batch_shapes
+
+pytestmark = [*NEEDS_COMPILER, pytest.mark.slow]
+L = 3
+LAW = 1, Shape(320, 208), Packing(24, 4, 83)  # the rows of configs/law.py
+LONG = 4, Shape(4096, 2048), Packing(0, 12, 1400)
+LONGEST = 4, Shape(32768, 16384), Packing(0, 12, 11200)
+
+
+@pytest.fixture(scope="module")
+def step(smollm):
+    """Returns a function of rows that compiles the step of a base with SmolLM2's layers, but few, and few tokens."""
+    model = dataclasses.replace(read_config(smollm), num_hidden_layers=L, vocab_size=500)
+    target = hardware.find_target("gpu:h100", jax.devices()[:1])
+    config = dataclasses.replace(Config(), remat="dots", mesh={})
+
+    @functools.cache
+    def compile_step(rows, shape, packing):
+        compute = ComputeSettings(jnp.bfloat16, jnp.bfloat16, attention="cudnn")
+        job = make_job(config, model, compute, target, lambda config, ways: (1, rows, shape, packing))
+        programs, state = make_run_programs(job, 100)
+        return programs.compile_training(state, batch_shapes(1, rows, shape, job.mesh), lambda line: None)
+
+    return compile_step
+
+
+def lengths_of(length, packing):
+    """The length of a row, and those of its slots with the prefix."""
+    return {length, *(packing.prefix + size for size in slot_sizes(length, *packing, multiple=cudnn_attention.BLOCK))}
+
+
+def calls_and_scores(program, lengths):
+    """How often each call of cuDNN runs, forward and backward; and the shapes that have two of these lengths."""
+    calls, text = {"Softmax": [], "SoftmaxBackward": []}, program.as_text()
+    for instruction, times, _ in Program(text).executions():
+        if name := re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', instruction.attributes):
+            calls[name[1]].append(times)
+    shapes = {dims for _, dims in SHAPE.findall(text)}
+    return calls, [dims for dims in shapes if sum(int(n) in lengths for n in dims.split(",") if n) > 1]
+
+
+@pytest.mark.parametrize(("rows", "shape", "packing"), [LAW, LONG, LONGEST])
+def test_each_layer_calls_cudnn_and_holds_no_scores(step, rows, shape, packing):
+    """Inside the loop over the layers, once for each size of slots."""
+    lengths = lengths_of(shape.length, packing)
+    calls, scores = calls_and_scores(step(rows, shape, packing), lengths)
+    each = [L] * len(lengths - {shape.length})
+    assert calls == {"Softmax": each, "SoftmaxBackward": each}
+    assert not scores
+
+
+def test_without_cudnn_scores_would_be_found(monkeypatch):
+    """The negative control of the test above: the same attention alone, in XLA."""
+    monkeypatch.setattr(cudnn_attention, "IMPLEMENTATION", "xla")
+    rows, (length, _), packing = LAW
+    calls, scores = calls_and_scores(compiled(length, packing, N=9, K=3, H=64, rows=rows), lengths_of(length, packing))
+    assert calls == {"Softmax": [], "SoftmaxBackward": []} and scores
+
+
+def test_memory_is_linear_in_the_length(step):
+    short, long = (step(*rows).memory_analysis().temp_size_in_bytes for rows in (LONG, LONGEST))
+    assert long < 8.2 * short
