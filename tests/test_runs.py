@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from programs import (
     adapter_of,
+    command,
     logged,
     losses_of,
     process_options,
@@ -50,9 +51,12 @@ def whole(tmp_path_factory, tiny, pairs):
         file.write_text(json.dumps(values))
         return file
 
-    done = run_module("jlora.train", "--config", write("run", sample_questions=1))
-    assert done.returncode == 0, done.stderr
-    return directory / "run", write, done.stdout + done.stderr
+    options = process_options(1)
+    options["env"] |= {"JAX_LOG_COMPILES": "1", "PYTHONUNBUFFERED": "1"}
+    train = command("jlora.train", "--config", write("run", sample_questions=1))
+    done = subprocess.run(train, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return directory / "run", write, done.stdout
 
 
 @pytest.mark.slow
@@ -75,6 +79,9 @@ def test_a_run_prints_its_progress_and_writes_its_files(whole):
     ):
         assert words in said, words
     assert said.rindex("Compiling the") < said.index("Held-out loss of the base model before training: ")
+    before, _, rest = said.partition("Step 1 of 12: ")
+    training, _, answers = rest.partition("Held-out loss: ")
+    assert "Compiling" not in training and "Compiling jit" in before and "Compiling jit" in answers  # JAX reports each
     assert {p.name for p in run.iterdir()} - {".lock"} == {
         "config.json",
         "logs",
