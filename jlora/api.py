@@ -40,8 +40,8 @@ from jlora.distributed.platforms import find_devices
 from jlora.distributed.sharding import place, places_of
 from jlora.export.exporter import export_adapter, verify_adapter
 from jlora.export.verify import Parity
-from jlora.serve.generator import Generator, compare_answers
-from jlora.serve.loading import Model, load_model
+from jlora.serve.generator import compare_answers
+from jlora.serve.loading import Model, load_model, make_generator
 from jlora.steps.compilation import enable_compilation_cache
 from jlora.training.loop import overfitting_warning
 from jlora.training.run import TrainedRun, train
@@ -143,11 +143,11 @@ def _finish(trained: TrainedRun, step: int) -> Path:
     if warning := overfitting_warning(progress):
         print(f"{warning}. Exporting the checkpoint from step {step}")
     questions = [row for row in setup.held_out_rows if not row.plain]
-    generator = Generator(
-        setup.directory, setup.tokenizer, programs.graphdef, programs.base, setup.compute.compute_dtype
-    )
-    for line in compare_answers(generator, adapter, questions[: setup.config.sample_questions]):
-        print(line)
+    if asked := questions[: setup.config.sample_questions]:
+        forms = {"adapter": (adapter, setup.spec)}
+        generator = make_generator(setup.directory, setup.tokenizer, programs.base, forms, setup.compute)
+        for line in compare_answers(generator, asked):
+            print(line)
     target = run / "adapter"
     if target.exists() and exported_step(target) != step:  # exported when this run ended before and then continued
         target = run / f"adapter-{step}"

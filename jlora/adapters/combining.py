@@ -1,10 +1,11 @@
-"""Pure functions that convert several adapters of one base model to a common form, or add them up."""
+"""Pure functions that put several adapters of one base model side by side, or add them up."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.adapters import params, plain_lora
 from jlora.adapters.methods.method import Leaves
@@ -25,23 +26,28 @@ def check_summable(name: str, spec: AdapterSpec) -> None:
         )
 
 
-def to_common_form(adapters: Sequence[Form]) -> tuple[list[Adapter], AdapterSpec]:
-    """Converts adapters to one form: scale 1, the largest rank, and the modules of all of them; zeros fill the rest.
+def side_by_side(adapters: Sequence[Form], places: int = 0) -> Form:
+    """Puts adapters side by side, so that each row of a batch may weigh them on its own (`LoraMixture`).
 
-    One compiled program can then run all of them, and each row of a batch may use a different one.
+    Args:
+      adapters: at least one.
+      places: number of adapters that the form has room for; zeros fill the rest.
     """
-    found, targets = _side_by_side(adapters)
+    found, targets = _same_modules(adapters)
+    places = max(places, len(found))
     rank = max(leaves["lora_A"].shape[1] for modules in found for leaves in modules.values())
-
-    def padded(leaves: Leaves) -> Leaves:
-        missing = rank - leaves["lora_A"].shape[1]
-        return {
-            "lora_A": jnp.pad(leaves["lora_A"], [(0, 0), (0, missing), (0, 0)]),
-            "lora_B": jnp.pad(leaves["lora_B"], [(0, 0), (0, 0), (0, missing)]),
-        }
-
-    made = [params.build({path: padded(leaves) for path, leaves in modules.items()}) for modules in found]
-    return made, AdapterSpec(rank, float(rank), 0.0, targets)
+    made: dict[tuple[str, ...], Leaves] = {}
+    for path, like in found[0].items():
+        (layers, _, inputs), (_, outputs, _) = like["lora_A"].shape, like["lora_B"].shape
+        a, b = (
+            np.zeros((layers, places * rank, inputs), np.float32),
+            np.zeros((layers, outputs, places * rank), np.float32),
+        )
+        for place, modules in enumerate(found):
+            first, own = place * rank, modules[path]["lora_A"].shape[1]
+            a[:, first : first + own], b[:, :, first : first + own] = modules[path]["lora_A"], modules[path]["lora_B"]
+        made[path] = {"lora_A": jnp.asarray(a), "lora_B": jnp.asarray(b)}
+    return params.build(made), AdapterSpec(places * rank, float(places * rank), 0.0, targets, mixed=places)
 
 
 def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
@@ -50,7 +56,7 @@ def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:
     Args:
       weights: one per adapter; a negative weight subtracts the adapter.
     """
-    found, targets = _side_by_side(adapters)
+    found, targets = _same_modules(adapters)
     made: dict[tuple[str, ...], Leaves] = {}
     for path in found[0]:
         parts = [modules[path] for modules in found]
@@ -80,7 +86,7 @@ def read_weight(word: str) -> tuple[str, float]:
     return name, weight
 
 
-def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], Leaves]], tuple[str, ...]]:
+def _same_modules(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], Leaves]], tuple[str, ...]]:
     """Returns each portable form by module, with zeros for modules that only others adapt; and all target modules."""
     found = [dict(params.modules(plain_lora.to_plain_lora(adapter, spec)[0])) for adapter, spec in adapters]
     every = {path: leaves for modules in found for path, leaves in modules.items()}
@@ -96,29 +102,38 @@ def _side_by_side(adapters: Sequence[Form]) -> tuple[list[dict[tuple[str, ...], 
     return found, tuple(path[-1] for path in every)
 
 
+Mixture = tuple[float, ...]  # the weight of each loaded adapter; all 0: the base model alone
+
+
 @dataclass(frozen=True)
 class AdapterSet:
-    """The loaded adapters, all in one form."""
+    """The loaded adapters: several side by side, or one in its own form.
 
-    by_name: Mapping[str, Adapter]
+    Args:
+      places: name -> position among the adapters.
+    """
+
+    places: Mapping[str, int]
+    adapter: Adapter
     spec: AdapterSpec
 
-    def select(self, words: Sequence[str]) -> Adapter:
-        """Returns the adapter that `words` select: `NAME`, or a weighted sum such as `NAME=0.7 OTHER=-0.3`.
+    @property
+    def none(self) -> Mixture:
+        """The mixture that leaves the base model as it is."""
+        return (0.0,) * max(self.spec.mixed, 1)
 
-        A sum of n adapters has n times their rank, so each n compiles another program.
+    def select(self, words: Sequence[str]) -> Mixture:
+        """Returns the mixture that `words` select: `NAME`, or a weighted sum such as `NAME=0.7 OTHER=-0.3`.
 
         Raises:
           UserError: a name is unknown, a weight is not a number, or an adapter cannot be part of a sum.
         """
-        weights = [read_weight(word) for word in words]
-        for name, _ in weights:
-            if name not in self.by_name:
-                available = ", ".join(self.by_name) or "none, because --adapter was not set"
+        mixture = list(self.none)
+        for name, weight in map(read_weight, words):
+            if name not in self.places:
+                available = ", ".join(self.places) or "none, because --adapter was not set"
                 raise UserError(f"Unknown adapter {name!r}. Available adapters: {available}.")
-        if len(weights) == 1 and weights[0][1] == 1:
-            return self.by_name[weights[0][0]]
-        for name, _ in weights:
-            check_summable(name, self.spec)
-        forms = [(self.by_name[name], self.spec) for name, _ in weights]
-        return combine(forms, [weight for _, weight in weights])[0]
+            if weight != 1 or len(words) > 1:
+                check_summable(name, self.spec)
+            mixture[self.places[name]] += weight
+        return tuple(mixture)

@@ -72,15 +72,14 @@ def main(argv: list[str]) -> None:
     rules = read_rules(arguments.output_rules) if arguments.output_rules else ()
     directories, base = adapters_by_name(arguments.adapter), arguments.base or ""
     generator, adapters = load_model(base, directories, arguments.revision, arguments.quantize_base)
-    chosen = adapters.select(arguments.use) if arguments.use else next(iter(adapters.by_name.values()), {})
+    use = arguments.use or list(adapters.places)[:1]
     system = (Message("system", arguments.system),) if arguments.system else ()
     keys = ("max_new_tokens", "temperature", "top_p", "seed")
     options: dict[str, Any] = {key: getattr(arguments, key) for key in keys}
     if arguments.chat:
-        use = arguments.use or list(adapters.by_name)[:1]
         Chat(generator, adapters, rules, system, options, " ".join(use)).run()
         return
     messages = (*system, Message("user", arguments.prompt))
-    for piece in filtered(generator.generate_text(chosen, messages, **options), rules):
+    for piece in filtered(generator.generate_text(adapters.select(use), messages, **options), rules):
         print(piece, end="", flush=True)
     print()

@@ -14,6 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import jlora
+from jlora.adapters.combining import AdapterSet
 from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import read_spec
 from jlora.adapters.peft_io import read_adapter
@@ -174,7 +175,7 @@ def _jlora(
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
         base = hf_loader.load_base_alone(directory, compute, spec.vocabulary)
-        generator = Generator(directory, tokenizer, graphdef, base, jnp.float32)
+        generator = Generator(directory, tokenizer, graphdef, base, AdapterSet({"": 0}, adapter, spec), jnp.float32)
 
         @jax.jit
         def forward(adapter: Adapter, base: Any, ids: jax.Array) -> jax.Array:
@@ -187,8 +188,4 @@ def _jlora(
             np.asarray(forward(adapter, base, jnp.array([prompt + [0] * (longest - len(prompt))])))[: len(prompt)]
             for prompt in prompts
         ]
-        answers = [
-            list(generator.generate_tokens(adapter, prompt, NEW_TOKENS))
-            for prompt in tqdm(prompts, desc="jlora", unit="prompt", disable=None)
-        ]
-        return logits, answers
+        return logits, generator.generate_batch([(1.0,)] * len(prompts), prompts, NEW_TOKENS)

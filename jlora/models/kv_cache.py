@@ -1,4 +1,9 @@
-"""Keys and values of earlier tokens, for decoding. Axes: L layers, B batch, S key position, K kv heads, H head dim."""
+"""Keys and values of earlier tokens, for generation, in blocks that rows take and give back (Kwon et al. 2023,
+arXiv:2309.06180).
+
+Axes: L layers, C blocks of the cache, b positions in a block, R rows, T new tokens of a row, M blocks of a row, S key
+position in a row, N query heads, K kv heads, G=N/K, H head dim.
+"""
 
 from typing import NamedTuple
 
@@ -9,29 +14,67 @@ from jaxtyping import Array, Float, Int
 
 from jlora.models.model_config import ModelConfig
 
+BLOCK = 16  # positions in a block
+SPAN = 8  # blocks whose scores are computed at a time
+UNUSED = 0  # a block that no row reads; padding is written there
+
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, for decoding."""
+    """Keys and values of all rows, and the blocks of the rows of one call."""
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-    segments: Int[Array, "B S"]  # 0 at empty positions and padding
-    fill: Int[Array, ""]  # number of positions written
+    k: Float[Array, "L C b K H"]
+    v: Float[Array, "L C b K H"]
+    blocks: Int[Array, "R M"]  # the blocks of a row, in the order of its positions; M is a multiple of SPAN
 
     def written(
-        self, layer: Int[Array, ""], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-    ) -> tuple["KVCache", Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Returns the cache with new keys and values of one layer, from position `fill` on, and all of that layer's."""
-        at = (layer, 0, self.fill, 0, 0)
-        keys = jax.lax.dynamic_update_slice(self.k, k[None], at)
-        values = jax.lax.dynamic_update_slice(self.v, v[None], at)
-        own = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
-        return self._replace(k=keys, v=values), *own
+        self,
+        layer: Int[Array, ""],
+        k: Float[Array, "R T K H"],
+        v: Float[Array, "R T K H"],
+        segments: Int[Array, "R T"],
+        positions: Int[Array, "R T"],
+    ) -> "KVCache":
+        """Returns the cache with the keys and values of new tokens in one layer; those in segment 0 are not kept."""
+        own = jnp.take_along_axis(self.blocks, positions // BLOCK, axis=1)
+        block, offset = jnp.where(segments > 0, own, UNUSED), positions % BLOCK
+        keys = self.k.at[layer, block, offset].set(k.astype(self.k.dtype))
+        return self._replace(k=keys, v=self.v.at[layer, block, offset].set(v.astype(self.v.dtype)))
+
+    def attend(
+        self, layer: Int[Array, ""], q: Float[Array, "R T N H"], positions: Int[Array, "R T"], window: int | None
+    ) -> Float[Array, "R T N H"]:
+        """Computes softmax(q k^T / sqrt(H)) v over the positions of a row up to each query's own.
+
+        Reads SPAN blocks of each row at a time, up to the last position of the longest row, and corrects the sums of
+        the spans before as their largest score grows (Milakov and Gimelshein 2018, arXiv:1805.02867).
+        """
+        R, T, N, H = q.shape
+        K = self.k.shape[3]
+        grouped = jnp.einsum("RTKGH->RKGTH", q.reshape(R, T, K, N // K, H)).reshape(R, K, -1, H)
+
+        def span(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            out, total, largest = sums
+            ids = jax.lax.dynamic_slice_in_dim(self.blocks, number * SPAN, SPAN, axis=1)
+            k, v = (x[layer, ids].reshape(R, -1, K, H) for x in (self.k, self.v))
+            distance = positions[:, :, None] - (number * SPAN * BLOCK + jnp.arange(SPAN * BLOCK))
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            scores = jnp.einsum("RKQH,RSKH->RKQS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
+            by_head = scores.reshape(R, K, N // K, T, -1)
+            scores = jnp.where(seen[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
+            highest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - highest), jnp.exp(largest - highest)
+            new = jnp.einsum("RKQS,RSKH->RKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return out * shrink + new, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), highest
+
+        shape = (R, K, grouped.shape[2], 1)
+        none = jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape), jnp.full(shape, jnp.finfo(jnp.float32).min)
+        count = jnp.max(positions) // (SPAN * BLOCK) + 1
+        out, total, _ = jax.lax.fori_loop(0, count, span, none)
+        heads = (out / total).astype(q.dtype).reshape(R, K, N // K, T, H)
+        return jnp.einsum("RKGTH->RTKGH", heads).reshape(R, T, N, H)
 
 
-def empty_kv_cache(config: ModelConfig, dtype: DTypeLike, batch: int, length: int) -> KVCache:
-    """Returns an empty cache for `batch` rows of up to `length` tokens."""
-    c = config
-    shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-    segments = jnp.zeros((batch, length), jnp.int32)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segments, jnp.zeros((), jnp.int32))
+def empty_kv_cache(config: ModelConfig, dtype: DTypeLike, blocks: int) -> KVCache:
+    """Returns an empty cache of this many blocks, without rows."""
+    shape = (config.num_hidden_layers, blocks, BLOCK, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((0, SPAN), jnp.int32))

@@ -111,6 +111,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         layer: Int[Array, ""],
         keys: list[PRNGKeyArray | None],
         cache: KVCache | None,
@@ -123,23 +124,23 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        k_segments, start, backend = segments, jnp.zeros((), jnp.int32), self.compute.attention
+        window = self.config.sliding_window
         if cache is not None:
-            backend = "xla"  # kernels need as many queries as keys
-            k_segments, start = cache.segments, cache.fill
-            cache, k, v = cache.written(layer, k, v)
-        out = attention(
-            q,
-            k,
-            v,
-            q_segments=segments,
-            k_segments=k_segments,
-            q_start=start,
-            window=self.config.sliding_window,
-            backend=backend,
-            mesh=self.compute.mesh,
-            packing=packing if cache is None else UNKNOWN,
-        )
+            cache = cache.written(layer, k, v, segments, positions)
+            out = cache.attend(layer, q, positions, window)
+        else:
+            out = attention(
+                q,
+                k,
+                v,
+                q_segments=segments,
+                k_segments=segments,
+                q_start=0,
+                window=window,
+                backend=self.compute.attention,
+                mesh=self.compute.mesh,
+                packing=packing,
+            )
         return self.o_proj(out.reshape(B, T, -1), layer, keys[3]), cache
 
 
@@ -173,13 +174,16 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         cos_sin: tuple[Float[Array, "B T h"], Float[Array, "B T h"]],
         segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         layer: Int[Array, ""],
         key: PRNGKeyArray | None,
         cache: KVCache | None,
         packing: Packing,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, segments, layer, keys[:4], cache, packing)
+        attended, cache = self.self_attn(
+            self.input_layernorm(x), cos_sin, segments, positions, layer, keys[:4], cache, packing
+        )
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x), layer, keys[4:]), cache
 
@@ -260,20 +264,15 @@ class Llama(nnx.Module):
         if cache is None:
             x = constrain_rows(x, self.compute.mesh)
         keys = None if key is None else jax.random.split(key, self.config.num_hidden_layers)
-        if cache is not None:
-            written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.fill, axis=1)
-            cache = cache._replace(segments=written)
         graphdef, layers = nnx.split(self.layers)
 
         def layer(carry: tuple[Array, KVCache | None], leaves: tuple[Any, Array, Any]) -> tuple[Any, None]:
             (x, cache), (state, index, key) = carry, leaves
-            return nnx.merge(graphdef, state)(x, cos_sin, segments, index, key, cache, packing), None
+            return nnx.merge(graphdef, state)(x, cos_sin, segments, positions, index, key, cache, packing), None
 
         policy = REMAT_POLICIES[self.compute.remat]
         body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(self.config.num_hidden_layers), keys))
-        if cache is not None:
-            cache = cache._replace(fill=cache.fill + tokens.shape[1])
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:

@@ -44,10 +44,9 @@ class Model(NamedTuple):
         Raises:
           UserError: no adapter has that name, or it cannot be part of a sum.
         """
-        first = next(iter(self.adapters.by_name.values()), {})
-        weights = self.adapters.select(adapter.split()) if adapter else self.generator.neutral(first)
         messages = (*([Message("system", system)] if system else []), Message("user", question))
-        return self.generator.answers([weights], [messages], **{"max_new_tokens": 256, **options})[0]
+        mixture = self.adapters.select(adapter.split())
+        return self.generator.answers([mixture], [messages], **{"max_new_tokens": 256, **options})[0]
 
 
 def load_model(
@@ -55,8 +54,8 @@ def load_model(
 ) -> Model:
     """Loads a base model and adapters.
 
-    Several adapters are converted to a common form, so that switching between them does not compile again. Adapters
-    that have no such form (DoRA, IA3, biases, a trained embedding or head) must be loaded alone.
+    Several adapters are put side by side, so that switching between them does not compile again, and neither does a
+    weighted sum. Adapters that have no such form (DoRA, IA3, biases, a trained embedding or head) must be loaded alone.
 
     Args:
       base: a model directory, hub id, or `pypi:NAME==VERSION`; "": the base model that the first adapter names.
@@ -80,14 +79,22 @@ def load_model(
     template, found = common_template(directories), read_all(directories, directory)
     rows = max((spec.vocabulary for _, spec in found.values()), default=0)
     frozen = hf_loader.load_base_alone(directory, compute, rows)
-    forms = [(params.complete(spec, adapter, frozen), spec) for adapter, spec in found.values()]
-    weights, spec = [adapter for adapter, _ in forms], forms[0][1] if forms else NO_ADAPTER
-    if forms and not unsupported_as_lora(spec):
-        weights, spec = combining.to_common_form(forms)
-    graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
+    forms = {name: (params.complete(spec, adapter, frozen), spec) for name, (adapter, spec) in found.items()}
     tokenizer = load_tokenizer(directory, template, *template_settings(directories))
-    generator = Generator(directory, tokenizer, graphdef, frozen, compute.compute_dtype)
-    return Model(generator, AdapterSet(dict(zip(found, weights, strict=True)), spec))
+    generator = make_generator(directory, tokenizer, frozen, forms, compute)
+    return Model(generator, generator.adapters)
+
+
+def make_generator(
+    directory: Path, tokenizer: Any, base: Any, forms: Mapping[str, combining.Form], compute: ComputeSettings
+) -> Generator:
+    """Returns a generator for a loaded base model with adapters: side by side, or one that must be alone."""
+    places = {name: place for place, name in enumerate(forms)}
+    adapter, spec = next(iter(forms.values()), ({}, NO_ADAPTER))
+    if forms and not unsupported_as_lora(spec):
+        adapter, spec = combining.side_by_side(list(forms.values()))
+    graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
+    return Generator(directory, tokenizer, graphdef, base, AdapterSet(places, adapter, spec), compute.compute_dtype)
 
 
 def read_complete(directories: Mapping[str, Path], base: Path) -> dict[str, combining.Form]:

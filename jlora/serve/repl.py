@@ -34,7 +34,7 @@ class Chat:
     Args:
       system: the turns before the conversation.
       options: for `Generator.generate_text`.
-      use: the adapter to start with, as for `AdapterSet.select`; "": the base model alone.
+      use: what to start with, as words for `AdapterSet.select`; "": the base model alone.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class Chat:
     ) -> None:
         self._generator, self._adapters, self._rules, self._options = generator, adapters, rules, options
         self._system = self._turns = system
-        self._base = generator.neutral(next(iter(adapters.by_name.values()), {}))
-        self._name, self._adapter = (use, adapters.select(use.split())) if use else (BASE, self._base)
+        self._use, self._mixture = use, adapters.select(use.split())
 
     def run(self) -> None:
         """Answers each line of input until the end of input."""
@@ -80,12 +79,12 @@ class Chat:
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/adapter" and rest:
-            self._adapter, self._name = self._adapters.select(rest.split()), rest
+            self._mixture, self._use = self._adapters.select(rest.split()), rest
             yield self._active()
         elif line == "/adapter":
-            yield f"Available adapters: {', '.join(self._adapters.by_name) or 'none'}. {self._active()}"
+            yield f"Available adapters: {', '.join(self._adapters.places) or 'none'}. {self._active()}"
         elif line == "/off":
-            self._adapter, self._name = self._base, BASE
+            self._mixture, self._use = self._adapters.none, ""
             yield self._active()
         elif command == "/compare":
             yield self._compare(rest)
@@ -100,15 +99,11 @@ class Chat:
             yield from self._answer(line)
 
     def _active(self) -> str:
-        return (
-            "No active adapter: the base model answers"
-            if self._adapter is self._base
-            else f"Active adapter: {self._name}"
-        )
+        return f"Active adapter: {self._use}" if self._use else "No active adapter: the base model answers"
 
     def _answer(self, question: str) -> Iterator[str]:
         messages, shown = (*self._turns, Message("user", question)), ""
-        for piece in filtered(self._generator.generate_text(self._adapter, messages, **self._options), self._rules):
+        for piece in filtered(self._generator.generate_text(self._mixture, messages, **self._options), self._rules):
             shown += piece
             yield piece
         self._turns = (*messages, Message("assistant", shown.strip()))
@@ -122,14 +117,13 @@ class Chat:
             messages = self._turns[: asked[-1] + 1]
         else:
             raise UserError("There is no question to compare yet. Type /compare QUESTION.")
-        if self._adapter is self._base:
+        if not self._use:
             raise UserError("The base model is active. Choose an adapter to compare it with: /adapter NAME.")
-        # A batch needs one form: a sum has a higher rank than self._base.
-        pair = (self._adapter, self._generator.neutral(self._adapter))
+        pair = (self._mixture, self._adapters.none)
         answers = self._generator.answers(pair, (messages, messages), **self._options)
         texts = ["".join(filtered([answer], self._rules)) for answer in answers]
         width = shutil.get_terminal_size().columns
-        return "\n".join(side_by_side((self._name, texts[0]), (BASE, texts[1]), width))
+        return "\n".join(side_by_side((self._use, texts[0]), (BASE, texts[1]), width))
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> list[str]:

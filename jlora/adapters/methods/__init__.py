@@ -8,6 +8,7 @@ from jlora.adapters.methods.ia3 import Ia3
 from jlora.adapters.methods.lora import Lora
 from jlora.adapters.methods.lora_bias import LoraBias
 from jlora.adapters.methods.method import Method
+from jlora.adapters.methods.mixture import LoraMixture
 from jlora.adapters.methods.pissa import Pissa
 from jlora.adapters.methods.rslora import RsLora
 from jlora.adapters.methods.tables import EmbeddingLora, HeadLora, TableMethod, TrainedCopy, TrainedRows
@@ -30,7 +31,7 @@ def component_methods(spec: AdapterSpec) -> tuple[type[Method], ...]:
 
 def method_class(spec: AdapterSpec) -> type[Method]:
     """Returns the method of a spec: its only one, or a class that inherits from all of them, the last one first."""
-    return _combined(component_methods(spec))
+    return LoraMixture if spec.mixed else _combined(component_methods(spec))
 
 
 @functools.cache
