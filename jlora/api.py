@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.adapters.provenance import exported_step
+from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError, VerificationError
 from jlora.config import files
 from jlora.config.schema import Config
@@ -144,7 +145,7 @@ def _finish(trained: TrainedRun, step: int) -> Path:
         print(f"{warning}. Exporting the checkpoint from step {step}")
     questions = [row for row in setup.held_out_rows if not row.plain]
     if asked := questions[: setup.config.sample_questions]:
-        forms = {"adapter": (adapter, setup.spec)}
+        forms = {"adapter": (adapter, spec_of(setup.record["config"]))}
         generator = make_generator(setup.directory, setup.tokenizer, programs.base, forms, setup.compute)
         for line in compare_answers(generator, asked):
             print(line)

@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
     counts = {}
     for name, adapter in {"base": None, "adapter": arguments.run / "adapter"}.items():
         generator, adapters = load_model(base, {"adapter": adapter} if adapter else {})
-        weights = adapters.by_name.get("adapter", {})
-        answers = [generator.answer(weights, row.messages[0].content, arguments.max_new_tokens) for row in rows]
+        mixture, asked = adapters.select(list(adapters.places)), [row.messages[:1] for row in rows]
+        answers = generator.answers([mixture] * len(rows), asked, max_new_tokens=arguments.max_new_tokens)
         counts[name] = sum(answer.startswith(arguments.begins) for answer in answers)
         for row, answer in zip(rows, answers, strict=True):
             print(f"{name} | {row.messages[0].content} | {answer!r}")

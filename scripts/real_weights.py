@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--continuations", type=int, default=50)
     arguments = parser.parse_args()
     generator = load_model(arguments.base_model).generator
-    neutral: dict = {}
     directory = resolve_base(arguments.base_model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, model_max_length=1 << 30)  # the text is cut below
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in TEXT)
@@ -47,7 +46,7 @@ def main() -> None:
 
     @jax.jit
     def losses(base: object, row: jax.Array) -> jax.Array:
-        llama = nnx.merge(generator.graphdef, neutral, base)
+        llama = nnx.merge(generator.graphdef, {}, base)
         hidden, _ = llama(row[None], jnp.ones_like(row)[None], jnp.arange(len(row))[None])
         return optax.softmax_cross_entropy_with_integer_labels(llama.logits(hidden[0, :-1]), row[1:])
 
@@ -72,7 +71,7 @@ def main() -> None:
                 given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=NEW, pad_token_id=0
             )[0, PREFIX:].tolist()
         theirs_ids = theirs_ids[:-1] if theirs_ids[-1] == tokenizer.eos_token_id else theirs_ids
-        equal += theirs_ids == list(generator.generate_tokens(neutral, prompt, NEW))
+        equal += theirs_ids == list(generator.generate_tokens(generator.adapters.none, prompt, NEW))
     print(f"greedy continuations of {NEW} tokens: {equal} of {len(starts)} are equal")
     if not difference <= TOLERANCE or equal < len(starts):
         sys.exit(1)

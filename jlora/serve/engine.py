@@ -26,7 +26,7 @@ from jlora.models.kv_cache import BLOCK, SPAN, KVCache, empty_kv_cache
 from jlora.models.llama import Llama, neutral_adapter
 from jlora.models.model_config import ModelConfig
 from jlora.serve.block_pool import BlockPool
-from jlora.serve.sampling import Sampling, greedy, log_probabilities, sample
+from jlora.serve.sampling import GREEDY, Sampling, greedy, log_probabilities, sample
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one forward pass computes; padding fills the rest
 
@@ -54,7 +54,7 @@ class Request:
     prompt: Sequence[int]
     mixture: Mixture
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     logprobs: bool = False
     notify: Callable[[], None] = lambda: None
     answer: list[Token] = dataclasses.field(default_factory=list)  # without the end token
@@ -94,7 +94,8 @@ class Engine:
         cache_tokens: int,
     ) -> None:
         self.base, self.adapter, self.spec, self.ends, self.places = base, adapter, spec, ends, places
-        self._graphdef, self._neutral = graphdef, None
+        self._graphdef = graphdef
+        self._neutral: Adapter | None = None
         span = SPAN * BLOCK
         self.context = -(-cache_tokens // span) * span
         self._cache = empty_kv_cache(config, compute_dtype, self.context // BLOCK + 1)
@@ -115,12 +116,11 @@ class Engine:
             mixture: Float[Array, "R n"],
         ) -> tuple[Float[Array, "R V"], KVCache]:
             model = nnx.merge(graphdef, weighed(adapter, mixture) if spec.mixed else adapter, base)
-            rows = cache._replace(blocks=blocks)
-            hidden, after = model(tokens, segments, positions, cache=rows)
+            hidden, after = model(tokens, segments, positions, cache=cache._replace(blocks=blocks))
+            assert after is not None
             last = jnp.maximum(jnp.sum(segments, axis=1) - 1, 0)
-            return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), after._replace(
-                blocks=cache.blocks
-            )
+            logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+            return logits, after._replace(blocks=cache.blocks)
 
         self._forward = jax.jit(forward, donate_argnums=2)
         self._greedy, self._sample, self._logs = jax.jit(greedy), jax.jit(sample), jax.jit(log_probabilities)
@@ -160,15 +160,14 @@ class Engine:
 
     def next_token_logits(self, request: Request) -> Float[np.ndarray, " V"]:
         """Returns the logits of the token after a request's prompt; no other request may run."""
-        request.blocks, request.computed = self.pool.take(request.tokens, len(request.tokens), request.mixture) or (
-            [],
-            0,
-        )
-        logits = None
-        while request.computed < len(request.tokens):
+        taken = self.pool.take(request.tokens, len(request.tokens), request.mixture)
+        assert taken is not None, "the cache cannot hold it"
+        request.blocks, request.computed = taken
+        while True:
             logits = self._run_chunk(request)
-        self._release(request)
-        return np.asarray(logits)[0]
+            if request.computed == len(request.tokens):
+                self._release(request)
+                return np.asarray(logits)[0]
 
     def compile_all(self) -> None:
         """Compiles all programs that requests will need."""
@@ -212,7 +211,7 @@ class Engine:
         return logits
 
     def _groups(self) -> list[list[Request]]:
-        """Returns the running requests by the weights that they share: one group, unless the adapter has its own form."""
+        """Returns the running requests by the adapter that they share: one group if adapters are side by side."""
         if self.spec.mixed:
             return [list(self.running)] if self.running else []
         chosen = {request.mixture for request in self.running}

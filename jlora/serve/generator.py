@@ -16,7 +16,7 @@ from jlora.data.tokenizer import check_embedded, end_tokens
 from jlora.models.families import read_config
 from jlora.models.llama import Llama
 from jlora.serve.engine import Engine, Request
-from jlora.serve.sampling import Sampling
+from jlora.serve.sampling import GREEDY, Sampling
 
 PLACES = 8  # rows of a batch that are answered at a time
 
@@ -109,7 +109,7 @@ class Generator:
         return np.stack([engine.next_token_logits(request) for request in requests])
 
     def _request(
-        self, mixture: Mixture, prompt: list[int], max_new_tokens: int, sampling: Sampling = Sampling()
+        self, mixture: Mixture, prompt: list[int], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> Request:
         check_embedded(self.tokenizer, prompt, self.vocabulary)
         return Request(prompt, mixture, max_new_tokens, sampling)
@@ -153,7 +153,7 @@ class Generator:
 
 
 def compare_answers(generator: Generator, rows: list[Conversation]) -> Iterator[str]:
-    """Yields, for each held-out row, its question, its own answer, and those of the base model and the first adapter."""
+    """Yields, for each held-out row, its question, its own answer, and those of the base model and the adapter."""
     first, none = generator.adapters.select(list(generator.adapters.places)[:1]), generator.adapters.none
     expected = [row.messages[-1].full_text for row in rows]
     room = max((len(generator.tokenizer(text)["input_ids"]) for text in expected), default=0) + 40

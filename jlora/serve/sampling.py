@@ -17,6 +17,9 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
+GREEDY = Sampling()
+
+
 def greedy(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
     """Returns the most likely tokens."""
     return jnp.argmax(logits, axis=-1)
