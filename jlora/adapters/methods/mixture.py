@@ -14,8 +14,8 @@ MIXTURE = "mixture"
 class LoraMixture(Lora):
     """The sum of n adapters with the weights of each row; a row of zeros is the base model.
 
-    A's rows and B's columns are those of all adapters, one after the other, with their scales folded into B. All rows take
-    the same two products, and the n weights of a row, an array [B, n], choose between them.
+    A's rows and B's columns are those of all adapters, one after the other, with their scales folded into B. All rows
+    of the batch take the same two products, and the n weights of a row, an array [B, n], choose between them.
     """
 
     title: ClassVar[str] = "mixture of LoRA adapters"
