@@ -26,15 +26,10 @@ def check_summable(name: str, spec: AdapterSpec) -> None:
         )
 
 
-def side_by_side(adapters: Sequence[Form], places: int = 0) -> Form:
-    """Puts adapters side by side, so that each row of a batch may weigh them on its own (`LoraMixture`).
-
-    Args:
-      adapters: at least one.
-      places: number of adapters that the form has room for; zeros fill the rest.
-    """
+def side_by_side(adapters: Sequence[Form]) -> Form:
+    """Puts adapters side by side, so that each row of a batch may weigh them on its own (`LoraMixture`)."""
     found, targets = _same_modules(adapters)
-    places = max(places, len(found))
+    places = len(found)
     rank = max(leaves["lora_A"].shape[1] for modules in found for leaves in modules.values())
     made: dict[tuple[str, ...], Leaves] = {}
     for path, like in found[0].items():
@@ -48,6 +43,34 @@ def side_by_side(adapters: Sequence[Form], places: int = 0) -> Form:
             a[:, first : first + own], b[:, :, first : first + own] = modules[path]["lora_A"], modules[path]["lora_B"]
         made[path] = {"lora_A": jnp.asarray(a), "lora_B": jnp.asarray(b)}
     return params.build(made), AdapterSpec(places * rank, float(places * rank), 0.0, targets, mixed=places)
+
+
+def placed(beside: Form, place: int, adapter: Form) -> Adapter:
+    """Returns adapters side by side with another one at a place.
+
+    Args:
+      beside: from `side_by_side`.
+
+    Raises:
+      UserError: the adapter has a higher rank than they have, or other modules.
+    """
+    together, spec = beside
+    made, rank = dict(params.modules(together)), spec.rank // spec.mixed
+    own = dict(params.modules(plain_lora.to_plain_lora(*adapter)[0]))
+    first, size = place * rank, max(leaves["lora_A"].shape[1] for leaves in own.values())
+    if size > rank or not own.keys() <= made.keys():
+        raise UserError(
+            f"The adapter has rank {size} in {', '.join(path[-1] for path in own)}. Expected at most rank {rank}, in "
+            f"{', '.join(path[-1] for path in made)}. Start the server with this adapter, or with a higher --max_rank."
+        )
+    for path, leaves in made.items():
+        a = jnp.asarray(leaves["lora_A"]).at[:, first : first + rank].set(0.0)
+        b = jnp.asarray(leaves["lora_B"]).at[:, :, first : first + rank].set(0.0)
+        if path in own:
+            a = a.at[:, first : first + size].set(own[path]["lora_A"])
+            b = b.at[:, :, first : first + size].set(own[path]["lora_B"])
+        made[path] = {"lora_A": a, "lora_B": b}
+    return params.build(made)
 
 
 def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:

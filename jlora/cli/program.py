@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "check whether a run fits into memory, and estimate its time",
     "export": "export an adapter for PEFT or a server, merge it into the base model, verify it",
     "generate": "answer a prompt, or chat",
+    "serve": "serve a base model and its adapters with OpenAI's API, and a page to chat",
     "combine": "combine adapters into one, as a weighted sum",
 }
 USAGE = "usage: jlora COMMAND [OPTION ...]\n\n{}\n\nRun `jlora COMMAND --help` for the options of a command."

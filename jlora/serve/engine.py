@@ -130,6 +130,24 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self.waiting or self._filling or self.running)
 
+    def requests(self) -> list[Request]:
+        """Returns the requests that wait or run."""
+        return [*self.waiting, *([self._filling] if self._filling else []), *self.running]
+
+    @property
+    def free_tokens(self) -> int:
+        """Number of tokens that the cache has room for."""
+        return self.pool.free * BLOCK
+
+    def uses(self, place: int) -> bool:
+        """Returns whether a request waits or runs with the adapter at this place."""
+        return any(request.mixture[place] for request in self.requests())
+
+    def replace_adapter(self, adapter: Adapter) -> None:
+        """Sets the adapters side by side, of the same shapes; between two steps."""
+        self.adapter = adapter
+        self.pool.forget()
+
     def submit(self, request: Request) -> None:
         """Puts a request at the end of the queue."""
         assert len(request.prompt) + request.max_new_tokens <= self.context, "the cache cannot hold it"

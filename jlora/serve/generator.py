@@ -13,8 +13,9 @@ from jlora.adapters.combining import AdapterSet, Mixture
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import check_embedded, end_tokens
-from jlora.models.families import read_config
+from jlora.models.families import read_config, read_context
 from jlora.models.llama import Llama
+from jlora.serve.answer_text import AnswerText
 from jlora.serve.engine import Engine, Request
 from jlora.serve.sampling import GREEDY, Sampling
 
@@ -41,7 +42,8 @@ class Generator:
         compute_dtype: DTypeLike,
     ) -> None:
         self.tokenizer, self.graphdef, self.base, self.adapters = tokenizer, graphdef, base, adapters
-        self.config, self.ends = read_config(directory), end_tokens(directory, tokenizer)
+        self.directory, self.config, self.context = directory, read_config(directory), read_context(directory)
+        self.ends = end_tokens(directory, tokenizer)
         self.dtype, self.vocabulary = compute_dtype, base["embed_tokens"]["weight"].shape[0]
         self._engine: Engine | None = None
 
@@ -128,15 +130,10 @@ class Generator:
         self, mixture: Mixture, messages: tuple[Message, ...], tools: str = "", **options: Any
     ) -> Iterator[str]:
         """Yields the answer's text in pieces of whole characters; options as for `generate_tokens`."""
-        answer: list[int] = []
-        shown = 0
+        text = AnswerText(self.tokenizer)
         for token in self.generate_tokens(mixture, encode_prompt(self.tokenizer, messages, tools), **options):
-            answer.append(token)
-            text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):
-                yield text[shown:]
-                shown = len(text)
-        yield self.tokenizer.decode(answer, skip_special_tokens=True)[shown:]
+            yield text.push([token])
+        yield text.close()
 
     def answers(
         self, mixtures: Sequence[Mixture], conversations: Sequence[tuple[Message, ...]], **options: Any

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from jlora.adapters import combining, params
 from jlora.adapters.combining import AdapterSet
 from jlora.adapters.methods import needs_base_weights
@@ -12,7 +15,7 @@ from jlora.adapters.peft_config import base_of, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.adapters.plain_lora import unsupported_as_lora
 from jlora.adapters.provenance import CONFIG, WEIGHTS, metadata
-from jlora.adapters.spec import NO_ADAPTER
+from jlora.adapters.spec import NO_ADAPTER, TARGETS, AdapterSpec
 from jlora.bases.hashes import check_base
 from jlora.bases.resolve import resolve_base
 from jlora.common.errors import UserError
@@ -49,8 +52,19 @@ class Model(NamedTuple):
         return self.generator.answers([mixture], [messages], **{"max_new_tokens": 256, **options})[0]
 
 
+class Spare(NamedTuple):
+    """Room for plain LoRA adapters that are added later, in all projections."""
+
+    places: int
+    rank: int
+
+
 def load_model(
-    base: str = "", adapters: Mapping[str, Path | str] | None = None, revision: str = "", quantize: str = "none"
+    base: str = "",
+    adapters: Mapping[str, Path | str] | None = None,
+    revision: str = "",
+    quantize: str = "none",
+    spare: Spare | None = None,
 ) -> Model:
     """Loads a base model and adapters.
 
@@ -62,6 +76,7 @@ def load_model(
       adapters: name -> PEFT directory.
       revision: branch, tag or commit of a hub id; "": the hub's default branch.
       quantize: "nf4" or "int8" keeps the base model in 4 or 8 bits; "none": in the device's default dtype.
+      spare: room for more adapters beside these.
 
     Raises:
       UserError: an adapter belongs to another base model or must be loaded alone, or the adapters were trained with
@@ -81,20 +96,37 @@ def load_model(
     frozen = hf_loader.load_base_alone(directory, compute, rows)
     forms = {name: (params.complete(spec, adapter, frozen), spec) for name, (adapter, spec) in found.items()}
     tokenizer = load_tokenizer(directory, template, *template_settings(directories))
-    generator = make_generator(directory, tokenizer, frozen, forms, compute)
+    generator = make_generator(directory, tokenizer, frozen, forms, compute, spare)
     return Model(generator, generator.adapters)
 
 
 def make_generator(
-    directory: Path, tokenizer: Any, base: Any, forms: Mapping[str, combining.Form], compute: ComputeSettings
+    directory: Path,
+    tokenizer: Any,
+    base: Any,
+    forms: Mapping[str, combining.Form],
+    compute: ComputeSettings,
+    spare: Spare | None = None,
 ) -> Generator:
     """Returns a generator for a loaded base model with adapters: side by side, or one that must be alone."""
     places = {name: place for place, name in enumerate(forms)}
     adapter, spec = next(iter(forms.values()), ({}, NO_ADAPTER))
-    if forms and not unsupported_as_lora(spec):
-        adapter, spec = combining.side_by_side(list(forms.values()))
+    beside = list(forms.values())
+    if spare:
+        for name, (_, other) in forms.items():
+            combining.check_summable(name, other)
+        beside += [_blank(directory, spare.rank)] * spare.places
+    if beside and not unsupported_as_lora(spec):
+        adapter, spec = combining.side_by_side(beside)
     graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
     return Generator(directory, tokenizer, graphdef, base, AdapterSet(places, adapter, spec), compute.compute_dtype)
+
+
+def _blank(directory: Path, rank: int) -> combining.Form:
+    """Returns an adapter in all projections that changes nothing."""
+    spec = AdapterSpec(rank, float(rank), 0.0, TARGETS)
+    _, shapes, _ = hf_loader.abstract_model(read_config(directory), spec, FLOAT32_COMPUTE)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), spec
 
 
 def read_complete(directories: Mapping[str, Path], base: Path) -> dict[str, combining.Form]:
@@ -130,6 +162,12 @@ def template_settings(directories: Mapping[str, Path]) -> tuple[str, str]:
     dates = {settings.get("chat_date", "") for settings in recorded}
     thinking = {settings.get("enable_thinking", "auto") for settings in recorded}
     return dates.pop() if len(dates) == 1 else "", thinking.pop() if len(thinking) == 1 else "auto"
+
+
+def template_text(directories: Mapping[str, Path]) -> str:
+    """Returns the text of the chat template with which adapters were trained; "": the base model's own."""
+    file = common_template(directories)
+    return find_template(file) if file else ""
 
 
 def common_template(directories: Mapping[str, Path]) -> str:

@@ -68,28 +68,43 @@ def _read_rule(entry: object) -> Rule:
     raise ValueError(f"Expected `refuse` and `say`, or `replace` and `with`, found {entry!r}.")
 
 
-def filtered(pieces: Iterable[str], rules: Rules) -> Iterator[str]:
-    """Yields an answer with the rules applied; the result does not depend on how the answer is cut into pieces.
+class Filter:
+    """Applies rules to an answer that arrives in pieces; the result does not depend on how it is cut.
 
     Rules that replace see one line at a time, so a line is passed on when it is complete. Rules that refuse see the
     whole answer, so if there is one, nothing is passed on before the end.
     """
-    refusing = [rule for rule in rules if rule.refuses]
-    if refusing:
-        whole = "".join(pieces)
-        first = next((rule for rule in refusing if rule.pattern.found_in(whole)), None)
-        pieces = [whole if first is None else first.replacement]
-        rules = rules if first is None else ()
-    replacing = [rule for rule in rules if not rule.refuses]
-    if not replacing:
-        yield from pieces
-        return
-    rest = ""
+
+    def __init__(self, rules: Rules) -> None:
+        self._refusing = [rule for rule in rules if rule.refuses]
+        self._replacing = [rule for rule in rules if not rule.refuses]
+        self._rest = ""
+
+    def push(self, piece: str) -> str:
+        """Adds a piece of the answer, and returns what can be passed on."""
+        self._rest += piece
+        if self._refusing:
+            return ""
+        if not self._replacing:
+            passed, self._rest = self._rest, ""
+            return passed
+        *lines, self._rest = self._rest.split("\n")
+        return "".join(f"{_replace(line, self._replacing)}\n" for line in lines)
+
+    def close(self) -> str:
+        """Returns the rest of the answer."""
+        refused = next((rule.replacement for rule in self._refusing if rule.pattern.found_in(self._rest)), None)
+        if refused is not None:
+            return refused
+        return "\n".join(_replace(line, self._replacing) for line in self._rest.split("\n"))
+
+
+def filtered(pieces: Iterable[str], rules: Rules) -> Iterator[str]:
+    """Yields an answer with the rules applied, in pieces that are passed on as soon as they are final."""
+    passing = Filter(rules)
     for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        for line in lines:
-            yield _replace(line, replacing) + "\n"
-    yield _replace(rest, replacing)
+        yield passing.push(piece)
+    yield passing.close()
 
 
 def _replace(line: str, rules: Iterable[Rule]) -> str:

@@ -1,0 +1,55 @@
+"""The text of an answer while its tokens arrive: whole characters, up to a stop string, after the output rules."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from jlora.serve.output_rules import Filter, Rules
+
+
+class AnswerText:
+    """Text that can be passed on while an answer grows; the result does not depend on how its tokens arrive.
+
+    Args:
+      stops: the answer ends before the first of these strings.
+      rules: output rules, which see the answer up to there.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), rules: Rules = ()) -> None:
+        self._tokenizer, self._stops, self._filter = tokenizer, stops, Filter(rules)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._decoded = ""  # all whole characters so far
+        self._passed = 0  # characters of them that the rules have seen
+        self.stopped = False  # whether a stop string was found
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Adds tokens, and returns the text that is final with them and was not before."""
+        for token in ids:
+            self._ids.append(token)
+            self._decoded += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        return self._filter.push(self._next(self._held_back()))
+
+    def close(self) -> str:
+        """Returns the rest of the text, after the last token."""
+        if not self.stopped:  # bytes that are no character yet
+            self._decoded = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return self._filter.push(self._next(0)) + self._filter.close()
+
+    def _next(self, held_back: int) -> str:
+        """Returns the text that no rule has seen, without the last characters, or up to a stop string."""
+        if self.stopped:
+            return ""
+        found = [at for at in (self._decoded.find(stop, self._passed) for stop in self._stops) if at >= 0]
+        self.stopped = bool(found)
+        end = min(found) if found else max(len(self._decoded) - held_back, self._passed)
+        text, self._passed = self._decoded[self._passed : end], end
+        return text
+
+    def _held_back(self) -> int:
+        """Returns how many of the last characters may be the start of a stop string."""
+        return max(
+            (size for stop in self._stops for size in range(len(stop)) if self._decoded.endswith(stop[:size])),
+            default=0,
+        )

@@ -1,0 +1,198 @@
+"""Answers requests of OpenAI's API with an engine: checks them, runs them, and stops what nobody reads."""
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+from jlora.common.errors import UserError
+from jlora.data.chat_template import encode_prompt
+from jlora.data.tokenizer import check_embedded
+from jlora.serve.answer_text import AnswerText
+from jlora.serve.engine import Request, Token
+from jlora.serve.engine_thread import EngineThread
+from jlora.serve.generator import Generator
+from jlora.serve.metrics import Metrics
+from jlora.serve.openai_answers import Answers, Json, error, event, usage
+from jlora.serve.openai_bodies import ChatBody, CompletionBody
+from jlora.serve.output_rules import Rules
+from jlora.serve.sampling import Sampling
+from jlora.serve.served_models import ServedModels
+
+ANSWER = 1024  # tokens of an answer at most, unless the request says otherwise
+Piece = tuple[int, str, Sequence[Token], str | None]  # number of the answer, text, tokens, why it ended if it did
+
+
+class Refused(Exception):
+    """A request that is not answered: its message, HTTP status, and OpenAI's code for it."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server accepts.
+
+    Args:
+      queue: requests that may wait.
+      seconds: time for a request, from its arrival to its end.
+      body: bytes of a request.
+    """
+
+    queue: int = 64
+    seconds: float = 600.0
+    body: int = 4 << 20
+
+
+class Answering:
+    """Answers requests with one engine."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        models: ServedModels,
+        thread: EngineThread,
+        metrics: Metrics,
+        rules: Rules,
+        limits: Limits,
+    ) -> None:
+        self._generator, self._models, self._thread, self._metrics = generator, models, thread, metrics
+        self._rules, self._limits = rules, limits
+
+    def requests(self, body: ChatBody | CompletionBody) -> list[Request]:
+        """Returns the engine's requests for a body, one for each of its n answers.
+
+        Raises:
+          Refused: it cannot be answered, or not now.
+        """
+        engine, count = self._thread.engine, body.n or 1
+        try:
+            mixture = self._models.select(body.model)
+        except UserError as problem:
+            raise Refused(f"model: {problem}", 404, "model_not_found") from None
+        prompt = self._prompt(body)
+        context = min(self._generator.context, engine.context)
+        room = context - len(prompt)
+        limit = body.limit or min(ANSWER, max(room, 1))
+        if limit > room:
+            raise Refused(
+                f"The prompt has {len(prompt):,} tokens and the answer may have {limit:,}, but together they can have "
+                f"{context:,} at most. Shorten the prompt or lower max_tokens.",
+                code="context_length_exceeded",
+            )
+        if self._rules and body.alternatives is not None:
+            raise Refused("logprobs: Not available, because this server applies output rules to answers.")
+        if len(engine.waiting) + count > self._limits.queue:
+            raise Refused("Too many requests are waiting. Try again later.", 429, "queue_full")
+        temperature = 1.0 if body.temperature is None else body.temperature
+        seed = secrets.randbits(31) if body.seed is None else body.seed
+        samplings = [Sampling(temperature, body.top_p or 1.0, seed + i) for i in range(count)]
+        logprobs = body.alternatives is not None
+        return [Request(prompt, mixture, limit, sampling, logprobs) for sampling in samplings]
+
+    def _prompt(self, body: ChatBody | CompletionBody) -> list[int]:
+        tokenizer = self._generator.tokenizer
+        try:
+            if isinstance(body, ChatBody):
+                prompt = encode_prompt(tokenizer, [turn.message() for turn in body.messages])
+            elif isinstance(body.prompt, list) and isinstance(body.prompt[0], int):
+                prompt = [token for token in body.prompt if isinstance(token, int)]
+            else:
+                text = body.prompt if isinstance(body.prompt, str) else str(body.prompt[0])
+                prompt = tokenizer(text)["input_ids"]
+            check_embedded(tokenizer, prompt, self._generator.vocabulary)
+        except UserError as problem:
+            raise Refused(str(problem)) from None
+        if not prompt:
+            raise Refused("prompt: Expected at least one token.")
+        return prompt
+
+    async def whole(self, body: ChatBody | CompletionBody, requests: Sequence[Request]) -> Json:
+        """Returns the complete answers.
+
+        Raises:
+          TimeoutError: they take too long.
+        """
+        answers = self._answers(body)
+        try:
+            async with asyncio.timeout(self._limits.seconds), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._choice(answers, i, body, r)) for i, r in enumerate(requests)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return answers.whole([task.result() for task in tasks], _usage(requests))
+
+    async def stream(self, body: ChatBody | CompletionBody, requests: Sequence[Request]) -> AsyncIterator[str]:
+        """Yields the events of a stream; an error ends it with an event of its own."""
+        answers, end = self._answers(body), time.monotonic() + self._limits.seconds
+        news = asyncio.Queue[Piece | Exception]()
+        tasks = [asyncio.create_task(self._feed(i, body, request, news)) for i, request in enumerate(requests)]
+        try:
+            yield event(answers.chunk([answers.opening(i) for i in range(len(requests))]))
+            running = len(requests)
+            while running:
+                piece = await asyncio.wait_for(news.get(), end - time.monotonic())
+                if isinstance(piece, Exception):
+                    raise piece
+                running -= piece[3] is not None
+                yield event(answers.chunk([answers.piece(*piece)]))
+            if body.stream_options and body.stream_options.include_usage:
+                yield event(answers.chunk([], _usage(requests)))
+            yield "data: [DONE]\n\n"
+        except TimeoutError:
+            yield event(error("The answer took too long.", 504))
+        except RuntimeError as failure:
+            yield event(error(str(failure), 500))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _answers(self, body: ChatBody | CompletionBody) -> Answers:
+        chat = isinstance(body, ChatBody)
+        return Answers(self._generator.tokenizer, body.model, chat=chat, alternatives=body.alternatives)
+
+    async def _choice(self, answers: Answers, index: int, body: ChatBody | CompletionBody, request: Request) -> Json:
+        async with contextlib.aclosing(self._pieces(index, body, request)) as arriving:
+            pieces = [piece async for piece in arriving]
+        _, texts, tokens, ends = zip(*pieces, strict=True)
+        return answers.choice(index, "".join(texts), [token for some in tokens for token in some], ends[-1])
+
+    async def _feed(
+        self, index: int, body: ChatBody | CompletionBody, request: Request, news: asyncio.Queue[Piece | Exception]
+    ) -> None:
+        try:
+            async with contextlib.aclosing(self._pieces(index, body, request)) as pieces:
+                async for piece in pieces:
+                    if any(piece[1:]):
+                        news.put_nowait(piece)
+        except RuntimeError as failure:
+            news.put_nowait(failure)
+
+    async def _pieces(self, index: int, body: ChatBody | CompletionBody, request: Request) -> AsyncGenerator[Piece]:
+        """Yields an answer in pieces; only the last one has a reason for its end."""
+        start, text = time.monotonic(), AnswerText(self._generator.tokenizer, body.stops, self._rules)
+        try:
+            async with contextlib.aclosing(self._thread.tokens(request)) as arriving:
+                async for tokens in arriving:
+                    if tokens and len(request.answer) == len(tokens):
+                        self._metrics.first_token.observe(time.monotonic() - start)
+                    piece = text.push(token.id for token in tokens)
+                    if text.stopped:
+                        yield index, piece + text.close(), tokens, "stop"
+                        return
+                    yield index, piece, tokens, None
+            yield index, text.close(), (), "length" if request.finish == "length" and not text.stopped else "stop"
+        finally:
+            self._metrics.whole.observe(time.monotonic() - start)
+            known = body.model if body.model in self._models.names else "sum"
+            self._metrics.count(known, "stop" if text.stopped else request.finish or "cancelled", request)
+
+
+def _usage(requests: Sequence[Request]) -> Json:
+    """Returns the usage of a request with n answers: its prompt counts once."""
+    first = requests[0]
+    return usage(len(first.prompt), first.reused, sum(len(request.answer) for request in requests))
