@@ -56,7 +56,7 @@ class KVCache(NamedTuple):
             out, total, largest = sums
             ids = jax.lax.dynamic_slice_in_dim(self.blocks, number * SPAN, SPAN, axis=1)
             k, v = (x[layer, ids].reshape(R, -1, K, H) for x in (self.k, self.v))
-            distance = positions[:, :, None] - (number * SPAN * BLOCK + jnp.arange(SPAN * BLOCK))
+            distance = positions[:, :, None] - (number * SPAN * BLOCK + jnp.arange(SPAN * BLOCK)[None, None])
             seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
             scores = jnp.einsum("RKQH,RSKH->RKQS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
             by_head = scores.reshape(R, K, N // K, T, -1)
