@@ -73,6 +73,22 @@ def tiny(tmp_path_factory, smollm) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny"), smollm, tie_word_embeddings=True)
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, smollm) -> Path:
+    """A random model of three layers, with SmolLM2's tokenizer, quick to compile."""
+    from small_adapters import make_small
+
+    return make_small(tmp_path_factory.mktemp("small"), smollm)
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory, small) -> dict[str, Path]:
+    """Name -> PEFT directory of adapters of `small` that all change the answers."""
+    from small_adapters import write_adapters
+
+    return write_adapters(tmp_path_factory.mktemp("adapters"), small)
+
+
 # Packages that carry the tokenizers of real models: Llama 3, Qwen, Mistral.
 WHEELS = ["llama-models==0.3.0", "dashscope==2.0.2", "mistral-common==1.13.1"]
 

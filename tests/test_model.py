@@ -18,7 +18,7 @@ from jlora.distributed import sharding
 from jlora.models import attention, hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
-from jlora.models.kv_cache import empty_kv_cache
+from jlora.models.kv_cache import SPAN, empty_kv_cache
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 TOKENS = np.random.RandomState(0).randint(0, VOCABULARY, (2, 700)).astype(np.int32)  # beyond one block of queries
@@ -157,24 +157,24 @@ def test_cache_gives_the_same_logits_token_by_token(tiny):
     want = logits(graphdef, adapter, base, tokens)
     trained, _, _ = load(tiny, compute=dataclasses.replace(FLOAT32_COMPUTE, attention="splash"))  # runs on no CPU
     step = jax.jit(lambda *inputs, cache: _step(trained, adapter, base, *inputs, cache=cache))
-    cache = empty_kv_cache(read_config(tiny), jnp.float32, 2, 32)
-    pad = np.zeros((2, 4), np.int32)  # left padding, as the generator lays a prompt
-    start = np.concatenate([pad, tokens[:, :10]], axis=1)
-    segments = (np.arange(14) >= 4).astype(np.int32)[None].repeat(2, 0)
-    positions = np.maximum(np.arange(14) - 4, 0).astype(np.int32)[None].repeat(2, 0)
+    cache = empty_kv_cache(read_config(tiny), jnp.float32, 2 * SPAN + 1)
+    blocks = np.random.RandomState(0).permutation(np.arange(1, 2 * SPAN + 1)).reshape(2, SPAN)  # in any order
+    cache = cache._replace(blocks=jnp.asarray(blocks, jnp.int32))
+    start, segments = (np.pad(x, [(0, 0), (0, 4)]) for x in (tokens[:, :10], np.ones((2, 10), np.int32)))
+    positions = np.where(segments > 0, np.arange(14)[None], 0).astype(np.int32)  # padding, as the engine has it
     last, cache = step(start, segments, positions, cache=cache)
-    got = [last]
+    got = [last[:, 9]]
     for t in range(10, 19):
         one = np.ones((2, 1), np.int32)
         last, cache = step(tokens[:, t : t + 1], one, one * t, cache=cache)
-        got.append(last)
+        got.append(last[:, -1])
     assert np.abs(np.stack(got, axis=1) - want[:, 9:19]).max() < 1e-4
 
 
 def _step(graphdef, adapter, base, *inputs, cache):
     model = nnx.merge(graphdef, adapter, base)
     hidden, cache = model(*inputs, cache=cache)
-    return model.logits(hidden[:, -1]), cache
+    return model.logits(hidden), cache
 
 
 @pytest.mark.slow

@@ -106,8 +106,7 @@ def test_the_cards_snippet_answers_as_jlora_does(run, plain, base, kind, monkeyp
         {},
     )
     generator, adapters = loading.load_model(str(base), {"adapter": adapter})
-    weights = adapters.by_name["adapter"]
-    said = "".join(generator.generate_text(weights, asked, max_new_tokens=12))
+    said = "".join(generator.generate_text(adapters.select(["adapter"]), asked, max_new_tokens=12))
     assert capsys.readouterr().out.strip("\n") == said.strip("\n") and said.strip()
 
 

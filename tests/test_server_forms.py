@@ -31,9 +31,7 @@ from jlora.config.files import load_config
 from jlora.export.exporter import load_adapter
 from jlora.export.gguf_adapter import FILE, check_gguf, hf_to_gguf_rows, write_gguf
 from jlora.export.servers import convert_for_server
-from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE
-from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.training import setup
 
@@ -173,12 +171,11 @@ def test_run_with_many_variants_resumes_bit_for_bit_and_answers(tmp_path, tiny, 
     one, other = (load_file(tmp_path / place / "adapter" / WEIGHTS) for place in ("whole", "halved"))
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
     generator, adapters = loading.load_model(str(tiny), {"adapter": tmp_path / "whole/adapter"})
-    adapter = adapters.by_name["adapter"]
-    trained, spec = load_adapter(tmp_path / "whole", 4)
-    graphdef, _, _ = hf_loader.abstract_model(read_config(tiny), spec, FLOAT32_COMPUTE)
-    same = type(generator)(tiny, generator.tokenizer, graphdef, generator.base, jnp.float32)
-    assert list(generator.generate_tokens(adapter, [1, 2, 3], 8)) == list(same.generate_tokens(trained, [1, 2, 3], 8))
+    trained = {"adapter": load_adapter(tmp_path / "whole", 4)}
+    same = loading.make_generator(tiny, generator.tokenizer, generator.base, trained, FLOAT32_COMPUTE)
     bare = loading.load_model(str(tiny)).generator
-    assert list(same.generate_tokens(same.neutral(trained), [1, 2, 3], 8)) == list(
-        bare.generate_tokens({}, [1, 2, 3], 8)
+    exported, own, base = (
+        list(model.generate_tokens(mixture, [1, 2, 3], 8))
+        for model, mixture in ((generator, adapters.select(["adapter"])), (same, (1.0,)), (bare, (0.0,)))
     )
+    assert exported == own != base == list(same.generate_tokens(same.adapters.none, [1, 2, 3], 8))

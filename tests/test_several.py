@@ -6,71 +6,28 @@ import re
 import subprocess
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from flax import nnx
 from programs import command, process_options, run_program
-from tiny_models import make_model
+from small_adapters import SPECS, Alone
 
 from jlora.adapters import combining, params
-from jlora.adapters.peft_config import peft_config, read_spec
-from jlora.adapters.peft_io import TEMPLATE, read_adapter, write_adapter
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.peft_config import read_spec
+from jlora.adapters.peft_io import TEMPLATE, read_adapter
 from jlora.cli import generate
 from jlora.common.errors import UserError
 from jlora.data.conversation import Message
-from jlora.distributed import sharding
 from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
 from jlora.serve import loading
 from jlora.serve.repl import Chat, side_by_side
 
-SPECS = {
-    "law": AdapterSpec(4, 12.0, 0.0, ("q_proj", "v_proj")),
-    "style": AdapterSpec(
-        6,
-        9.0,
-        0.0,
-        ("v_proj", "down_proj"),
-        use_rslora=True,
-        rank_pattern=(("layers.1.self_attn.v_proj", 2),),
-        alpha_pattern=(("down_proj", 5.0),),
-        layers_to_transform=(0, 1),
-    ),
-    "short": AdapterSpec(2, 4.0, 0.0, ("gate_proj",), init_lora_weights="pissa"),
-}
-DORA = AdapterSpec(2, 4.0, 0.0, ("q_proj",), use_dora=True)
 ROWS = ["law", "style", "base", "short", "law"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [5, 6, 7], [11] * 70, [20, 21]]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, smollm):
-    """A random model of three layers, with SmolLM2's tokenizer, quick to compile."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return make_model(tmp_path_factory.mktemp("small"), smollm, **sizes)
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory, small):
-    """Name -> PEFT directory of adapters that all change the answers."""
-    root, config = tmp_path_factory.mktemp("adapters"), read_config(small)
-    for number, (name, spec) in enumerate({**SPECS, "dora": DORA}.items()):
-        _, shapes, base = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
-        frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
-        adapter = params.start(spec, shapes, frozen, jax.random.key(number))
-        for path, leaves in params.modules(adapter):
-            ranks = np.array(spec.ranks(params.projection(path), 3))
-            noise = np.random.RandomState(number).randn(*leaves["lora_B"].shape).astype(np.float32)
-            within = np.arange(noise.shape[2])[None, None] < ranks[:, None, None]
-            leaves["lora_B"] = leaves["lora_B"] + np.where(within, 0.3 * noise, 0.0)
-        write_adapter(adapter, spec, peft_config(spec, str(small), None, tied=True), "", root / name)
-    return {name: root / name for name in (*SPECS, "dora")}
 
 
 @pytest.fixture(scope="module")
@@ -80,59 +37,49 @@ def together(small, places):
 
 
 def alone(small, place, prompt):
-    """Returns the last logits of a prompt with one adapter in its own form, without batch, padding or cache."""
-    config = read_config(small)
-    spec = read_spec(place, 3) if place else AdapterSpec(1, 1.0, 0.0, ())
-    graphdef, shapes, base = hf_loader.abstract_model(config, spec, FLOAT32_COMPUTE)
-    frozen = hf_loader.load_base(small, base, sharding.make_mesh(jax.devices()[:1]))
-    model = nnx.merge(graphdef, read_adapter(place, spec, shapes, tied=True) if place else {}, frozen)
-    ids = jnp.array([prompt])
-    return np.asarray(model.logits(model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])[0])[0, -1])
+    """Returns the last logits of a prompt with one adapter in its own form."""
+    return Alone(small, place, len(prompt)).logits(prompt)[-1]
 
 
 @pytest.mark.slow
 def test_a_batch_with_mixed_adapters_equals_each_row_alone(small, places, together):
     generator, adapters = together
-    chosen = {**adapters.by_name, "base": generator.neutral(adapters.by_name["law"])}
-    got = np.asarray(generator.next_token_logits([chosen[name] for name in ROWS], PROMPTS))
+    mixtures = [adapters.select([name] if name in SPECS else []) for name in ROWS]
+    got = generator.next_token_logits(mixtures, PROMPTS)
     want = np.stack([alone(small, places.get(name), prompt) for name, prompt in zip(ROWS, PROMPTS, strict=True)])
     assert np.abs(got - want).max() < 1e-5
-    wrong = np.asarray(generator.next_token_logits([chosen[name] for name in ROWS[-1:] + ROWS[:-1]], PROMPTS))
+    wrong = generator.next_token_logits(mixtures[-1:] + mixtures[:-1], PROMPTS)
     assert np.abs(wrong - want)[1:].max(axis=1).min() > 0.05  # the first row has the same adapter
-    many = list(generator.generate_batch([chosen[name] for name in ROWS], PROMPTS, 8))
-    for row, (name, prompt) in enumerate(zip(ROWS, PROMPTS, strict=True)):
-        said = [step[row] for step in many if step[row] is not None]
-        assert said == list(generator.generate_tokens(chosen[name], prompt, 8))
-    drawn = list(generator.generate_batch([chosen["law"]] * 2, [PROMPTS[0]] * 2, 8, temperature=2.0, seed=3))
-    one, other = (
-        list(generator.generate_tokens(chosen["law"], PROMPTS[0], 8, temperature=2.0, seed=seed)) for seed in (3, 4)
-    )
-    assert [step[0] for step in drawn] == one != other == [step[1] for step in drawn]
+    answers = generator.generate_batch(mixtures, PROMPTS, 8)
+    for mixture, prompt, answer in zip(mixtures, PROMPTS, answers, strict=True):
+        assert answer == list(generator.generate_tokens(mixture, prompt, 8))
+    law = mixtures[0]
+    drawn = generator.generate_batch([law] * 2, [PROMPTS[0]] * 2, 8, temperature=2.0, seed=3)
+    one, other = (list(generator.generate_tokens(law, PROMPTS[0], 8, temperature=2.0, seed=seed)) for seed in (3, 4))
+    assert drawn == [one, other] and one != other
 
 
 @pytest.mark.slow
-def test_a_finished_row_does_not_affect_the_others(small, together, monkeypatch):
+def test_a_finished_row_does_not_affect_the_others(together, monkeypatch):
     generator, adapters = together
-    law, style = adapters.by_name["law"], adapters.by_name["style"]
-    first, second = (list(generator.generate_tokens(adapter, PROMPTS[0], 8)) for adapter in (law, style))
+    law, style = (adapters.select([name]) for name in ("law", "style"))
+    first, second = (list(generator.generate_tokens(mixture, PROMPTS[0], 8)) for mixture in (law, style))
     end = next(token for token in first[1:] if token not in second)
-    monkeypatch.setattr(generator, "_end_tokens", frozenset({end}))
-    steps = list(generator.generate_batch([law, style], [PROMPTS[0]] * 2, 8))
-    assert [step[1] for step in steps] == second
-    before = first.index(end)
-    assert [step[0] for step in steps] == first[:before] + [None] * (8 - before)
+    monkeypatch.setattr(generator, "ends", frozenset({end}))
+    monkeypatch.setattr(generator, "_engine", None)  # the next one reads the end tokens
+    answers = generator.generate_batch([law, style], [PROMPTS[0]] * 2, 8)
+    assert answers == [first[: first.index(end)], second]
 
 
 @pytest.mark.slow
-def test_switching_compiles_nothing(small, places, together, caplog):
+def test_switching_and_mixing_compile_nothing(together, caplog):
     generator, adapters = together
-    generator.neutral(adapters.by_name["law"])
-    list(generator.generate_tokens(adapters.by_name["law"], PROMPTS[0], 4))
+    words = [[name] for name in SPECS] + [[], ["law=0.5", "style=-1"]]
+    list(generator.generate_tokens(adapters.select(words[0]), PROMPTS[0], 4))
     with jax.log_compiles(), caplog.at_level(logging.DEBUG):
-        nothing = generator.neutral(adapters.by_name["law"])
-        answers = [list(generator.generate_tokens(a, PROMPTS[0], 4)) for a in (*adapters.by_name.values(), nothing)]
+        answers = [list(generator.generate_tokens(adapters.select(chosen), PROMPTS[0], 4)) for chosen in words]
         assert not [r.message for r in caplog.records if "ompil" in r.message]
-        assert len(set(map(tuple, answers))) == 4
+        assert len(set(map(tuple, answers))) == 5
         jax.jit(lambda x: x * 3.25)(1.0)  # a compilation would have been detected
         assert [r.message for r in caplog.records if "ompil" in r.message]
 
@@ -167,10 +114,10 @@ def test_a_sum_of_adapters_is_the_sum_of_their_deltas_in_peft(small, places, tmp
     assert np.abs(theirs - alone(small, tmp_path / "sum", PROMPTS[1])).max() < 1e-4
     generator, adapters = loading.load_model(str(small), {name: places[name] for name in SPECS})
     mixed = adapters.select(["law=0.7", "style=-0.3", "short"])
-    assert np.abs(np.asarray(generator.next_token_logits([mixed], [PROMPTS[1]]))[0] - theirs).max() < 1e-4
+    assert np.abs(generator.next_token_logits([mixed], [PROMPTS[1]])[0] - theirs).max() < 1e-4
     nothing = adapters.select(["law=1", "law=-1"])
-    bare = generator.next_token_logits([generator.neutral(mixed)], [PROMPTS[1]])
-    assert np.abs(np.asarray(generator.next_token_logits([nothing], [PROMPTS[1]]) - bare)).max() < 1e-5
+    bare = alone(small, None, PROMPTS[1])
+    assert np.abs(generator.next_token_logits([nothing], [PROMPTS[1]])[0] - bare).max() < 1e-5
     one, other = (
         run_program("jlora.generate", "--prompt", "Hi", "--max_new_tokens", 8, *arguments)
         for arguments in (
@@ -202,7 +149,7 @@ def test_adapters_that_cannot_be_combined_are_refused(small, places, tmp_path):
     with pytest.raises(UserError, match=r"Adapter dora uses DoRA \(use_dora\), which is not a low-rank sum.*--merged"):
         loading.load_model(str(small), {"law": places["law"], "dora": places["dora"]})
     generator, adapters = loading.load_model(str(small), {"dora": places["dora"]})  # alone it works
-    got = np.asarray(generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]]))[0]
+    (got,) = generator.next_token_logits([adapters.select(["dora"])], [PROMPTS[1]])
     assert np.abs(got - alone(small, places["dora"], PROMPTS[1])).max() < 1e-5
     with pytest.raises(UserError, match="Adapter dora uses DoRA"):
         adapters.select(["dora=0.5"])
@@ -262,8 +209,8 @@ def test_comparing_does_not_change_the_conversation(together):
     chat = Chat(generator, adapters, (), (Message("system", "Be brief."),), {"max_new_tokens": 4}, "law")
     asked = []
     pieces = generator.generate_text
-    generator.generate_text = lambda adapter, messages, **options: (
-        asked.append(messages) or pieces(adapter, messages, **options)
+    generator.generate_text = lambda mixture, messages, **options: (
+        asked.append(messages) or pieces(mixture, messages, **options)
     )
     try:
         first = "".join(chat.reply("One?"))
@@ -282,8 +229,8 @@ def test_an_interrupted_answer_does_not_change_the_conversation(together, monkey
     chat = Chat(generator, adapters, (), (), {"max_new_tokens": 4}, "law")
     typed, whole = ["One?", "Two?", "/compare"], generator.generate_text
 
-    def pieces(adapter, messages, **options):
-        yield from whole(adapter, messages, **options)
+    def pieces(mixture, messages, **options):
+        yield from whole(mixture, messages, **options)
         if messages[-1].content == "Two?":
             raise KeyboardInterrupt
 

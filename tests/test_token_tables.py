@@ -88,7 +88,7 @@ def test_new_words_are_trained_exported_answered_and_merged(tmp_path, grown, way
     model = load_model(str(base), {"law": adapter})
     ids = model.generator.tokenizer(QUESTION)["input_ids"]
     assert NEW[0] in ids
-    (ours,) = model.generator.next_token_logits([model.adapters.by_name["law"]], [ids])
+    (ours,) = model.generator.next_token_logits([model.adapters.select(["law"])], [ids])
     theirs = peft_logits(base, adapter, ids, VOCABULARY + 2)
     assert ours.shape == theirs.shape and np.abs(ours - theirs).max() < 1e-4
     asked = run_program("jlora.generate", "--adapter", adapter, "--prompt", QUESTION, "--max_new_tokens", 3)
