@@ -10,7 +10,11 @@ from conftest import ROOT
 from jlora.common.accelerators import has_accelerator, unprinted
 
 JAX_ALONE = "import jax; print(jax.devices())"
-JLORA = "import jlora; jlora.load_model; from jlora.distributed.platforms import find_devices; print(find_devices())"
+PROGRAMS = {
+    "load_model": "import jlora; jlora.load_model; from jlora.distributed.platforms import find_devices; find_devices()",
+    "combine": "from jlora.cli import program; program.run_command('combine', ['--adapters', 'no', '--output', 'no'])",
+    "export": "from jlora.cli import program; program.run_command('export', ['--run', 'no'])",
+}
 
 
 @pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "nvmap", "dxg", "kfd", "accel0", "accel/accel3", "vfio/0"])
@@ -29,19 +33,21 @@ def test_a_system_without_device_files_may_have_one(tmp_path):
 
 
 @pytest.mark.skipif(has_accelerator(), reason="this machine has an accelerator")
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("named", ["", "cpu"])
-def test_absent_accelerators_do_not_complain(tmp_path, named):
+def test_absent_accelerators_do_not_complain(tmp_path, named, program):
     """A plugin that complains whenever JAX looks for devices stands for those of CUDA and of the TPU."""
     plugin = tmp_path / "jax_plugins/absent/__init__.py"
     plugin.parent.mkdir(parents=True)
     plugin.write_text("import os\ndef initialize():\n    os.write(2, b'no driver')\n")
     environment = {**os.environ, "JAX_PLATFORMS": named, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    alone, ours = (
+    ours = f"try:\n    {PROGRAMS[program]}\nexcept SystemExit:\n    pass\n{JAX_ALONE}"
+    alone, after = (
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        for code in (JAX_ALONE, JLORA)
+        for code in (JAX_ALONE, ours)
     )
     assert "no driver" in alone.stderr
-    assert "CpuDevice" in ours.stdout and not ours.stderr
+    assert "CpuDevice" in after.stdout and "no driver" not in after.stderr
 
 
 @pytest.mark.skipif(has_accelerator(), reason="this machine has an accelerator")

@@ -5,6 +5,7 @@ import argparse
 from jlora.adapters import combining
 from jlora.common.paths import user_path
 from jlora.common.plural import plural
+from jlora.distributed.platforms import find_devices
 from jlora.export.combined import combine_directories
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=user_path, required=True, help="directory to write")
     parser.add_argument("--base", default="", help="the base model; default: the one that the adapters name")
     arguments = parser.parse_args(argv)
+    find_devices("cpu")
     parts = [combining.read_weight(word) for word in arguments.adapters]
     if len({name for name, _ in parts}) < len(parts):
         parser.error("--adapters lists the same directory twice; list each directory once")

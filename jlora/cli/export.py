@@ -9,6 +9,7 @@ import argparse
 from jlora import export_adapter, verify_adapter
 from jlora.bases.resolve import resolve_base
 from jlora.common.paths import user_path
+from jlora.distributed.platforms import find_devices
 from jlora.export.base_match import check_base_match
 from jlora.export.converted import convert_directory
 from jlora.export.exporter import default_output, find_step, merge_directory, merge_run
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
             parser.error("--check ADAPTER requires --base, and no other option.")
         print(check_base_match(arguments.check, resolve_base(arguments.base)))
         return
+    find_devices()
     run, server, merged = arguments.run, arguments.server, arguments.merged
     converts = arguments.adapter and server and not merged
     if not (run or merged or converts):
