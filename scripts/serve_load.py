@@ -3,10 +3,10 @@
 python scripts/serve_load.py --adapter output/law_lora/adapter [--rounds 3]
 python scripts/serve_load.py --adapter output/law_lora/adapter --soak 10
 
-The first command prints a table: new tokens per second of each server for 1, 8 and 32 clients, the servers in turns. The
-adapters are the given one with four weights; the questions are held-out ones, and greedy answers end by themselves. The
-second command keeps 32 clients on `jlora serve` for ten minutes, and fails if a request fails, memory grows or anything
-compiles. llama.cpp needs the package xllamacpp.
+The first command prints a table: new tokens per second of each server for 1, 8 and 32 clients, the servers in turns.
+The adapters are the given one with four weights; the questions are held-out ones, and greedy answers end by themselves.
+The second command keeps 32 clients on `jlora serve` for ten minutes, and fails if a request fails, memory grows or
+anything compiles. llama.cpp needs the package xllamacpp.
 """
 
 import argparse

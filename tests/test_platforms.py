@@ -11,7 +11,7 @@ from jlora.common.accelerators import has_accelerator, unprinted
 
 JAX_ALONE = "import jax; print(jax.devices())"
 PROGRAMS = {
-    "load_model": "import jlora; jlora.load_model; from jlora.distributed.platforms import find_devices; find_devices()",
+    "load_model": "import jlora; jlora.load_model; from jlora.distributed import platforms; platforms.find_devices()",
     "combine": "from jlora.cli import program; program.run_command('combine', ['--adapters', 'no', '--output', 'no'])",
     "export": "from jlora.cli import program; program.run_command('export', ['--run', 'no'])",
 }

@@ -18,18 +18,24 @@ from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.bases import hashes
 from jlora.bases.hashes import check_base
 from jlora.bases.resolve import public_id, resolve_base
+from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
 from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import TEMPLATE_KEYS, load_tokenizer
+from jlora.export import live_server
 from jlora.export.card import card, provenance_metadata
 from jlora.export.gguf_adapter import write_gguf
+from jlora.export.live import LiveParity, compare_live
 from jlora.export.merged import write_merged
-from jlora.export.servers import convert_for_server
-from jlora.export.verify import Parity, verify
+from jlora.export.servers import SERVERS, convert_for_server
+from jlora.export.verify import Parity, read_prompts, verify
 from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE
 from jlora.models.families import read_config
+from jlora.serve.loading import make_generator
 from jlora.training.checkpoint import Checkpoints, read_record
+
+LIVE_PROMPTS = 40  # questions that a running server is asked
 
 
 def export_adapter(
@@ -78,6 +84,54 @@ def verify_adapter(run: Path, adapter: Path | None = None, step: str | int = "be
     return verify(
         read_record(run, "--run"), *load_adapter(run, number), adapter or default_output(run, "adapter", step, number)
     )
+
+
+def verify_live(
+    run: Path,
+    adapter: Path,
+    step: int,
+    server: str,
+    url: str,
+    *,
+    name: str = "",
+    questions: str = "",
+    gguf: Path | None,
+) -> LiveParity:
+    """Compares the answers of a running server with those of the checkpoint from which its adapter was exported.
+
+    The figures are added to parity.json in the adapter's directory.
+
+    Args:
+      run: the run's output_dir.
+      adapter: the exported directory.
+      server: a key of servers.SERVERS.
+      url: the server's address, or "spawn" to start one.
+      name: the adapter's name in a running server.
+      questions: rows to ask, as for `train_data_dir`; "": the run's held-out rows.
+      gguf: the base model for llama.cpp, if that is started.
+
+    Raises:
+      UserError: the server cannot be started or asked.
+      VerificationError: it answers differently.
+    """
+    record = read_record(run, "--run")
+    form, directory, tokenizer = load_adapter(run, step), Path(record["base"]["directory"]), trained_tokenizer(record)
+    asked, prompts = read_prompts(record, tokenizer, LIVE_PROMPTS, questions)
+    compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=record["config"]["quantize_base"])
+    base = hf_loader.load_base_alone(directory, compute, form[1].vocabulary)
+    generator = make_generator(directory, tokenizer, base, {live_server.NAME: form}, compute)
+    with contextlib.ExitStack() as started:
+        dtype = "unknown"
+        if url == live_server.SPAWN:
+            largest = max(SERVERS[server].usual, form[1].rank)
+            url = started.enter_context(live_server.spawned(server, directory, adapter, largest, gguf))
+            name, dtype = live_server.NAME, "float32"
+        parity = compare_live(url.rstrip("/").removesuffix("/v1"), name, dtype, generator, prompts, asked)
+    file = adapter / "parity.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    figures = {**before, "live": {**before.get("live", {}), server: dataclasses.asdict(parity)}}
+    replace_text(file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    return parity
 
 
 def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> None:

@@ -29,6 +29,7 @@ SERVERS = {
     "sglang": Server("SGLang", plain=True),
     "lorax": Server("LoRAX", plain=True),
     "llama.cpp": Server("llama.cpp", plain=True),
+    "jlora": Server("jlora serve", plain=False),
 }
 MERGE = "Merge it into the base model instead, with --merged, or load it with PEFT."
 

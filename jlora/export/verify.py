@@ -72,12 +72,7 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     """
     directory = Path(record["base"]["directory"])
     tokenizer = load_tokenizer(directory, *(record["config"][key] for key in TEMPLATE_KEYS))
-    reading = ReadOptions.from_config(record["config"])
-    data = record["data"]
-    use = data.get("question_files", splits.TRAIN)  # runs from older versions lack it
-    rows = read_conversations(data["questions"], "the run's questions", reading, use=use)[:PROMPTS]
-    asked = [row.messages[:-1] or row.messages for row in rows]
-    prompts = [encode_prompt(tokenizer, asks, row.tools) for asks, row in zip(asked, rows, strict=True)]
+    questions, prompts = read_prompts(record, tokenizer, PROMPTS)
     compute = dataclasses.replace(FLOAT32_COMPUTE, quantize=record["config"]["quantize_base"])
     weaker = not all(map(importlib.util.find_spec, ("torch", "peft")))
     peft_warnings: list[str] = []
@@ -93,7 +88,6 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
     by_prompt = np.array([difference.max() for difference in differences])  # NaN if one is NaN
     largest, median = float(by_prompt.max()), float(np.median(np.concatenate(differences)))
     equal = sum(a == b for a, b in zip(our_answers, their_answers, strict=True))
-    questions = [messages[-1].content for messages in asked]
     packages = ("jax", "flax", "transformers") + (() if weaker else ("torch", "peft"))
     versions = {"jlora": jlora.__version__, **{name: importlib.metadata.version(name) for name in packages}}
     reader = "jlora's own reader (a weaker check: PyTorch and PEFT are not installed)"
@@ -113,6 +107,22 @@ def verify(record: dict[str, Any], adapter: Adapter, spec: AdapterSpec, exported
         )
     sentence = f"Verified with {figures}"
     return Parity(checked_with, weaker, questions, largest, median, equal, NEW_TOKENS, versions, sentence)
+
+
+def read_prompts(
+    record: dict[str, Any], tokenizer: Any, count: int, data: str = ""
+) -> tuple[list[str], list[list[int]]]:
+    """Returns the first questions of a run's held-out rows, or else of its training rows, and their prompts.
+
+    Args:
+      data: other rows to read, as for `train_data_dir`.
+    """
+    reading, recorded = ReadOptions.from_config(record["config"]), record["data"]
+    use = splits.TRAIN if data else recorded.get("question_files", splits.TRAIN)  # runs from older versions lack it
+    rows = read_conversations(data or recorded["questions"], "the questions", reading, use=use)[:count]
+    asked = [row.messages[:-1] or row.messages for row in rows]
+    prompts = [encode_prompt(tokenizer, asks, row.tools) for asks, row in zip(asked, rows, strict=True)]
+    return [messages[-1].content for messages in asked], prompts
 
 
 def _read_back(
