@@ -2,8 +2,8 @@
 
     jlora train --config configs/law.py
 
-200 training rows, 20 held-out rows, 150 steps: 3 minutes on two CPU cores, with 2.3 GB of memory. The held-out loss
-falls from 3.28 to 1.97, and the answers start like those in the data: "Under Article N of the Labor Contract Law, ...".
+200 training rows, 20 held-out rows, 100 steps: 3 minutes on two CPU cores, with 2.3 GB of memory. The held-out loss
+falls from 3.28 to 1.95, and the answers start like those in the data: "Under Article N of the Labor Contract Law, ...".
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     c.lora_rank = 16
     c.lora_alpha = 32.0
     c.batch_size = 4
-    c.epochs = 3.0
-    c.learning_rate = 1e-3
+    c.epochs = 2.0
+    c.learning_rate = 2e-3  # high, because the base model is small: 2e-4 suits one of 7B parameters
     return c

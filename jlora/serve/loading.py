@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings, default_dtype
 from jlora.models.families import read_config
 from jlora.serve.generator import Generator
+from jlora.steps.compilation import enable_compilation_cache
 
 
 class Model(NamedTuple):
@@ -90,13 +92,15 @@ def load_model(
         revision = revision or named_revision
     directory = resolve_base(base, revision)
     dtype = default_dtype(find_devices()[0])
+    enable_compilation_cache()
     compute = ComputeSettings(dtype, dtype, quantize=quantize)
     template, found = common_template(directories), read_all(directories, directory)
     rows = max((spec.vocabulary for _, spec in found.values()), default=0)
-    frozen = hf_loader.load_base_alone(directory, compute, rows)
+    with ThreadPoolExecutor(1) as beside:  # imports transformers while the weights are read
+        tokenizer = beside.submit(load_tokenizer, directory, template, *template_settings(directories))
+        frozen = hf_loader.load_base_alone(directory, compute, rows)
     forms = {name: (params.complete(spec, adapter, frozen), spec) for name, (adapter, spec) in found.items()}
-    tokenizer = load_tokenizer(directory, template, *template_settings(directories))
-    generator = make_generator(directory, tokenizer, frozen, forms, compute, spare)
+    generator = make_generator(directory, tokenizer.result(), frozen, forms, compute, spare)
     return Model(generator, generator.adapters)
 
 
