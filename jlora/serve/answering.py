@@ -123,7 +123,8 @@ class Answering:
                 tasks = [group.create_task(self._choice(answers, i, body, r)) for i, r in enumerate(requests)]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return answers.whole([task.result() for task in tasks], _usage(requests))
+        made = [task.result() for task in tasks]
+        return answers.whole([choice for choice, _ in made], _usage(requests, sum(count for _, count in made)))
 
     async def stream(self, body: ChatBody | CompletionBody, requests: Sequence[Request]) -> AsyncIterator[str]:
         """Yields the events of a stream; an error ends it with an event of its own."""
@@ -132,15 +133,15 @@ class Answering:
         tasks = [asyncio.create_task(self._feed(i, body, request, news)) for i, request in enumerate(requests)]
         try:
             yield event(answers.chunk([answers.opening(i) for i in range(len(requests))]))
-            running = len(requests)
+            running, count = len(requests), 0
             while running:
                 piece = await asyncio.wait_for(news.get(), end - time.monotonic())
                 if isinstance(piece, Exception):
                     raise piece
-                running -= piece[3] is not None
+                running, count = running - (piece[3] is not None), count + len(piece[2])
                 yield event(answers.chunk([answers.piece(*piece)]))
             if body.stream_options and body.stream_options.include_usage:
-                yield event(answers.chunk([], _usage(requests)))
+                yield event(answers.chunk([], _usage(requests, count)))
             yield "data: [DONE]\n\n"
         except TimeoutError:
             yield event(error("The answer took too long.", 504))
@@ -155,11 +156,15 @@ class Answering:
         chat = isinstance(body, ChatBody)
         return Answers(self._generator.tokenizer, body.model, chat=chat, alternatives=body.alternatives)
 
-    async def _choice(self, answers: Answers, index: int, body: ChatBody | CompletionBody, request: Request) -> Json:
+    async def _choice(
+        self, answers: Answers, index: int, body: ChatBody | CompletionBody, request: Request
+    ) -> tuple[Json, int]:
+        """Returns a complete answer, and its number of tokens."""
         async with contextlib.aclosing(self._pieces(index, body, request)) as arriving:
             pieces = [piece async for piece in arriving]
         _, texts, tokens, ends = zip(*pieces, strict=True)
-        return answers.choice(index, "".join(texts), [token for some in tokens for token in some], ends[-1])
+        said = [token for some in tokens for token in some]
+        return answers.choice(index, "".join(texts), said, ends[-1]), len(said)
 
     async def _feed(
         self, index: int, body: ChatBody | CompletionBody, request: Request, news: asyncio.Queue[Piece | Exception]
@@ -180,10 +185,12 @@ class Answering:
                 async for tokens in arriving:
                     if tokens and len(request.answer) == len(tokens):
                         self._metrics.first_token.observe(time.monotonic() - start)
-                    piece = text.push(token.id for token in tokens)
-                    if text.stopped:
-                        yield index, piece + text.close(), tokens, "stop"
-                        return
+                    piece = ""
+                    for count, token in enumerate(tokens, 1):
+                        piece += text.push([token.id])
+                        if text.stopped:  # the engine may have computed more
+                            yield index, piece + text.close(), tokens[:count], "stop"
+                            return
                     yield index, piece, tokens, None
             yield index, text.close(), (), "length" if request.finish == "length" and not text.stopped else "stop"
         finally:
@@ -192,7 +199,6 @@ class Answering:
             self._metrics.count(known, "stop" if text.stopped else request.finish or "cancelled", request)
 
 
-def _usage(requests: Sequence[Request]) -> Json:
-    """Returns the usage of a request with n answers: its prompt counts once."""
-    first = requests[0]
-    return usage(len(first.prompt), first.reused, sum(len(request.answer) for request in requests))
+def _usage(requests: Sequence[Request], count: int) -> Json:
+    """Returns the usage of a request with n answers of `count` tokens together: its prompt counts once."""
+    return usage(len(requests[0].prompt), requests[0].reused, count)
