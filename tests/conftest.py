@@ -89,6 +89,33 @@ def places(tmp_path_factory, small) -> dict[str, Path]:
     return write_adapters(tmp_path_factory.mktemp("adapters"), small)
 
 
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory, smollm) -> Path:
+    """A random model of three narrow layers with SmolLM2's tokenizer, quick to compile."""
+    from tiny_models import make_model
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return make_model(tmp_path_factory.mktemp("small-base"), smollm, **sizes)
+
+
+@pytest.fixture(scope="session")
+def small_adapters(tmp_path_factory, small_base) -> dict[str, Path]:
+    """Name -> PEFT directory of adapters on the small model that all change its answers."""
+    from serving import make_adapters
+
+    return make_adapters(small_base, tmp_path_factory.mktemp("small-adapters"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, small_base, small_adapters):
+    """A server with two adapters, that may load two more."""
+    from serving import model_options, served
+
+    feedback = tmp_path_factory.mktemp("feedback") / "new"
+    with served(*model_options(small_base, small_adapters), "--feedback", feedback) as running:
+        yield running
+
+
 # Packages that carry the tokenizers of real models: Llama 3, Qwen, Mistral.
 WHEELS = ["llama-models==0.3.0", "dashscope==2.0.2", "mistral-common==1.13.1"]
 
