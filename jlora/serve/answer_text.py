@@ -1,11 +1,12 @@
 """The text of an answer while its tokens arrive: whole characters, up to a stop string, after the output rules."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from jlora.serve.output_rules import Filter, Rules
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of sentencepiece's that is one byte
 
 
 class AnswerText:
@@ -18,8 +19,8 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), rules: Rules = ()) -> None:
         self._tokenizer, self._stops, self._filter = tokenizer, stops, Filter(rules)
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
+        self._from, self._to = 0, 0  # tokens whose text was added last; what follows is decoded with them
         self._decoded = ""  # all whole characters so far
         self._passed = 0  # characters of them that the rules have seen
         self.stopped = False  # whether a stop string was found
@@ -28,14 +29,28 @@ class AnswerText:
         """Adds tokens, and returns the text that is final with them and was not before."""
         for token in ids:
             self._ids.append(token)
-            self._decoded += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            self._decoded += self._new_text()
         return self._filter.push(self._next(self._held_back()))
 
     def close(self) -> str:
         """Returns the rest of the text, after the last token."""
         if not self.stopped:  # bytes that are no character yet
-            self._decoded = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            self._decoded = self._decode(self._ids)
         return self._filter.push(self._next(0)) + self._filter.close()
+
+    def _new_text(self) -> str:
+        """Returns the text of the tokens after `_to`, or "" if the next ones may change it."""
+        # Bytes that are no character make all bytes before them unreadable, back to the last token that is no byte.
+        if BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""):
+            return ""
+        before, after = (self._decode(self._ids[self._from : end]) for end in (self._to, len(self._ids)))
+        if len(after) <= len(before) or after.endswith("\ufffd"):
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _next(self, held_back: int) -> str:
         """Returns the text that no rule has seen, without the last characters, or up to a stop string."""
