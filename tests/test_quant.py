@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from jlora.adapters import params
 from jlora.adapters.peft_config import peft_config
 from jlora.adapters.peft_io import write_adapter
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.cli import generate
 from jlora.common import hf_names
 from jlora.common.errors import UserError, VerificationError
@@ -139,14 +139,18 @@ def load(directory, quantize, spec=SPEC, devices=1):
     return graphdef, adapter, hf_loader.load_base(directory, shapes, sharding.make_mesh(jax.devices()[:devices]))
 
 
-def logits(graphdef, adapter, base):
+def forward(graphdef):
     @jax.jit
     def run(adapter, base, tokens):
         model = nnx.merge(graphdef, adapter, base)
         positions = jnp.tile(jnp.arange(tokens.shape[1])[None], (len(tokens), 1))
         return model.logits(model(tokens, jnp.ones_like(tokens), positions)[0])
 
-    return np.asarray(run(adapter, base, TOKENS))
+    return run
+
+
+def logits(graphdef, adapter, base):
+    return np.asarray(forward(graphdef)(adapter, base, TOKENS))
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)
@@ -165,7 +169,7 @@ def test_only_the_projections_are_quantised(tiny, kind):
     assert not files
     leaves = jax.tree.leaves({key: base["layers"][key] for key in ("self_attn", "mlp")})
     values = sum(value.size for name, value in load_file(next(tiny.glob("*.safetensors"))).items() if "_proj" in name)
-    assert sum(leaf.nbytes for leaf in leaves) / values < {"nf4": 0.517, "int8": 1.03}[kind]
+    assert sum(leaf.nbytes for leaf in leaves) / values < {"nf4": 0.517, "int8": 1.03, "bits": 2.01}[kind]
 
 
 def test_weights_that_cannot_be_quantised_are_reported(tiny, tmp_path):
@@ -212,14 +216,15 @@ def test_peft_on_the_dequantised_base_computes_the_same(tiny, tmp_path, kind, na
 
 
 @pytest.mark.slow
-def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
+@pytest.mark.parametrize("kind", ["nf4", "bits"])
+def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch, kind):
     ones = np.ones_like(TOKENS)
     places = np.tile(np.arange(TOKENS.shape[1], dtype=np.int32), (2, 1))
     batch = Batch(*map(jnp.asarray, (TOKENS, ones, places, places[:, :-1], TOKENS[:, 1:], ones[:, 1:] * 1.0)))
 
     config = dataclasses.replace(read_config(tiny), num_hidden_layers=16, vocab_size=1000)
     graphdef, adapter, base = hf_loader.abstract_model(
-        config, SPEC, dataclasses.replace(FLOAT32_COMPUTE, quantize="nf4")
+        config, SPEC, dataclasses.replace(FLOAT32_COMPUTE, quantize=kind)
     )
 
     def temporaries():
@@ -232,6 +237,23 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(tiny, monkeypatch):
     without = temporaries()
     monkeypatch.setattr(jax, "checkpoint", lambda function, **options: function)
     assert without < stack / 2 and temporaries() > without + stack / 2
+
+
+@pytest.mark.slow
+def test_a_base_in_bfloat16_has_no_float32_copy_on_a_cpu(tiny):
+    """Bits give the same logits as an array in bfloat16, for which XLA makes a copy: the control."""
+    half = dataclasses.replace(FLOAT32_COMPUTE, param_dtype=jnp.bfloat16)
+    outcomes = {}
+    for kind in ("none", "bits"):
+        graphdef, _, shapes = hf_loader.abstract_model(
+            read_config(tiny), NO_ADAPTER, dataclasses.replace(half, quantize=kind)
+        )
+        base = hf_loader.load_base(tiny, shapes, sharding.make_mesh(jax.devices()[:1]))
+        program = forward(graphdef).lower({}, base, TOKENS).compile()
+        outcomes[kind] = np.asarray(program({}, base, TOKENS)), program.memory_analysis().temp_size_in_bytes
+    np.testing.assert_array_equal(outcomes["bits"][0], outcomes["none"][0])
+    stack = 4 * 3 * (2 * 128 * 256 + 2 * 128 * 128 + 3 * 128 * 320)  # bytes of the projections in float32
+    assert outcomes["none"][1] - outcomes["bits"][1] > 0.6 * stack
 
 
 @pytest.mark.slow

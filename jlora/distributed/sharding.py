@@ -26,8 +26,8 @@ QUANTIZED = "weight/(codes|scales)"  # transposed: codes [L, in or in/2, out], s
 
 # Path -> spec; the first match wins. Optimizer moments are sharded as the adapter is: their paths end the same way.
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
-    (rf"base/{SPLIT_OUT}/weight", P(None, "tensor", "fsdp")),  # [L, out, in]
-    (rf"base/{SPLIT_IN}/weight", P(None, "fsdp", "tensor")),
+    (rf"base/{SPLIT_OUT}/weight(/bits)?", P(None, "tensor", "fsdp")),  # [L, out, in]
+    (rf"base/{SPLIT_IN}/weight(/bits)?", P(None, "fsdp", "tensor")),
     (rf"base/{SPLIT_OUT}/{QUANTIZED}", P(None, "fsdp", "tensor")),
     (rf"base/{SPLIT_IN}/{QUANTIZED}", P(None, "tensor", "fsdp")),
     (rf"base/{SPLIT_OUT}/weight/absmax", P(None, "tensor")),  # [L, out]

@@ -30,8 +30,8 @@ class ComputeSettings:
         the output of attention; or "full".
       attention: "xla", or a kernel that `attention_backend.choose_backend` found to work on the device.
       mesh: splits the rows of activations; None leaves them where they are.
-      quantize: "nf4" or "int8" stores the projections' weights in 4 or 8 bits and all others in `param_dtype`; "none"
-        stores all in `param_dtype`.
+      quantize: "nf4" or "int8" stores the projections' weights in 4 or 8 bits, "bits" those in bfloat16 on a CPU
+        (quant.py), and all others in `param_dtype`; "none" stores all in `param_dtype`.
     """
 
     param_dtype: DTypeLike

@@ -25,7 +25,7 @@ from jlora.models.compute_settings import ComputeSettings
 from jlora.models.families import read_config
 from jlora.models.llama import Llama
 from jlora.models.model_config import ModelConfig
-from jlora.models.quant import BLOCK, is_quantized
+from jlora.models.quant import BLOCK, Bits, is_quantized
 from jlora.models.safetensors_files import DTYPES, Weights
 
 
@@ -156,7 +156,9 @@ class _LeafReader:
                 for (_, *within), target in held.items():
                     target[layer] = made[tuple(slice(*span) for span in within)]
                 # NaN or infinity in a block makes the block's scale NaN or infinity
-                self._check(name, made.nbytes, finite=made.dtype != np.float32 or bool(np.isfinite(made).all()))
+                values = np.asarray(made.view(jnp.bfloat16) if isinstance(leaf, Bits) else made)
+                codes = np.issubdtype(values.dtype, np.integer)
+                self._check(name, made.nbytes, finite=codes or _finite(values))
             self.weights.release(name)
         arrays = [
             jax.make_array_from_callback(part.shape, where, lambda at: held[_bounds(at, part.shape)])  # noqa: B023

@@ -1,4 +1,4 @@
-"""Frozen weights quantized to 4 or 8 bits, with bitsandbytes' codes and rounding.
+"""Frozen weights quantized to 4 or 8 bits, with bitsandbytes' codes and rounding; and bfloat16 on a CPU.
 
 NF4 with double quantization follows QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3); int8 per output row
 follows LLM.int8() (arXiv:2208.07339, section 2.1), for weights only.
@@ -136,12 +136,48 @@ class Int8(NamedTuple):
         return Int8(codes.T, absmax)
 
 
-KINDS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
+class Bits(NamedTuple):
+    """A weight in bfloat16, exactly, or a stack of such weights with a leading axis L.
+
+    A CPU does not compute in bfloat16. XLA would convert a whole stack of arrays to float32 before its loop over the
+    layers; it leaves integers alone, so that only the weights of one layer are converted at a time.
+    """
+
+    bits: Any  # uint16 [o, i]: the upper half of a float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.bits.shape)
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "o i"]:
+        """Returns the weight."""
+        return jax.lax.bitcast_convert_type(self.bits.astype(jnp.uint32) << 16, jnp.float32).astype(dtype)
+
+    @staticmethod
+    def zeros(outputs: int, inputs: int) -> "Bits":
+        """Returns a weight of zeros."""
+        return Bits(jnp.zeros((outputs, inputs), jnp.uint16))
+
+    @staticmethod
+    def quantized(weight: Shaped[np.ndarray, "o i"]) -> "Bits":
+        """Rounds a weight of any float dtype to bfloat16."""
+        with np.errstate(over="ignore"):  # overflowing values are reported by the loader
+            return Bits(np.asarray(weight, jnp.bfloat16).view(np.uint16))
+
+
+KINDS: dict[str, type[NF4] | type[Int8] | type[Bits]] = {"nf4": NF4, "int8": Int8, "bits": Bits}
+
+
+def storage(quantize_base: str, param_dtype: DTypeLike, platform: str) -> str:
+    """Returns how weights are stored, for `ComputeSettings.quantize`: as the setting says, or as bits of bfloat16."""
+    as_bits = quantize_base == "none" and param_dtype == jnp.bfloat16 and platform == "cpu"
+    return "bits" if as_bits else quantize_base
 
 
 def is_quantized(node: Any) -> bool:
-    """Returns whether this node of a tree is a whole quantized weight."""
-    return isinstance(node, NF4 | Int8)
+    """Returns whether this node of a tree is a whole weight of one of KINDS."""
+    return isinstance(node, tuple(KINDS.values()))
 
 
 def zeros(kind: str, outputs: int, inputs: int, dtype: DTypeLike) -> Any:

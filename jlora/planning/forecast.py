@@ -19,6 +19,7 @@ from jlora.models import hf_loader
 from jlora.models.attention import pairs
 from jlora.models.compute_settings import UNKNOWN, ComputeSettings, Packing
 from jlora.models.model_config import ModelConfig
+from jlora.models.quant import storage
 from jlora.planning import collectives
 from jlora.planning.data_pipeline import make_run_batches
 from jlora.planning.hardware import Target
@@ -124,7 +125,8 @@ def make_job(config: Config, model: ModelConfig, compute: ComputeSettings, targe
     check_batch(mesh, config.batch_size)
     remat = "none" if config.remat == "auto" else config.remat
     micro_batches, rows, shape, packing = layout(config, data_parallel_size(mesh))
-    compute = dataclasses.replace(compute, remat=remat, quantize=config.quantize_base, mesh=mesh)
+    stored = storage(config.quantize_base, compute.param_dtype, mesh.devices.flat[0].platform)
+    compute = dataclasses.replace(compute, remat=remat, quantize=stored, mesh=mesh)
     return Job(config, model, compute, micro_batches, rows, shape, packing)
 
 

@@ -33,6 +33,7 @@ from jlora.models import attention_backend
 from jlora.models.compute_settings import ComputeSettings, Packing, default_dtype
 from jlora.models.families import read_config, read_context
 from jlora.models.model_config import ModelConfig
+from jlora.models.quant import storage
 from jlora.planning.data_pipeline import (
     RowSource,
     context_warning,
@@ -139,7 +140,7 @@ def choose_compute(config: Config, device: Any) -> ComputeSettings:
     if compute == jnp.float16:
         why = f", because {device.device_kind} does not support bfloat16" if config.compute_dtype == "auto" else ""
         print(f"Computing in float16{why}: the loss is scaled, and steps whose gradients overflow are skipped")
-    return ComputeSettings(param, compute, quantize=config.quantize_base)
+    return ComputeSettings(param, compute, quantize=storage(config.quantize_base, param, device.platform))
 
 
 def add_adapter_settings(config: Config, directory: Path, model: ModelConfig) -> Config:
