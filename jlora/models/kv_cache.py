@@ -58,6 +58,7 @@ class KVCache(NamedTuple):
             k, v = (x[layer, ids].reshape(R, -1, K, H) for x in (self.k, self.v))
             distance = positions[:, :, None] - (number * SPAN * BLOCK + jnp.arange(SPAN * BLOCK)[None, None])
             seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            v = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], v, 0)  # 0 * NaN of another row is NaN
             scores = jnp.einsum("RKQH,RSKH->RKQS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
             by_head = scores.reshape(R, K, N // K, T, -1)
             scores = jnp.where(seen[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
