@@ -13,6 +13,7 @@ import transformers
 from programs import process_options, run_program
 
 from jlora import load_model
+from jlora.common.errors import UserError
 from jlora.data.conversation import Message
 from jlora.serve.sampling import sample_token
 
@@ -87,3 +88,14 @@ def test_top_p_samples_from_the_smallest_set_with_that_mass():
     assert set(np.asarray(draw(keys, 1.0, 0.6))) == {1, 2}
     shares = np.bincount(np.asarray(draw(keys, 1.0, 1.0)), minlength=4) / 4000
     assert np.abs(shares - [0.05, 0.5, 0.3, 0.15]).max() < 0.03
+
+
+def test_several_answers_may_be_read_in_turns(tiny):
+    generator, adapters = load_model(str(tiny))
+    prompts = [[5, 6, 7], [9, 8]]
+    want = generator.generate_batch([adapters.none] * 2, prompts, 6)
+    first, second = (generator.generate_tokens(adapters.none, prompt, 6) for prompt in prompts)
+    begun = next(second)
+    assert [list(first), [begun, *second]] == want
+    with pytest.raises(UserError, match=r"max_new_tokens=0: Expected at least 1\."):
+        list(generator.generate_tokens(adapters.none, prompts[0], 0))

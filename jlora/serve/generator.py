@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jlora.adapters.combining import AdapterSet, Mixture
+from jlora.common.errors import UserError
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import check_embedded, end_tokens
@@ -67,13 +68,15 @@ class Generator:
         engine, shown = self._engine_for([request]), 0
         engine.submit(request)
         try:
-            while not request.finish:
-                engine.step()
-                yield from (token.id for token in request.answer[shown:])
-                shown = len(request.answer)
+            while shown < len(request.answer) or not request.finish:
+                if shown == len(request.answer):
+                    engine.step()
+                else:
+                    shown += 1
+                    yield request.answer[shown - 1].id
         finally:  # the caller may stop early
             engine.cancel(request)
-            engine.run()
+            engine.step()
 
     def generate_batch(
         self,
@@ -114,6 +117,8 @@ class Generator:
         self, mixture: Mixture, prompt: list[int], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> Request:
         check_embedded(self.tokenizer, prompt, self.vocabulary)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}: Expected at least 1.")
         return Request(prompt, mixture, max_new_tokens, sampling)
 
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
