@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -93,13 +94,18 @@ class Engine:
         places: int,
         cache_tokens: int,
     ) -> None:
-        self.base, self.adapter, self.spec, self.ends, self.places = base, adapter, spec, ends, places
+        self.base, self.spec, self.ends, self.places = base, spec, ends, places
         self._graphdef = graphdef
         self._neutral: Adapter | None = None
         span = SPAN * BLOCK
         self.context = -(-cache_tokens // span) * span
-        self._cache = empty_kv_cache(config, compute_dtype, self.context // BLOCK + 1)
-        self.pool = BlockPool(self.context // BLOCK + 1)
+        blocks = self.context // BLOCK + 1
+        mesh = getattr(jax.tree.leaves(base)[0].sharding, "mesh", None)
+        # The base model's devices, so that no program compiles again for arrays that are on the same device by default.
+        self._devices = NamedSharding(mesh, PartitionSpec()) if mesh else None
+        self._cache = jax.jit(lambda: empty_kv_cache(config, compute_dtype, blocks), out_shardings=self._devices)()
+        self.adapter = jax.device_put(adapter, self._devices) if mesh else adapter
+        self.pool = BlockPool(blocks)
         self._lock = threading.Lock()
         self.waiting: deque[Request] = deque()
         self._filling: Request | None = None
@@ -145,7 +151,7 @@ class Engine:
 
     def replace_adapter(self, adapter: Adapter) -> None:
         """Sets the adapters side by side, of the same shapes; between two steps."""
-        self.adapter = adapter
+        self.adapter = jax.device_put(adapter, self._devices) if self._devices else adapter
         self.pool.forget()
 
     def submit(self, request: Request) -> None:
@@ -254,7 +260,8 @@ class Engine:
     def _base_alone(self) -> Adapter:
         """Returns the adapter's form without an effect, for adapters that no mixture can weigh."""
         if self._neutral is None:
-            self._neutral = jax.jit(neutral_adapter, static_argnums=0)(self._graphdef, self.adapter, self.base)
+            neutral = jax.jit(neutral_adapter, static_argnums=0, out_shardings=self._devices)
+            self._neutral = neutral(self._graphdef, self.adapter, self.base)
         return self._neutral
 
     def _choose(self, logits: Float[Array, "R V"], requests: Sequence[Request]) -> list[Token]:
