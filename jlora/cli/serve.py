@@ -72,6 +72,7 @@ def _serve(
     import uvicorn
 
     from jlora.serve.answering import Answering, Limits
+    from jlora.serve.connections import TimedConnection
     from jlora.serve.engine_thread import EngineThread
     from jlora.serve.metrics import Metrics
     from jlora.serve.served_models import ServedModels
@@ -83,7 +84,7 @@ def _serve(
     engine.compile_all()
     root, limits = arguments.adapter_root, Limits(arguments.queue, arguments.timeout)
     models = ServedModels(model.adapters, model.generator.directory, root, template_text(directories))
-    metrics, thread = Metrics(engine), EngineThread(engine, on_failure=lambda: running.handle_exit(15, None))
+    metrics, thread = Metrics(engine), EngineThread(engine, on_failure=lambda: setattr(running, "should_exit", True))
     answering = Answering(model.generator, models, thread, metrics, rules, limits)
     server = Server(
         answering, models, thread, metrics, limits, feedback=arguments.feedback, can_load=bool(root), api_key=key
@@ -93,6 +94,7 @@ def _serve(
     running = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=TimedConnection,
             log_level="info" if arguments.access_log else "warning",
             access_log=arguments.access_log,
             server_header=False,
