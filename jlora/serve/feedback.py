@@ -4,14 +4,17 @@
 wrote. `pairs.jsonl` has a better and a worse answer to the same question, for training on preferences.
 """
 
+import contextlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from jlora.serve.openai_bodies import FeedbackBody
 
 ROWS, PAIRS = "rows.jsonl", "pairs.jsonl"
+_writing = threading.Lock()  # a file that is made shorter again must not lose what another request has written
 
 
 def save_feedback(directory: Path, feedback: FeedbackBody) -> None:
@@ -23,21 +26,22 @@ def save_feedback(directory: Path, feedback: FeedbackBody) -> None:
     turns = [{"role": turn.role, "content": turn.message().content} for turn in feedback.messages]
     better = (feedback.better or "").strip()
     good = better or (feedback.answer if feedback.rating == "up" else "")
-    directory.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, Any]] = {}
     if better:
-        _append(directory / PAIRS, {"prompt": turns, "chosen": better, "rejected": feedback.answer})
+        rows[PAIRS] = {"prompt": turns, "chosen": better, "rejected": feedback.answer}
     if good:
-        _append(directory / ROWS, {"messages": [*turns, {"role": "assistant", "content": good}]})
+        rows[ROWS] = {"messages": [*turns, {"role": "assistant", "content": good}]}
+    directory.mkdir(parents=True, exist_ok=True)
+    with _writing, contextlib.ExitStack() as undo:
+        for name, row in rows.items():
+            _append(directory / name, (json.dumps(row, ensure_ascii=False) + "\n").encode(), undo)
+        undo.pop_all()
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+def _append(path: Path, line: bytes, undo: contextlib.ExitStack) -> None:
+    """Appends a line; `undo` makes the file as long as it was."""
     with path.open("ab", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(line) != len(line):
-                raise OSError("The disk is full.")
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(size)
-            raise
+        undo.callback(os.truncate, path, os.fstat(file.fileno()).st_size)
+        if file.write(line) != len(line):
+            raise OSError("The disk is full.")
+        os.fsync(file.fileno())
