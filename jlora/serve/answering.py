@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -21,6 +22,7 @@ from jlora.serve.output_rules import Rules
 from jlora.serve.sampling import Sampling
 from jlora.serve.served_models import ServedModels
 
+logger = logging.getLogger(__name__)
 ANSWER = 1024  # tokens of an answer at most, unless the request says otherwise
 Piece = tuple[int, str, Sequence[Token], str | None]  # number of the answer, text, tokens, why it ended if it did
 
@@ -86,6 +88,8 @@ class Answering:
             )
         if self._rules and body.alternatives is not None:
             raise Refused("logprobs: Not available, because this server applies output rules to answers.")
+        if count > self._limits.queue:
+            raise Refused(f"n={count}: This server gives {self._limits.queue} answers to a request at most.")
         if len(engine.waiting) + count > self._limits.queue:
             raise Refused("Too many requests are waiting. Try again later.", 429, "queue_full")
         temperature = 1.0 if body.temperature is None else body.temperature
@@ -147,6 +151,9 @@ class Answering:
             yield event(error("The answer took too long.", 504))
         except RuntimeError as failure:
             yield event(error(str(failure), 500))
+        except Exception:  # a bug; the client must not wait for the rest
+            logger.exception("A stream has failed")
+            yield event(error("The server has failed. Its log says why.", 500))
         finally:
             for task in tasks:
                 task.cancel()
@@ -174,7 +181,7 @@ class Answering:
                 async for piece in pieces:
                     if any(piece[1:]):
                         news.put_nowait(piece)
-        except RuntimeError as failure:
+        except Exception as failure:  # whoever reads the news raises it
             news.put_nowait(failure)
 
     async def _pieces(self, index: int, body: ChatBody | CompletionBody, request: Request) -> AsyncGenerator[Piece]:

@@ -36,6 +36,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1, None),
 }
 Count = Annotated[int, pydantic.Field(ge=1, le=10**9)]
+TokenId = Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)]
+STOPS, STOP_LENGTH = 16, 200  # every piece of an answer is compared with all starts of all stop strings
 
 
 class Part(pydantic.BaseModel):
@@ -86,6 +88,8 @@ class Body(pydantic.BaseModel):
         for key, value in (self.model_extra or {}).items():
             if key not in IGNORED and (key not in NEUTRAL or value not in NEUTRAL[key]):
                 raise ValueError(f"{key} is not supported. Remove it from the request")
+        if len(self.stops) > STOPS or any(len(stop) > STOP_LENGTH for stop in self.stops):
+            raise ValueError(f"stop: Expected at most {STOPS} strings of at most {STOP_LENGTH} characters")
         return self
 
     @property
@@ -116,7 +120,11 @@ class ChatBody(Body):
 class CompletionBody(Body):
     """A request for the continuation of a text, or of token ids."""
 
-    prompt: str | list[int] | Annotated[list[str], pydantic.Field(min_length=1, max_length=1)]
+    prompt: (
+        str
+        | Annotated[list[TokenId], pydantic.Field(min_length=1)]
+        | Annotated[list[str], pydantic.Field(min_length=1, max_length=1)]
+    )
     logprobs: Annotated[int, pydantic.Field(ge=0, le=ALTERNATIVES)] | None = None
 
     @property

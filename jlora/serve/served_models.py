@@ -49,8 +49,7 @@ class ServedModels:
         Raises:
           UserError: the name or the directory is not allowed, or the adapter cannot be served beside the others.
         """
-        if not NAME.fullmatch(name) or name in self.names:
-            raise UserError(f"lora_name={name!r}: Expected a new name of letters, digits, '.', '-' and '_'.")
+        self._check_new(name)
         assert self._root is not None
         problem = UserError(f"lora_path={path!r}: Expected a directory below --adapter_root.")
         if path_problem(path) or "\0" in path:
@@ -70,6 +69,7 @@ class ServedModels:
         Raises:
           UserError: there is no place for it, or it does not fit beside the others.
         """
+        self._check_new(name)  # again, because another request may have been faster
         used = set(self._adapters.places.values())
         free = [i for i in range(self._adapters.spec.mixed) if i not in used and not engine.uses(i)]
         if not free:
@@ -79,8 +79,12 @@ class ServedModels:
         places = {**self._adapters.places, name: free[0]}
         self._adapters = dataclasses.replace(self._adapters, places=places, adapter=adapter)
 
+    def _check_new(self, name: str) -> None:
+        if not NAME.fullmatch(name) or name in self.names:
+            raise UserError(f"lora_name={name!r}: Expected a new name of letters, digits, '.', '-' and '_'.")
+
     def remove(self, name: str) -> None:
-        """Removes an adapter's name; requests that run with it are answered to their end.
+        """Removes an adapter's name, between two steps as `add`; requests that run with it are answered to their end.
 
         Raises:
           UserError: no adapter has this name.

@@ -147,7 +147,7 @@ class Server:
 
     async def _unload(self, http: Http) -> Response:
         body = parse_body(AdapterBody, await self._body(http))
-        self._models.remove(body.lora_name)
+        await self._thread.between_steps(lambda: self._models.remove(body.lora_name))
         return Response(f"Unloaded adapter {body.lora_name}.", media_type="text/plain")
 
     async def _take_feedback(self, http: Http) -> Response:
@@ -205,7 +205,7 @@ def _refusal(message: str, status: int, code: str | None = None) -> Response:
 
 
 async def _http_error(http: Http, problem: HTTPException) -> Response:
-    return _refusal(problem.detail, problem.status_code)
+    return _refusal(f"{problem.detail.removesuffix('.')}.", problem.status_code)
 
 
 async def _server_error(http: Http, problem: Exception) -> Response:
