@@ -63,7 +63,7 @@ class Served:
         """All that it has printed so far."""
         return self._log.read_text()
 
-    def post(self, path: str, **body) -> httpx.Response:
+    def post(self, path: str, /, **body) -> httpx.Response:
         """Sends a request with a body in JSON."""
         return self.http.post(path, json=body)
 
