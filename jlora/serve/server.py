@@ -16,17 +16,19 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Http
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jlora.common.errors import UserError
 from jlora.serve.answering import Answering, Limits, Refused
 from jlora.serve.engine_thread import EngineThread
 from jlora.serve.feedback import save_feedback
 from jlora.serve.metrics import Metrics
-from jlora.serve.openai_answers import Json, error
+from jlora.serve.openai_answers import Json, error, event
 from jlora.serve.openai_bodies import AdapterBody, ChatBody, CompletionBody, FeedbackBody, parse_body
 from jlora.serve.served_models import ServedModels
 
 PAGE = Path(__file__).with_name("page.html")
+ENDING = "The server ends. Try again later."
 BODY_SECONDS = 30.0  # time for a client to send a request's body
 OPEN = {"/", "/health"}  # paths that need no API key
 POLICY = (
@@ -59,6 +61,7 @@ class Server:
     ) -> None:
         self._answering, self._models, self._thread, self._metrics = answering, models, thread, metrics
         self._limits, self._feedback, self._api_key, self._can_load = limits, feedback, api_key, can_load
+        self._running: set[asyncio.Task[Any]] = set()
 
     def app(self, hosts: list[str]) -> Starlette:
         """Returns the application; it answers requests whose Host header is one of `hosts`, or any with ["*"]."""
@@ -79,12 +82,19 @@ class Server:
             routes.append(Route("/feedback", self._checked(self._take_feedback), methods=["POST"]))
         guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
         handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _server_error}
-        return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=self._lifespan)
+        return Starlette(
+            routes=routes,
+            middleware=[Middleware(_Ending, running=self._running), guard],
+            exception_handlers=handlers,
+            lifespan=self._lifespan,
+        )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(self._thread.stop)
+        if self._running:  # they are cancelled, and say so to their clients
+            await asyncio.wait(self._running, timeout=1)
 
     def _checked(self, endpoint: Callable[[Http], Awaitable[Response]]) -> Callable[[Http], Awaitable[Response]]:
         """Returns an endpoint that asks for the API key, and answers what it refuses in OpenAI's form."""
@@ -178,6 +188,40 @@ class Server:
         except TimeoutError:
             raise Refused(f"The body did not arrive within {BODY_SECONDS:g} seconds.", 408) from None
         return bytes(content)
+
+
+class _Ending:
+    """Answers the requests that the server's end cuts off, instead of a traceback in its log.
+
+    Args:
+      running: the tasks of all requests, as they come and go.
+    """
+
+    def __init__(self, app: ASGIApp, running: set[asyncio.Task[Any]]) -> None:
+        self._app, self._running = app, running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, task = False, asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+        async def pass_on(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, pass_on)
+        except asyncio.CancelledError:
+            if started:  # only a stream lasts that long
+                last = event(error(ENDING, 503)).encode()
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+            else:
+                await _refusal(ENDING, 503)(scope, receive, send)
 
 
 async def _while_connected(http: Http, work: Coroutine[Any, Any, Json]) -> Json:
