@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import secrets
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from jlora.common.errors import UserError
@@ -64,6 +65,7 @@ class Answering:
     ) -> None:
         self._generator, self._models, self._thread, self._metrics = generator, models, thread, metrics
         self._rules, self._limits = rules, limits
+        self._accepted = weakref.WeakSet[Request]()  # not yet in the engine's queue; some may never be
 
     def requests(self, body: ChatBody | CompletionBody) -> list[Request]:
         """Returns the engine's requests for a body, one for each of its n answers.
@@ -90,13 +92,15 @@ class Answering:
             raise Refused("logprobs: Not available, because this server applies output rules to answers.")
         if count > self._limits.queue:
             raise Refused(f"n={count}: This server gives {self._limits.queue} answers to a request at most.")
-        if len(engine.waiting) + count > self._limits.queue:
+        if len(engine.waiting) + len(self._accepted) + count > self._limits.queue:
             raise Refused("Too many requests are waiting. Try again later.", 429, "queue_full")
         temperature = 1.0 if body.temperature is None else body.temperature
         seed = secrets.randbits(31) if body.seed is None else body.seed
         samplings = [Sampling(temperature, body.top_p or 1.0, seed + i) for i in range(count)]
         logprobs = body.alternatives is not None
-        return [Request(prompt, mixture, limit, sampling, logprobs) for sampling in samplings]
+        requests = [Request(prompt, mixture, limit, sampling, logprobs) for sampling in samplings]
+        self._accepted.update(requests)
+        return requests
 
     def _prompt(self, body: ChatBody | CompletionBody) -> list[int]:
         tokenizer = self._generator.tokenizer
@@ -187,6 +191,7 @@ class Answering:
     async def _pieces(self, index: int, body: ChatBody | CompletionBody, request: Request) -> AsyncGenerator[Piece]:
         """Yields an answer in pieces; only the last one has a reason for its end."""
         start, text = time.monotonic(), AnswerText(self._generator.tokenizer, body.stops, self._rules)
+        self._accepted.discard(request)
         try:
             async with contextlib.aclosing(self._thread.tokens(request)) as arriving:
                 async for tokens in arriving:
