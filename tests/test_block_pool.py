@@ -15,8 +15,8 @@ TOKENS = st.builds(
 )
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("take"), TOKENS, st.integers(0, 40), st.sampled_from(["law", "style"])),
-        st.tuples(st.just("compute"), st.integers(0, 9), st.integers(1, 40)),
+        st.tuples(st.just("take"), TOKENS, st.integers(0, 3 * BLOCK), st.sampled_from(["law", "style"])),
+        st.tuples(st.just("compute"), st.integers(0, 9), st.integers(1, 3 * BLOCK)),
         st.tuples(st.just("end"), st.integers(0, 9)),
         st.tuples(st.just("forget")),
     ),
@@ -83,8 +83,8 @@ def history(pool, events):
 
 A, AB = [ord("a")] * BLOCK + [0], [ord("a")] * BLOCK + [ord("b")] * BLOCK + [0]
 EVICTED = [
-    *(("take", AB, 0, "law"), ("compute", 0, 40), ("end", 0)),
-    *(("take", [ord("b")] * 64 + [0], 0, "style"), ("compute", 0, 80), ("end", 0)),  # all five blocks
+    *(("take", AB, 0, "law"), ("compute", 0, 3 * BLOCK), ("end", 0)),
+    *(("take", [ord("b")] * 4 * BLOCK + [0], 0, "style"), ("compute", 0, 5 * BLOCK), ("end", 0)),  # all five blocks
     ("take", AB, 0, "law"),
 ]
 
@@ -97,7 +97,7 @@ def test_blocks_are_shared_only_if_their_content_is_equal(events):
 
 
 def test_rows_share_what_others_have_computed():
-    events = [("take", AB, 0, "law"), ("compute", 0, 40), ("take", AB, 0, "law"), ("take", A, 0, "style")]
+    events = [("take", AB, 0, "law"), ("compute", 0, 3 * BLOCK), ("take", AB, 0, "law"), ("take", A, 0, "style")]
     assert history(BlockPool(9), events) == 2
     assert history(BlockPool(9), [*events[:2], ("forget",), *events[2:]]) == 0
 

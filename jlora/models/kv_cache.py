@@ -14,16 +14,16 @@ from jaxtyping import Array, Float, Int
 
 from jlora.models.model_config import ModelConfig
 
-BLOCK = 16  # positions in a block
-SPAN = 8  # blocks whose scores are computed at a time
+BLOCK = 64  # positions in a block: a CPU gathers few large blocks much faster than many small ones
+SPAN = 2  # blocks whose scores are computed at a time
 UNUSED = 0  # a block that no row reads; padding is written there
 
 
 class KVCache(NamedTuple):
     """Keys and values of all rows, and the blocks of the rows of one call."""
 
-    k: Float[Array, "L C b K H"]
-    v: Float[Array, "L C b K H"]
+    k: Float[Array, "L C K b H"]
+    v: Float[Array, "L C K b H"]
     blocks: Int[Array, "R M"]  # the blocks of a row, in the order of its positions; M is a multiple of SPAN
 
     def written(
@@ -37,8 +37,11 @@ class KVCache(NamedTuple):
         """Returns the cache with the keys and values of new tokens in one layer; those in segment 0 are not kept."""
         own = jnp.take_along_axis(self.blocks, positions // BLOCK, axis=1)
         block, offset = jnp.where(segments > 0, own, UNUSED), positions % BLOCK
-        keys = self.k.at[layer, block, offset].set(k.astype(self.k.dtype))
-        return self._replace(k=keys, v=self.v.at[layer, block, offset].set(v.astype(self.v.dtype)))
+        v = jnp.where(jnp.isfinite(v), v, 0)  # a row that overflows must not reach later users of its blocks: 0 * NaN
+        keys, values = (
+            old.at[layer, block, :, offset].set(new.astype(old.dtype)) for old, new in ((self.k, k), (self.v, v))
+        )
+        return self._replace(k=keys, v=values)
 
     def attend(
         self, layer: Int[Array, ""], q: Float[Array, "R T N H"], positions: Int[Array, "R T"], window: int | None
@@ -49,27 +52,28 @@ class KVCache(NamedTuple):
         the spans before as their largest score grows (Milakov and Gimelshein 2018, arXiv:1805.02867).
         """
         R, T, N, H = q.shape
-        K = self.k.shape[3]
+        K, b = self.k.shape[2:4]
         grouped = jnp.einsum("RTKGH->RKGTH", q.reshape(R, T, K, N // K, H)).reshape(R, K, -1, H)
 
         def span(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             out, total, largest = sums
             ids = jax.lax.dynamic_slice_in_dim(self.blocks, number * SPAN, SPAN, axis=1)
-            k, v = (x[layer, ids].reshape(R, -1, K, H) for x in (self.k, self.v))
-            distance = positions[:, :, None] - (number * SPAN * BLOCK + jnp.arange(SPAN * BLOCK)[None, None])
+            k, v = (x.at[layer, ids].get(mode="promise_in_bounds") for x in (self.k, self.v))
+            distance = positions[:, :, None] - (number * SPAN * b + jnp.arange(SPAN * b)[None, None])
             seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-            v = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], v, 0)  # 0 * NaN of another row is NaN
-            scores = jnp.einsum("RKQH,RSKH->RKQS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
+            scores = jnp.einsum("RKQH,RnKbH->RKQnb", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
             by_head = scores.reshape(R, K, N // K, T, -1)
-            scores = jnp.where(seen[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
+            masked = jnp.where(seen[:, None, None], by_head, jnp.finfo(jnp.float32).min)
+            scores = masked.reshape(R, K, grouped.shape[2], -1)
             highest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - highest), jnp.exp(largest - highest)
-            new = jnp.einsum("RKQS,RSKH->RKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            parts = weights.astype(v.dtype).reshape(R, K, -1, SPAN, b)
+            new = jnp.einsum("RKQnb,RnKbH->RKQH", parts, v, preferred_element_type=jnp.float32)
             return out * shrink + new, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), highest
 
         shape = (R, K, grouped.shape[2], 1)
         none = jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape), jnp.full(shape, jnp.finfo(jnp.float32).min)
-        count = jnp.max(positions) // (SPAN * BLOCK) + 1
+        count = jnp.max(positions) // (SPAN * b) + 1
         out, total, _ = jax.lax.fori_loop(0, count, span, none)
         heads = (out / total).astype(q.dtype).reshape(R, K, N // K, T, H)
         return jnp.einsum("RKGTH->RTKGH", heads).reshape(R, T, N, H)
@@ -77,5 +81,5 @@ class KVCache(NamedTuple):
 
 def empty_kv_cache(config: ModelConfig, dtype: DTypeLike, blocks: int) -> KVCache:
     """Returns an empty cache of this many blocks, without rows."""
-    shape = (config.num_hidden_layers, blocks, BLOCK, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, blocks, config.num_key_value_heads, BLOCK, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((0, SPAN), jnp.int32))

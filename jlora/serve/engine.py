@@ -28,6 +28,7 @@ from jlora.models.llama import Llama, neutral_adapter
 from jlora.models.model_config import ModelConfig
 from jlora.serve.block_pool import BlockPool
 from jlora.serve.sampling import GREEDY, Sampling, greedy, log_probabilities, sample
+from jlora.steps.compilation import supported_options
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one forward pass computes; padding fills the rest
 
@@ -128,7 +129,8 @@ class Engine:
             logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
             return logits, after._replace(blocks=cache.blocks)
 
-        self._forward = jax.jit(forward, donate_argnums=2)
+        options = supported_options(jax.default_backend())
+        self._forward = jax.jit(forward, donate_argnums=2, compiler_options=options)
         self._greedy, self._sample, self._logs = jax.jit(greedy), jax.jit(sample), jax.jit(log_probabilities)
 
     @property
@@ -294,7 +296,7 @@ class Engine:
             else:
                 request.answer.append(token)
                 request.tokens.append(token.id)
-                if len(request.answer) == request.max_new_tokens:
+                if len(request.answer) >= request.max_new_tokens:
                     request.finish = request.finish or "length"
             if request.finish:
                 self.running.remove(request)

@@ -1,6 +1,7 @@
 """Compiles programs, reports each one and its time, and caches it for the next start."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,17 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(paths.cache_directory() / "compiled"))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@functools.cache
+def supported_options(platform: str) -> dict[str, str | bool]:
+    """Returns OPTIONS of a platform if this version of XLA knows them, for `jax.jit` on it; else none."""
+    options = OPTIONS.get(platform, {})
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
 
 
 class Compiler:
