@@ -57,7 +57,7 @@ WITH_GENERATION = (
     "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
     "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-ANSWERS = ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno 👩‍👩‍👧", "[x] 好", "pay"]
+ANSWERS = ["Under Article 47, pay.", "依据《劳动合同法》第47条，支付。", "🙂 yes\n\nno 👩‍👩‍👧", "[x] 好", "pay", "▁"]
 
 
 def byte_level(*, trimmed: bool) -> Tokenizer:
@@ -130,8 +130,12 @@ def runs(tokenizer, example):
 
 
 def without_added_space(kind, text):
-    """Removes the outer spaces of text if the tokenizer adds a leading space, which it drops after special tokens."""
-    return text.strip(" ") if kind.decode(kind("a", add_special_tokens=False)["input_ids"]) == " a" else text
+    """Removes the outer spaces of text if the tokenizer adds a leading space, which it drops after special tokens.
+
+    Such a tokenizer writes a space as "▁", and so decodes a "▁" of the text as a space.
+    """
+    adds_space = kind.decode(kind("a", add_special_tokens=False)["input_ids"]) == " a"
+    return text.replace("▁", " ").strip(" ") if adds_space else text
 
 
 def conversation(*contents, system=""):
