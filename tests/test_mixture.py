@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import run_program
 
@@ -20,6 +20,7 @@ from jlora.data.tokenizer import end_tokens, load_tokenizer
 from jlora.planning import data_pipeline
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.2, 0.5, 1.0, 2.5, 1, 7])), min_size=1, max_size=3),
     st.integers(0, 2**31 - 1),

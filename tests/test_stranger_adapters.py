@@ -77,10 +77,10 @@ def adapter(tmp_path_factory, smollm):
 def test_a_bad_field_of_an_adapter_is_named(tmp_path, adapter, changes, message):
     place = shutil.copytree(adapter / "law", tmp_path / "law")
     rewrite(place / "adapter_config.json", **changes)
-    start = time.monotonic()
+    start = time.process_time()  # what the limit counts
     with pytest.raises(UserError) as error:
         read_spec(place, 2)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert message in str(error.value) and str(place) in str(error.value)
 
 
