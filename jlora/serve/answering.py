@@ -67,18 +67,19 @@ class Answering:
         self._rules, self._limits = rules, limits
         self._accepted = weakref.WeakSet[Request]()  # not yet in the engine's queue; some may never be
 
-    def requests(self, body: ChatBody | CompletionBody) -> list[Request]:
+    async def requests(self, body: ChatBody | CompletionBody) -> list[Request]:
         """Returns the engine's requests for a body, one for each of its n answers.
 
         Raises:
           Refused: it cannot be answered, or not now.
         """
         engine, count = self._thread.engine, body.n or 1
+        # A long prompt takes seconds, in which others are answered; nothing below waits, so it holds until they start.
+        prompt = await asyncio.to_thread(self._prompt, body)
         try:
             mixture = self._models.select(body.model)
         except UserError as problem:
             raise Refused(f"model: {problem}", 404, "model_not_found") from None
-        prompt = self._prompt(body)
         context = min(self._generator.context, engine.context)
         room = context - len(prompt)
         limit = body.limit or min(ANSWER, max(room, 1))
@@ -92,7 +93,9 @@ class Answering:
             raise Refused("logprobs: Not available, because this server applies output rules to answers.")
         if count > self._limits.queue:
             raise Refused(f"n={count}: This server gives {self._limits.queue} answers to a request at most.")
-        if len(engine.waiting) + len(self._accepted) + count > self._limits.queue:
+        running = len(engine.requests()) - len(engine.waiting)
+        room = self._limits.queue + max(engine.places - running, 0)
+        if len(engine.waiting) + len(self._accepted) + count > room:
             raise Refused("Too many requests are waiting. Try again later.", 429, "queue_full")
         temperature = 1.0 if body.temperature is None else body.temperature
         seed = secrets.randbits(31) if body.seed is None else body.seed

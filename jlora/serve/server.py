@@ -139,7 +139,7 @@ class Server:
     async def _answer(self, http: Http, body: ChatBody | CompletionBody) -> Response:
         if self._thread.failed:
             raise Refused("The engine has failed. Its log says why.", 503)
-        requests = self._answering.requests(body)
+        requests = await self._answering.requests(body)
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             events = self._answering.stream(body, requests)
