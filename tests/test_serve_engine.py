@@ -122,7 +122,7 @@ def test_a_burst_fills_the_queue_and_no_more(application, monkeypatch):
     monkeypatch.setattr(engine, "submit", lambda request: (submit(request), most.append(len(engine.waiting))))
     got = ask(make(queue=3), *[chat(stream=i % 2 == 0) for i in range(20)])
     codes = [answer.status_code for answer in got]
-    assert set(codes) == {200, 429} and codes.count(200) >= 3 and max(most) <= 3
+    assert set(codes) == {200, 429} and codes.count(200) >= 5 and max(most) <= 5  # two places
 
 
 def test_what_no_option_asks_for_is_not_there(application):
