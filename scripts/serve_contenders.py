@@ -61,7 +61,7 @@ def llama_cpp(port: int, base: str, adapters: dict[str, str]) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.port, params.hostname = base, port, "127.0.0.1"
+    params.model.path, params.port = base, port
     params.n_ctx, params.n_parallel, params.verbosity = PLACES * CONTEXT, PLACES, 0
     params.cache_ram_mib = 0  # this cache does not distinguish adapters
     loras = []

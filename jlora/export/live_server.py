@@ -23,7 +23,7 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "JLORA_API_KEY": ""}
 LLAMA_CPP = """
 import sys, threading, xllamacpp
 params, lora = xllamacpp.CommonParams(), xllamacpp.CommonAdapterLoraInfo()
-params.hostname, params.port, params.model.path, lora.path = "127.0.0.1", int(sys.argv[1]), sys.argv[2], sys.argv[3]
+params.port, params.model.path, lora.path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 params.n_ctx, params.n_parallel, lora.scale, params.lora_adapters = 2048, 1, 1.0, [lora]
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(params)

@@ -30,7 +30,7 @@ from jlora.serve.block_pool import BlockPool
 from jlora.serve.sampling import GREEDY, Sampling, greedy, log_probabilities, sample
 from jlora.steps.compilation import supported_options
 
-CHUNKS = (16, 64, 256)  # tokens of a prompt that one forward pass computes; padding fills the rest
+CHUNKS = (16, 32, 48, 64, 128, 256)  # tokens of a prompt that one forward pass computes; padding fills the rest
 
 
 class Token(NamedTuple):
