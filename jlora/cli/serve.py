@@ -12,6 +12,7 @@ from jlora.cli.generate import adapters_by_name, add_model_options
 from jlora.common.paths import user_path
 from jlora.serve.loading import Model, Spare, template_text
 from jlora.serve.output_rules import read_rules
+from jlora.serve.served_models import BASE, NAME
 
 KEY = "JLORA_API_KEY"
 GRACE = 30  # seconds that running requests have to end after SIGTERM
@@ -59,8 +60,9 @@ def main(argv: list[str]) -> None:
     key = _api_key(arguments.api_key_file)
     listening = _listen(arguments.host, arguments.port)
     directories = adapters_by_name(arguments.adapter)
-    if "base" in directories:
-        parser.error("--adapter base=...: 'base' is the name of the base model. Choose another name.")
+    for name in directories:
+        if name == BASE or not NAME.fullmatch(name):
+            parser.error(f"--adapter {name}: No model can have this name. Choose another: --adapter NAME=DIR.")
     spare = Spare(arguments.max_adapters - len(directories), arguments.max_rank) if arguments.adapter_root else None
     model = load_model(arguments.base or "", directories, arguments.revision, arguments.quantize_base, spare)
     _serve(arguments, model, directories, key, listening)
@@ -114,7 +116,7 @@ def _api_key(file: Path | None) -> str:
       UserError: the file cannot be read or is empty.
     """
     if file is None:
-        return os.environ.get(KEY, "")
+        return os.environ.get(KEY, "").strip()
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:

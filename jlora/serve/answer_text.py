@@ -34,13 +34,13 @@ class AnswerText:
 
     def close(self) -> str:
         """Returns the rest of the text, after the last token."""
-        if not self.stopped:  # bytes that are no character yet
+        if not self.stopped:  # incomplete characters
             self._decoded = self._decode(self._ids)
         return self._filter.push(self._next(0)) + self._filter.close()
 
     def _new_text(self) -> str:
         """Returns the text of the tokens after `_to`, or "" if the next ones may change it."""
-        # Bytes that are no character make all bytes before them unreadable, back to the last token that is no byte.
+        # Incomplete characters make all bytes before them unreadable, back to the last token that is not a byte.
         if BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""):
             return ""
         before, after = (self._decode(self._ids[self._from : end]) for end in (self._to, len(self._ids)))

@@ -81,6 +81,8 @@ class Engine:
       ends: ids of the tokens that end an answer.
       places: requests that run at the same time.
       cache_tokens: tokens of all running requests, at most.
+      row_counts: the numbers of rows of the programs that compute one token for each row, of which the smallest
+        sufficient one runs; (): powers of two up to `places`.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Engine:
         ends: frozenset[int],
         places: int,
         cache_tokens: int,
+        row_counts: Sequence[int] = (),
     ) -> None:
         self.base, self.spec, self.ends, self.places = base, spec, ends, places
+        self.row_counts = row_counts or sorted({places, *(2**i for i in range(places.bit_length()) if 2**i < places)})
         self._graphdef = graphdef
         self._neutral: Adapter | None = None
         span = SPAN * BLOCK
@@ -174,7 +178,7 @@ class Engine:
         if self._filling is not None:
             self._fill(self._filling)
         for rows in self._groups():
-            logits = self._run(rows, 1)
+            logits = self._run(rows, next(count for count in self.row_counts if count >= len(rows)))
             for request in rows:
                 request.computed += 1
             self._append(rows, logits)
@@ -197,13 +201,9 @@ class Engine:
 
     def compile_all(self) -> None:
         """Compiles all programs that requests will need."""
-        for logits in [*(self._run([], rows) for rows in self.row_counts()), *(self._run([], 1, T) for T in CHUNKS)]:
+        for logits in [*(self._run([], rows) for rows in self.row_counts), *(self._run([], 1, T) for T in CHUNKS)]:
             self._choose(logits, [])
             self._choose(logits, [Request([], (), 1, Sampling(temperature=1.0), logprobs=True)])
-
-    def row_counts(self) -> list[int]:
-        """Returns the numbers of rows that the programs of single tokens have: powers of two, up to `places`."""
-        return sorted({self.places, *(2**i for i in range(self.places.bit_length()) if 2**i < self.places)})
 
     def _admit(self) -> Request | None:
         """Returns the first request of the queue, if there are a place and blocks for it."""
@@ -244,11 +244,14 @@ class Engine:
         return [[request for request in self.running if request.mixture == mixture] for mixture in chosen]
 
     def _run(self, requests: Sequence[Request], rows: int, length: int = 1) -> Float[Array, "R V"]:
-        """Computes the next `length` tokens of each request, and returns the logits of what follows them."""
-        R = next(count for count in self.row_counts() if count >= max(rows, len(requests)))
-        tokens, segments, positions = (np.zeros((R, length), np.int32) for _ in range(3))
-        blocks = np.zeros((R, self.context // BLOCK), np.int32)
-        mixture = np.zeros((R, max(self.spec.mixed, 1)), np.float32)
+        """Computes the next `length` tokens of each request, and returns the logits of what follows them.
+
+        Args:
+          rows: rows of the program; padding fills those without a request.
+        """
+        tokens, segments, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
+        blocks = np.zeros((rows, self.context // BLOCK), np.int32)
+        mixture = np.zeros((rows, max(self.spec.mixed, 1)), np.float32)
         for row, request in enumerate(requests):
             new = request.tokens[request.computed :][:length]
             tokens[row, : len(new)], segments[row, : len(new)] = new, 1

@@ -18,7 +18,7 @@ _writing = threading.Lock()  # a file that is made shorter again must not lose w
 
 
 def save_feedback(directory: Path, feedback: FeedbackBody) -> None:
-    """Appends feedback to the files of a directory. What cannot be used for training is not kept.
+    """Appends feedback to the files of a directory; a bad rating without a better answer is not kept.
 
     Raises:
       OSError: it cannot be written; the files are as before.

@@ -48,10 +48,10 @@ class Generator:
         self.dtype, self.vocabulary = compute_dtype, base["embed_tokens"]["weight"].shape[0]
         self._engine: Engine | None = None
 
-    def make_engine(self, places: int, cache_tokens: int) -> Engine:
+    def make_engine(self, places: int, cache_tokens: int, row_counts: Sequence[int] = ()) -> Engine:
         """Returns an engine for this model; see `Engine` for the arguments."""
-        adapter, spec = self.adapters.adapter, self.adapters.spec
-        return Engine(self.config, self.graphdef, self.base, adapter, spec, self.dtype, self.ends, places, cache_tokens)
+        model = self.config, self.graphdef, self.base, self.adapters.adapter, self.adapters.spec, self.dtype
+        return Engine(*model, self.ends, places, cache_tokens, row_counts)
 
     def generate_tokens(
         self,
@@ -128,7 +128,7 @@ class Generator:
         if self._engine is None or self._engine.places < rows or self._engine.context < longest * rows:
             before = 0 if self._engine is None else self._engine.context
             self._engine = None  # its cache is freed first
-            self._engine = self.make_engine(rows, max(longest * rows, 2 * before))
+            self._engine = self.make_engine(rows, max(longest * rows, 2 * before), (rows,))  # one program to compile
         return self._engine
 
     def generate_text(

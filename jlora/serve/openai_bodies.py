@@ -139,7 +139,7 @@ class CompletionBody(Body):
 
 
 class AdapterBody(pydantic.BaseModel):
-    """A request to load or unload an adapter, as vLLM has it."""
+    """A request to load or unload an adapter; the keys are those of vLLM."""
 
     lora_name: str
     lora_path: str = ""

@@ -31,7 +31,7 @@ class ServedModels:
     @property
     def names(self) -> list[str]:
         """All names, without sums."""
-        return [BASE, *self._adapters.places]
+        return [*self._adapters.places, BASE]
 
     def select(self, model: str) -> Mixture:
         """Returns the mixture that a name stands for, such as "base", "law" or "law:0.7+brief:0.3".

@@ -100,8 +100,9 @@ class Server:
         """Returns an endpoint that asks for the API key, and answers what it refuses in OpenAI's form."""
 
         async def checked(http: Http) -> Response:
-            given = http.headers.get("authorization", "").removeprefix("Bearer ")
-            if self._api_key and not hmac.compare_digest(given.encode(), self._api_key.encode()):
+            scheme, _, given = http.headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), self._api_key.encode())
+            if self._api_key and not (scheme.lower() == "bearer" and right):
                 return _refusal("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.", 401)
             try:
                 return await endpoint(http)
@@ -116,6 +117,7 @@ class Server:
         nonce = secrets.token_urlsafe(16)
         text = PAGE.read_text(encoding="utf-8").replace("__NONCE__", nonce)
         headers = {"Content-Security-Policy": POLICY.format(nonce=nonce), "Referrer-Policy": "no-referrer"}
+        headers["X-Content-Type-Options"] = "nosniff"
         return HTMLResponse(text, headers=headers)
 
     async def _health(self, http: Http) -> Response:
