@@ -2,10 +2,9 @@
 
 PATH=VLLM_ENVIRONMENT/bin:$PATH python scripts/server_parity.py [--servers vllm llama.cpp jlora] [--work DIR]
 
-The adapters are that of configs/law.py, one with patterned ranks and rsLoRA, and one that was trained on a base model in
-a GGUF file. Each server answers their held-out questions, greedily and in float32; the last lines are what
-`jlora export --live` says. vLLM must be on the PATH, and llama.cpp (xllamacpp) in this environment; start.py and the
-tests need neither.
+The adapters are that of configs/law.py, one with patterned ranks and rsLoRA, and one that was trained on a base model
+in a GGUF file. Each server answers their held-out questions, greedily and in float32; the adapter of an earlier step
+must be caught. vLLM must be on the PATH, and llama.cpp (xllamacpp) in this environment.
 """
 
 import argparse
