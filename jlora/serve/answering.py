@@ -94,8 +94,8 @@ class Answering:
         if count > self._limits.queue:
             raise Refused(f"n={count}: This server gives {self._limits.queue} answers to a request at most.")
         running = len(engine.requests()) - len(engine.waiting)
-        room = self._limits.queue + max(engine.places - running, 0)
-        if len(engine.waiting) + len(self._accepted) + count > room:
+        most = self._limits.queue + max(engine.places - running, 0)
+        if len(engine.waiting) + len(self._accepted) + count > most:
             raise Refused("Too many requests are waiting. Try again later.", 429, "queue_full")
         temperature = 1.0 if body.temperature is None else body.temperature
         seed = secrets.randbits(31) if body.seed is None else body.seed

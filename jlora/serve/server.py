@@ -30,12 +30,10 @@ from jlora.serve.served_models import ServedModels
 PAGE = Path(__file__).with_name("page.html")
 ENDING = "The server ends. Try again later."
 BODY_SECONDS = 30.0  # time for a client to send a request's body
-OPEN = {"/", "/health"}  # paths that need no API key
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
-Endpoint = Callable[["Server", Http], Awaitable[Response]]
 
 
 class Server:
