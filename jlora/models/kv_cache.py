@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jlora.models.model_config import ModelConfig
 
-BLOCK = 64  # positions in a block: a CPU gathers few large blocks much faster than many small ones
-SPAN = 2  # blocks whose scores are computed at a time
+BLOCK = 32  # positions in a block: a CPU gathers few large blocks faster, and rows share more with small ones
+SPAN = 4  # blocks whose scores are computed at a time
 UNUSED = 0  # a block that no row reads; padding is written there
 
 
