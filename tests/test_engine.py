@@ -263,3 +263,16 @@ def test_lower_precision(small, places, generator, dtype):
     assert low._engine._cache.k.dtype == dtype
     answers = low.generate_batch(MIXTURES, [PROMPT] * 4, 8)
     assert answers == low.generate_batch(MIXTURES, [PROMPT] * 4, 8) and all(answers)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_answers(tiny):
+    """Four devices: two share the heads and the cache, two share each weight."""
+    alone, shared = (loading.load_model(str(tiny), mesh=mesh) for mesh in (None, {"tensor": 2, "fsdp": 2}))
+    prompts, mixtures = [PROMPT[:5], PROMPT, PROMPT * 3], [(0.0,)] * 3
+    differences = [model.generator.next_token_logits(mixtures, prompts) for model in (alone, shared)]
+    assert np.abs(differences[0] - differences[1]).max() < 1e-4
+    answers = [model.generator.generate_batch(mixtures, prompts, 12) for model in (alone, shared)]
+    assert answers[0] == answers[1] and all(answers[0])
+    cache = shared.generator._engine._cache.k
+    assert len(cache.devices()) == 4 and cache.addressable_shards[0].data.shape[2] == 1  # of two kv heads

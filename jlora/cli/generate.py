@@ -1,12 +1,14 @@
 """`jlora generate [--base B] [--adapter [NAME=]DIR ...] --prompt "..."`, or `--chat`: answers with adapters."""
 
 import argparse
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 from jlora import UserError, load_model
 from jlora.common.paths import user_path
+from jlora.common.yaml_text import parse_yaml
 from jlora.config.schema import CHOICES
 from jlora.data.conversation import Message
 from jlora.serve.output_rules import filtered, read_rules
@@ -31,6 +33,25 @@ def adapters_by_name(entries: list[str]) -> dict[str, Path]:
     return found
 
 
+def read_mesh(text: str) -> dict[str, int]:
+    """Parses --mesh.
+
+    Raises:
+      argparse.ArgumentTypeError: it is not a mapping of the mesh's axes to numbers of devices.
+    """
+    with contextlib.suppress(ValueError):
+        sizes = parse_yaml(text)
+        if (
+            isinstance(sizes, dict)
+            and sizes.keys() <= {"fsdp", "tensor"}
+            and all(isinstance(size, int) and size > 0 for size in sizes.values())
+        ):
+            return sizes
+    raise argparse.ArgumentTypeError(
+        f"{text[:80]}: Expected numbers of devices for fsdp and tensor, as '{{tensor: 4}}'."
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose the base model, its adapters, and the rules for answers."""
     parser.add_argument(
@@ -39,6 +60,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default="", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--quantize_base", choices=CHOICES["quantize_base"], default="none", help="quantize the base model"
+    )
+    parser.add_argument(
+        "--mesh", type=read_mesh, default=None, help="devices that share the base model, such as '{tensor: 4}'"
     )
     parser.add_argument(
         "--adapter", action="append", default=[], help="a PEFT directory, or NAME=DIR; repeat it for several adapters"
@@ -76,7 +100,8 @@ def main(argv: list[str]) -> None:
         parser.error("Set --base, --adapter, or both.")
     rules = read_rules(arguments.output_rules) if arguments.output_rules else ()
     directories, base = adapters_by_name(arguments.adapter), arguments.base or ""
-    generator, adapters = load_model(base, directories, arguments.revision, arguments.quantize_base)
+    kind, mesh = arguments.quantize_base, arguments.mesh
+    generator, adapters = load_model(base, directories, arguments.revision, kind, mesh=mesh)
     use = arguments.use or list(adapters.places)[:1]
     system = (Message("system", arguments.system),) if arguments.system else ()
     keys = ("max_new_tokens", "temperature", "top_p", "seed")

@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
         if name == BASE or not NAME.fullmatch(name):
             parser.error(f"--adapter {name}: No model can have this name. Choose another: --adapter NAME=DIR.")
     spare = Spare(arguments.max_adapters - len(directories), arguments.max_rank) if arguments.adapter_root else None
-    model = load_model(arguments.base or "", directories, arguments.revision, arguments.quantize_base, spare)
+    base, kind, mesh = arguments.base or "", arguments.quantize_base, arguments.mesh
+    model = load_model(base, directories, arguments.revision, kind, spare, mesh)
     _serve(arguments, model, directories, key, listening)
 
 

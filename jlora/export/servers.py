@@ -26,6 +26,7 @@ class Server:
 SERVERS = {
     "peft": Server("PEFT", plain=False),
     "vllm": Server("vLLM", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
+    "tpu-inference": Server("vLLM on TPU", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
     "sglang": Server("SGLang", plain=True),
     "lorax": Server("LoRAX", plain=True),
     "llama.cpp": Server("llama.cpp", plain=True),

@@ -173,7 +173,7 @@ class _LeafReader:
 
 
 def load_base_alone(directory: Path, compute: ComputeSettings, vocabulary: int = 0) -> dict[str, Any]:
-    """Loads a base model without an adapter on one device.
+    """Loads a base model without an adapter, on the mesh of `compute` or on one device.
 
     Args:
       vocabulary: rows of the token tables, if they must have more than the base model's.
@@ -183,7 +183,7 @@ def load_base_alone(directory: Path, compute: ComputeSettings, vocabulary: int =
     """
     alone = dataclasses.replace(NO_ADAPTER, vocabulary=vocabulary)
     _, _, shapes = abstract_model(read_config(directory), alone, compute)
-    return load_base(directory, shapes, make_mesh(find_devices()[:1]))
+    return load_base(directory, shapes, compute.mesh or make_mesh(find_devices()[:1]))
 
 
 def dequantized_weights(base: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

@@ -5,10 +5,11 @@ Axes: L layers, C blocks of the cache, b positions in a block, R rows, T new tok
 position in a row, N query heads, K kv heads, G=N/K, H head dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -77,6 +78,13 @@ class KVCache(NamedTuple):
         out, total, _ = jax.lax.fori_loop(0, count, span, none)
         heads = (out / total).astype(q.dtype).reshape(R, K, N // K, T, H)
         return jnp.einsum("RKGTH->RTKGH", heads).reshape(R, T, N, H)
+
+
+def cache_shardings(mesh: Mesh) -> KVCache:
+    """Returns where a cache is: its kv heads are split as those of the model are."""
+    specs = PartitionSpec(None, None, "tensor"), PartitionSpec(None, None, "tensor"), PartitionSpec()
+    places: Any = (NamedSharding(mesh, spec) for spec in specs)
+    return KVCache(*places)
 
 
 def empty_kv_cache(config: ModelConfig, dtype: DTypeLike, blocks: int) -> KVCache:

@@ -23,7 +23,7 @@ from jlora.adapters.combining import Mixture
 from jlora.adapters.methods.mixture import MIXTURE
 from jlora.adapters.params import Adapter
 from jlora.adapters.spec import AdapterSpec
-from jlora.models.kv_cache import BLOCK, SPAN, KVCache, empty_kv_cache
+from jlora.models.kv_cache import BLOCK, SPAN, KVCache, cache_shardings, empty_kv_cache
 from jlora.models.llama import Llama, neutral_adapter
 from jlora.models.model_config import ModelConfig
 from jlora.serve.block_pool import BlockPool
@@ -108,7 +108,8 @@ class Engine:
         mesh = getattr(jax.tree.leaves(base)[0].sharding, "mesh", None)
         # The base model's devices, so that no program compiles again for arrays that are on the same device by default.
         self._devices = NamedSharding(mesh, PartitionSpec()) if mesh else None
-        self._cache = jax.jit(lambda: empty_kv_cache(config, compute_dtype, blocks), out_shardings=self._devices)()
+        places_of_cache = cache_shardings(mesh) if mesh else None
+        self._cache = jax.jit(lambda: empty_kv_cache(config, compute_dtype, blocks), out_shardings=places_of_cache)()
         self.adapter = jax.device_put(adapter, self._devices) if mesh else adapter
         self.pool = BlockPool(blocks)
         self._lock = threading.Lock()

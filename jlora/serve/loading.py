@@ -1,6 +1,7 @@
 """Loads a base model with adapters."""
 
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from jlora.data.conversation import Message
 from jlora.data.named_templates import find_template
 from jlora.data.tokenizer import load_tokenizer
 from jlora.distributed.platforms import find_devices
+from jlora.distributed.sharding import make_mesh
 from jlora.models import hf_loader
 from jlora.models.compute_settings import FLOAT32_COMPUTE, ComputeSettings, default_dtype
 from jlora.models.families import read_config
@@ -67,6 +69,7 @@ def load_model(
     revision: str = "",
     quantize: str = "none",
     spare: Spare | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """Loads a base model and adapters.
 
@@ -79,6 +82,7 @@ def load_model(
       revision: branch, tag or commit of a hub id; "": the hub's default branch.
       quantize: "nf4" or "int8" keeps the base model in 4 or 8 bits; "none": in the device's default dtype.
       spare: room for more adapters beside these.
+      mesh: devices over which the base model is split, by axis ("fsdp", "tensor"); None: one device.
 
     Raises:
       UserError: an adapter belongs to another base model or must be loaded alone, or the adapters were trained with
@@ -91,9 +95,11 @@ def load_model(
         base, named_revision = base_of(next(iter(directories.values())))
         revision = revision or named_revision
     directory = resolve_base(base, revision)
-    dtype = default_dtype(find_devices()[0])
+    devices = find_devices()
+    dtype = default_dtype(devices[0])
     enable_compilation_cache()
-    compute = ComputeSettings(dtype, dtype, quantize=quantize)
+    split = make_mesh(devices[: math.prod(mesh.values())], {"data": 1, **mesh}) if mesh else None
+    compute = ComputeSettings(dtype, dtype, quantize=quantize, mesh=split)
     template, found = common_template(directories), read_all(directories, directory)
     rows = max((spec.vocabulary for _, spec in found.values()), default=0)
     with ThreadPoolExecutor(1) as beside:  # imports transformers while the weights are read
