@@ -8,6 +8,7 @@ import socket
 import httpx
 import openai
 import pytest
+from programs import run_program
 from serving import model_options, served
 
 pytestmark = pytest.mark.slow
@@ -232,3 +233,9 @@ def test_the_api_key(small_base, small_adapters, tmp_path):
         assert '"POST /v1/chat/completions HTTP/1.1" 200' in server.output
         assert not re.search("sesame|secret", server.output)
         problem(server.http.get("/v1/load_lora_adapter"), 405)
+
+
+def test_a_cache_that_does_not_fit_is_refused(small_base):
+    done = run_program("jlora.serve", "--base", small_base, "--port", "0", "--cache_tokens", 10**12)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"--cache_tokens=1000000000000 needs [\d.]+ GiB .* Set it to \d+ or less", done.stderr)

@@ -7,9 +7,13 @@ import socket
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from jlora import UserError, load_model
 from jlora.cli.generate import adapters_by_name, add_model_options
 from jlora.common.paths import user_path
+from jlora.planning.hardware import memory_limit
 from jlora.serve.loading import Model, Spare, template_text
 from jlora.serve.output_rules import read_rules
 from jlora.serve.served_models import BASE, NAME
@@ -82,6 +86,7 @@ def _serve(
     from jlora.serve.server import Server
 
     rules = read_rules(arguments.output_rules) if arguments.output_rules else ()
+    _check_cache(model, arguments.cache_tokens, (arguments.mesh or {}).get("tensor", 1))
     engine = model.generator.make_engine(arguments.places, arguments.cache_tokens)
     print("Compiling", flush=True)
     engine.compile_all()
@@ -108,6 +113,21 @@ def _serve(
     running.run(sockets=[listening])
     if thread.failed:
         sys.exit(1)
+
+
+def _check_cache(model: Model, tokens: int, devices: int) -> None:
+    """Raises a UserError if the cache, split over devices, does not fit into the memory beside the base model."""
+    config, device = model.generator.config, jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    free = (memory_limit([device]) or 2**63) - stats.get("bytes_in_use", 0)
+    size = jnp.dtype(model.generator.dtype).itemsize
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size // devices
+    if tokens * token > free:
+        raise UserError(
+            f"--cache_tokens={tokens} needs {tokens * token / 2**30:.1f} GiB for keys and values, but only "
+            f"{max(free, 0) / 2**30:.1f} GiB are free. Set it to {max(free, 0) // token // 2} or less, or add "
+            "--quantize_base=nf4."
+        )
 
 
 def _api_key(file: Path | None) -> str:
