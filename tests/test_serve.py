@@ -209,13 +209,13 @@ def test_a_prompt_that_was_computed_before_is_reused(server):
 
 
 def test_models_health_and_metrics(server):
-    assert [model.id for model in server.openai.models.list()] == ["base", "law", "style"] == server.models
+    assert [model.id for model in server.openai.models.list()] == ["law", "style", "base"] == server.models
     with urllib.request.urlopen(f"{server.url}/health") as answer:
         assert json.load(answer) == {"status": "ok", "feedback": True}
     before = server.metrics()
     server.chat("Hi", "law", max_tokens=5)
     after = server.metrics()
-    assert after["jlora_requests_total"] - before["jlora_requests_total"] == 1
+    assert after["jlora_requests_total"] - before.get("jlora_requests_total", 0) == 1
     assert after["jlora_answer_tokens_total"] - before["jlora_answer_tokens_total"] == 5
     assert after["jlora_first_token_seconds_count"] - before["jlora_first_token_seconds_count"] == 1
 

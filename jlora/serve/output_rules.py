@@ -103,8 +103,10 @@ def filtered(pieces: Iterable[str], rules: Rules) -> Iterator[str]:
     """Yields an answer with the rules applied, in pieces that are passed on as soon as they are final."""
     passing = Filter(rules)
     for piece in pieces:
-        yield passing.push(piece)
-    yield passing.close()
+        if text := passing.push(piece):
+            yield text
+    if text := passing.close():
+        yield text
 
 
 def _replace(line: str, rules: Iterable[Rule]) -> str:

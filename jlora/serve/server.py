@@ -92,7 +92,7 @@ class Server:
         yield
         await asyncio.to_thread(self._thread.stop)
         if self._running:  # they are cancelled, and say so to their clients
-            await asyncio.wait(self._running, timeout=1)
+            await asyncio.wait(self._running, timeout=10)
 
     def _checked(self, endpoint: Callable[[Http], Awaitable[Response]]) -> Callable[[Http], Awaitable[Response]]:
         """Returns an endpoint that asks for the API key, and answers what it refuses in OpenAI's form."""
