@@ -61,8 +61,11 @@ def spawned(server: str, base: Path, adapter: Path, rank: int, gguf: Path | None
 
 def _command(server: str, base: Path, adapter: Path, rank: int, port: int, gguf: Path | None) -> list[str]:
     if server == "vllm" and (program := shutil.which("vllm")):
+        # Not `vllm serve`, which fails with vLLM's wheel for CPUs, because its package has another name.
+        python = str(Path(program).parent / "python")
         return [
-            *(program, "serve", str(base), "--port", str(port), "--dtype", "float32", "--enforce-eager"),
+            *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)),
+            *("--dtype", "float32", "--enforce-eager"),
             *("--max-model-len", "2048", "--enable-lora", "--max-lora-rank", str(rank)),
             *("--lora-modules", f"{NAME}={adapter}"),
         ]
