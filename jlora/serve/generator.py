@@ -148,11 +148,6 @@ class Generator:
         answers = self.generate_batch(mixtures, prompts, **options)
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
-    def answer(self, mixture: Mixture, question: str, max_new_tokens: int) -> str:
-        """Returns the greedy answer to one question."""
-        (text,) = self.answers([mixture], [(Message("user", question),)], max_new_tokens=max_new_tokens)
-        return text
-
 
 def compare_answers(generator: Generator, rows: list[Conversation]) -> Iterator[str]:
     """Yields, for each held-out row, its question, its own answer, and those of the base model and the adapter."""
