@@ -3,8 +3,8 @@
 PATH=VLLM_ENVIRONMENT/bin:$PATH python scripts/server_parity.py [--servers vllm llama.cpp jlora] [--work DIR]
 
 The adapters are that of configs/law.py, one with patterned ranks and rsLoRA, and one that was trained on a base model
-in a GGUF file. Each server answers their held-out questions, greedily and in float32; the adapter of an earlier step
-must be caught. vLLM must be on the PATH, and llama.cpp (xllamacpp) in this environment.
+in a GGUF file. Each server answers the 40 held-out questions in data/, greedily and in float32; the adapter of an
+earlier step must be caught. vLLM must be on the PATH, and llama.cpp (xllamacpp) in this environment.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from float32_gguf import download_quantized, write_float32
 
 ROOT = Path(__file__).parents[1]
+HELD_OUT = ("law_eval_en", "law_eval")  # 20 rows each, in English and Chinese; no adapter is trained on them
 PATTERNED = ["use_rslora=true", "lora_rank=8", "rank_pattern={'layers.1.self_attn.v_proj': 4}", "max_steps=50"]
 
 
@@ -36,12 +37,18 @@ def trained(work: Path, name: str, *settings: str) -> Path:
     return run
 
 
+def live(run: Path, target: Path, server: str, gguf: Path) -> subprocess.CompletedProcess[str]:
+    """Asks a server with the adapter in `target` the held-out questions, and compares its answers with the run's."""
+    options = ["--base_gguf", str(gguf)] if server == "llama.cpp" else []
+    words = ("--for", server, "--live", "spawn", "--questions", str(gguf.parent / "questions"), *options)
+    return jlora("export", "--run", str(run), "--output", str(target), *words)
+
+
 def compare(run: Path, server: str, gguf: Path) -> str:
     """Returns what `jlora export --live` says about a run's adapter on a server."""
-    options = ["--base_gguf", str(gguf)] if server == "llama.cpp" else []
     target = run / f"parity-{server}"
     shutil.rmtree(target, ignore_errors=True)
-    done = jlora("export", "--run", str(run), "--for", server, "--live", "spawn", "--output", str(target), *options)
+    done = live(run, target, server, gguf)
     return (done.stdout + done.stderr).strip().split("\n")[-1]
 
 
@@ -52,8 +59,7 @@ def broken(run: Path, server: str, gguf: Path) -> str:
     first = min(int(place.name) for place in (run / "checkpoints").iterdir() if place.name.isdigit())
     made = jlora("export", "--run", str(run), "--step", str(first), "--for", server, "--output", str(target))
     assert made.returncode == 0, made.stderr
-    options = ["--base_gguf", str(gguf)] if server == "llama.cpp" else []
-    done = jlora("export", "--run", str(run), "--for", server, "--live", "spawn", "--output", str(target), *options)
+    done = live(run, target, server, gguf)
     assert done.returncode == 1, f"not caught: {done.stdout}"
     return done.stderr.strip().split("\n")[-1]
 
@@ -66,6 +72,8 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    for name in HELD_OUT:
+        shutil.copytree(ROOT / "data" / name, work / "questions" / name, dirs_exist_ok=True)
     gguf = work / "base.gguf"
     if not gguf.exists():
         write_float32(download_quantized(work), gguf)
