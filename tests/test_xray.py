@@ -47,8 +47,8 @@ def test_marked_text_is_trained_text(tokenizer, example):
 
 
 def test_html_page_is_self_contained_and_escaped(tokenizer, example):
-    page = preview.as_html(tokenizer, "<title>", ["a < b {x}"], [example])
-    assert "<script" not in page and "http" not in page and "src=" not in page and "\u202e" not in page
+    page = preview.as_html(tokenizer, "<title>", ["a < b {x}"], np.array([20, 40]), [example])
+    assert "<script>alert" not in page and "://" not in page and "src=" not in page and "\u202e" not in page
     assert "a &lt; b {x}" in page and "&lt;title&gt;" in page and "&lt;b&gt;.txt:1" in page
     marked = [html.unescape(text) for text in re.findall(r"<mark>(.*?)</mark>", page, re.DOTALL)]
     assert marked == ["Marked", escape_controls(f"{EVIL}<|im_end|>"), "b<|im_end|>"]
@@ -99,7 +99,9 @@ def test_html_option_writes_the_same_rows(config_file, tmp_path, capsys):
     assert f"Wrote {page}" in said and "<|im_start|>" not in said
     text = page.read_text(encoding="utf-8")
     assert text.count("<mark>Under Article") == 40
-    assert all(html.escape(line) in text for line in said.splitlines()[:-1])
+    bars = re.findall(r"^ *(\d+ to +\d+ tokens) +#* +(\d+)$", said, re.M)
+    assert bars and all(re.search(rf">\s*{label}</th>.*>{count}</td>", text) for label, count in bars)
+    assert all(html.escape(line) in text for line in said.splitlines()[:-1] if " tokens  " not in line)
     with pytest.raises(UserError, match=r"--html .*nowhere/x.html: .* is not a directory"):
         program.main(["--config", str(config_file()), "--html", str(tmp_path / "nowhere/x.html")])
 

@@ -55,14 +55,14 @@ def main(argv: list[str]) -> None:
         log(warning)
     steps, batches, _ = data_pipeline.make_run_batches(config, model, examples, held_out, devices=1)
     for line in preview.length_histogram(examples.sizes[:, 0]):
-        log(line)
+        print(line, flush=True)
     log(f"On one device: {preview.batch_summary(batches, steps)}")
     shown = [examples[i] for i in range(min(arguments.rows or len(examples), len(examples)))]
     log(f"Showing {len(shown)} of {plural(len(examples), 'row')}; --rows N shows more, --rows 0 all")
     if arguments.html:
         title = f"Training data of {arguments.config}"
         try:
-            replace_text(arguments.html, preview.as_html(tokenizer, title, summary, shown))
+            replace_text(arguments.html, preview.as_html(tokenizer, title, summary, examples.sizes[:, 0], shown))
         except OSError as error:
             raise UserError(f"--html {arguments.html} cannot be written: {error.strerror}.") from None
         print(f"Wrote {arguments.html}")

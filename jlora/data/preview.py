@@ -1,31 +1,24 @@
 """Preview of training data for a terminal, a file or a browser: rows with trained tokens marked, and statistics."""
 
-import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from jlora.common.plural import plural
 from jlora.common.terminal import escape_controls
 from jlora.data.batches import Batches
 from jlora.data.examples import Example, SizedExamples
+from jlora.pages.charts import bar_chart
+from jlora.pages.page import render, section
+from jlora.pages.rows import Row, row_list
 
 GREEN, RESET = "\x1b[30;42m", "\x1b[0m"  # black on green
 OPEN, CLOSE = "[[", "]]"  # mark trained text without color
 BARS, BAR_WIDTH = 8, 40  # of the length histogram: maximum number of bars, characters
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: .8em; border-radius: 4px }}
-mark {{ background: #a6e3a1; color: #000 }} h2 {{ font-size: 1em; margin: 1.5em 0 .3em }}
-</style></head><body><h1>{title}</h1>
-<pre>{summary}</pre>
-<p><mark>Marked</mark> text is trained on. The model receives the rest as its prompt.</p>
-{rows}
-</body></html>
-"""
+EXPLANATION = Markup("<p><mark>Marked</mark> text is trained on. The model receives the rest as its prompt.</p>")
 
 
 def split_by_mask(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
@@ -52,17 +45,26 @@ def as_text(tokenizer: Any, example: Example, *, color: bool) -> str:
     return "".join(parts)
 
 
-def as_html(tokenizer: Any, title: str, summary: Iterable[str], examples: Sequence[Example]) -> str:
-    """Returns the examples as a self-contained HTML page with all text escaped."""
-    rows = []
-    for example in examples:
-        parts = [
-            f"<mark>{html.escape(escape_controls(text))}</mark>" if trained else html.escape(escape_controls(text))
-            for text, trained in split_by_mask(tokenizer, example)
-        ]
-        rows.append(f"<h2>{html.escape(example_heading(example))}</h2>\n<pre>{''.join(parts)}</pre>")
-    lines = "\n".join(escape_controls(line) for line in summary)
-    return PAGE.format(title=html.escape(title), summary=html.escape(lines), rows="\n".join(rows))
+def as_html(
+    tokenizer: Any, title: str, summary: Iterable[str], lengths: np.ndarray, examples: Sequence[Example]
+) -> str:
+    """Returns the examples as a self-contained HTML page, with the lengths of all examples as a chart."""
+    rows = [
+        Row(example_heading(example), {"": marked(tokenizer, example)}, (), len(example.tokens)) for example in examples
+    ]
+    sections = [
+        section("Lengths of the examples", bar_chart(*count_lengths(lengths))),
+        section("Rows", EXPLANATION, row_list(rows, "number of tokens")),
+    ]
+    return render(title, summary, sections)
+
+
+def marked(tokenizer: Any, example: Example) -> Markup:
+    """Returns the text of an example as HTML, with the trained parts marked."""
+    return Markup("").join(
+        Markup("<mark>{}</mark>" if trained else "{}").format(escape_controls(text))
+        for text, trained in split_by_mask(tokenizer, example)
+    )
 
 
 def example_heading(example: Example) -> str:
@@ -93,14 +95,19 @@ def examples_summary(name: str, examples: SizedExamples) -> str:
     )
 
 
-def length_histogram(lengths: np.ndarray) -> list[str]:
-    """Returns a bar for each range of example lengths, in tokens."""
+def count_lengths(lengths: np.ndarray) -> tuple[list[str], list[int]]:
+    """Returns ranges of example lengths, such as "1 to 16 tokens", and the number of examples in each."""
     step = -(-int(lengths.max()) // (16 * BARS)) * 16
     counts = np.bincount((lengths - 1) // step)
-    last = f"{len(counts) * step}"
+    first, digits = int(np.flatnonzero(counts)[0]), len(f"{len(counts) * step}")
+    labels = [f"{i * step + 1:>{digits}} to {(i + 1) * step:>{digits}} tokens" for i in range(first, len(counts))]
+    return labels, counts[first:].tolist()
+
+
+def length_histogram(lengths: np.ndarray) -> list[str]:
+    """Returns a bar for each range of example lengths, for the terminal."""
+    labels, counts = count_lengths(lengths)
     return [
-        f"{i * step + 1:>{len(last)}} to {(i + 1) * step:>{len(last)}} tokens  "
-        f"{'#' * -(-BAR_WIDTH * count // counts.max()):<{BAR_WIDTH}} {count:,}"
-        for i, count in enumerate(counts.tolist())
-        if counts[: i + 1].any()
+        f"{label}  {'#' * -(-BAR_WIDTH * count // max(counts)):<{BAR_WIDTH}} {count:,}"
+        for label, count in zip(labels, counts, strict=True)
     ]
