@@ -1,33 +1,21 @@
 """The chat page in a real browser, against a small server: what users type, see, copy and rate."""
 
 import contextlib
-import shutil
 
+import chromium
 import pytest
 
-INSTALL = "the tests in a browser need pip install -e '.[test,browser]'"
-webdriver = pytest.importorskip("selenium.webdriver", reason=INSTALL)
-ui = pytest.importorskip("selenium.webdriver.support.ui", reason=INSTALL)
-page_server = pytest.importorskip("page_server", reason=INSTALL)
+webdriver = pytest.importorskip("selenium.webdriver", reason=chromium.INSTALL)
+ui = pytest.importorskip("selenium.webdriver.support.ui", reason=chromium.INSTALL)
+page_server = pytest.importorskip("page_server", reason=chromium.INSTALL)
 
 Keys = webdriver.Keys
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium (or google-chrome) and chromedriver in PATH"),
-]
-OPTIONS = "--headless=new --no-sandbox --disable-dev-shm-usage --window-size=1200,800 --lang=en-US"
+pytestmark = chromium.NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for option in OPTIONS.split():
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver = chromium.start()
     yield driver
     driver.quit()
 

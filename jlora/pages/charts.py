@@ -95,12 +95,13 @@ class Scale:
         """Returns the place of a value, in percent of the axis."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
-    def ticks(self) -> list[tuple[str, str]]:
-        """Returns up to six round numbers on the axis, each with its place."""
+    def ticks(self, percent: bool = False) -> list[tuple[str, str]]:
+        """Returns up to six round numbers on the axis, as numbers or in percent, each with its place."""
         unit = 10.0 ** math.floor(math.log10((self.high - self.low) / 5))
         step = next(unit * factor for factor in (1, 2, 5, 10) if 5.000001 * unit * factor >= self.high - self.low)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [(f"{self.percent(i * step)}%", f"{i * step:,.6g}") for i in range(first, last + 1)]
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        texts = [f"{100 * i * step:,.6g}%" if percent else f"{i * step:,.6g}" for i in range(first, last + 1)]
+        return [(f"{self.percent(i * step)}%", text) for i, text in enumerate(texts, first)]
 
 
 def bar_chart(labels: Sequence[str], counts: Sequence[float]) -> Markup:
@@ -134,7 +135,9 @@ def interval_chart(
         else (label, "", "", "", show_cell(None))
         for label, value, low, high in zip(labels, values, lows, highs, strict=True)
     ]
-    return INTERVALS(points=points, ticks=scale.ticks(), reference=reference is not None and place(reference))
+    return INTERVALS(
+        points=points, ticks=scale.ticks(spec.endswith("%")), reference=reference is not None and place(reference)
+    )
 
 
 def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Markup:
