@@ -27,6 +27,7 @@ TEXTS = [
     "Ｆｕｌｌ 依据第十条",
 ]
 KINDS = ["html", "markup", "hebrew", "emoji", "long", EVIL]
+WIDE_HEADER = [f"column {i}" for i in range(20)]
 EMPTY_TAGS = {"meta", "line", "circle", "rect", "polyline", "input"}
 
 
@@ -42,6 +43,7 @@ def full_page(size, text="text"):
         section("Lines", line_chart({text: [(0, 1.0), (10, 2.0)], "empty": []}, text, text)),
         section("Intervals", interval_chart([text], [0.5], [0.4], [0.7], reference=0.5)),
         section("Sweep", heat_map([text], [text, "c"], [[1.0, None]], corner=text, best=max)),
+        section("Wide", table(WIDE_HEADER, [range(20)]), heat_map(["a"], WIDE_HEADER, [range(20)])),
         section("Rows", row_list(rows, "score")),
     ]
     return render(text, [text, "two"], sections)
@@ -288,3 +290,4 @@ def test_dark_light_and_print(view):
     assert light[4:] == dark[4:] == ["flex", "auto", "auto"]
     assert printed[:2] == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"] and printed[2:4] == light[2:4]
     assert printed[4:] == ["none", "visible", "visible"]
+    assert view(full_page(6, EVIL), 700, media="print").execute_script(WIDE)[:2] == [True, True]

@@ -46,7 +46,7 @@ INTERVALS = template("""\
 </table>""")
 LINES = template("""\
 <figure class="lines">
-<figcaption><b>{{ y_label }}</b>
+<figcaption><b dir="auto">{{ y_label }}</b>
 {% for name, color, _, _ in lines %}
 <span class="key"><svg class="swatch" aria-hidden="true"><line class="{{ color }}" x2="100%" y1="50%" y2="50%"/></svg> \
 <span dir="auto">{{ name }}</span></span>
@@ -72,7 +72,7 @@ LINES = template("""\
 {% endfor %}
 {% endfor %}
 </svg>
-<p class="x-label">{{ x_label }}</p>
+<p class="x-label" dir="auto">{{ x_label }}</p>
 </figure>""")
 
 

@@ -10,7 +10,7 @@ for (const list of document.querySelectorAll(".row-list")) {
   const rows = Array.from(place.children, (node) => ({
     node,
     number: "number" in node.dataset ? Number(node.dataset.number) : NaN,
-    tags: new Set(Array.from(node.querySelectorAll(".tags li"), (tag) => tag.textContent)),
+    tags: new Set(Array.from(node.querySelectorAll(".tag"), (tag) => tag.textContent)),
     text: plain(Array.from(node.querySelectorAll("h3, .text"), (text) => text.textContent).join("\n")),
   }));
   const all = `${rows.length.toLocaleString("en")} ${rows.length === 1 ? "row" : "rows"}`;

@@ -43,7 +43,7 @@ ROW_LIST = template("""\
 <article{% if row.number is not none %} data-number="{{ row.number }}"{% endif %}>
 <h3 dir="auto">{{ row.heading }}</h3>
 {% if row.tags %}
-<ul class="tags">{% for tag in row.tags %}<li dir="auto">{{ tag }}</li>{% endfor %}</ul>
+<ul class="tags">{% for tag in row.tags %}<li class="tag" dir="auto">{{ tag }}</li>{% endfor %}</ul>
 {% endif %}
 <div class="texts">
 {% for label, text in row.texts.items() %}
