@@ -194,7 +194,7 @@ def test_resume_with_a_loss_scale_is_bit_identical(half, tmp_path):
 
 
 def test_log_line_counts_skipped_steps(tmp_path, capsys):
-    with Logger(tmp_path, 0, 9) as logger:
+    with Logger(tmp_path, 0, 9, {}) as logger:
         logger.log(4, loss=2.0, loss_scale=1024.0, skipped_steps=3)
     assert re.search(r"Step 4 of 9: loss 2.0000, tokens/s \d+, skipped 3 steps", capsys.readouterr().out)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss_scale"] == 1024.0

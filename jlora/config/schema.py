@@ -100,6 +100,9 @@ class Config:
     save_steps: int = 50  # optimizer steps between checkpoints; the last two and the best are kept
     early_stopping_patience: int = 0  # stop after this many evaluations without improvement; 0: never
     sample_questions: int = 3  # held-out questions that base model and adapter both answer at the end
+    # Trackers that show the metrics, besides metrics.jsonl: tensorboard, wandb, mlflow, trackio; (): none. Each but
+    # tensorboard needs the extra of its name: pip install 'jlora[wandb]'.
+    report_to: tuple[str, ...] = ("tensorboard",)
 
     # Output, devices and precision
     output_dir: str = "output/lora"  # checkpoints, logs and the exported adapter; an existing run is never overwritten
@@ -129,7 +132,7 @@ class Config:
 # Settings that may change when a run is continued, because they do not affect the numbers of training.
 MAY_CHANGE_ON_RESUME = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
-    "sample_questions device mesh attn_implementation remat coordinator_address num_processes process_id "
+    "sample_questions report_to device mesh attn_implementation remat coordinator_address num_processes process_id "
     "max_loss_spike yes".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -146,6 +149,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attn_implementation": ("auto", "xla", "splash", "cudnn"),
     "remat": ("auto", "none", "dots", "full"),
     "quantize_base": ("none", "nf4", "int8"),
+    "report_to": ("tensorboard", "wandb", "mlflow", "trackio"),  # any of these
     "peft_type": methods.choices("peft_type"),
     "init_lora_weights": ("true", *methods.choices("init_lora_weights")),
 }
@@ -211,7 +215,8 @@ def described_key(name: str) -> str:
     lines = described_keys().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
     above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[:at]))
-    choices = [f"# One of {', '.join(map(repr, CHOICES[name]))}."] if name in CHOICES else []
+    many = isinstance(getattr(Config(), name), tuple)
+    choices = [f"# {'Any' if many else 'One'} of {', '.join(map(repr, CHOICES[name]))}."] if name in CHOICES else []
     return "\n".join([*reversed([*above]), lines[at], *choices])
 
 

@@ -37,10 +37,12 @@ def validate(config: Config) -> list[str]:
     """Returns all mistakes in a config, one line each: the key, its value, and what was expected."""
     if problems := _path_problems(config):  # the other checks look at these paths
         return problems
+    chosen = [(key, getattr(config, key)) for key in CHOICES if key != "report_to"]
+    chosen += [("report_to", name) for name in config.report_to]
     problems = [
-        f"{key}={getattr(config, key)!r}: Expected one of {', '.join(choices)}."
-        for key, choices in CHOICES.items()
-        if getattr(config, key) not in choices
+        f"{key}={value!r}: Expected one of {', '.join(CHOICES[key])}."
+        for key, value in chosen
+        if value not in CHOICES[key]
     ]
     rules = [
         (POSITIVE, lambda v: 0 < v < math.inf, "above 0"),

@@ -1,37 +1,40 @@
-"""Progress bar, TensorBoard events and metrics.jsonl."""
+"""Progress bar, metrics.jsonl and trackers."""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 from jlora.common.atomic_io import replace_text
+from jlora.training.trackers import Tracker, failure
 
 
 class Logger:
-    """A context manager that writes each logged step to the progress bar, to `logs/` and to `metrics.jsonl`.
+    """A context manager that writes each logged step to the progress bar, to `metrics.jsonl` and to trackers.
 
     Args:
       run: the run's directory; steps after `first` that an interrupted run logged are removed, as they run again.
       first: the number of steps done before.
       steps: the number of steps in the whole run.
+      trackers: by name; the logger closes them. One that fails is left out from then on.
       silent: show and write nothing, for all processes but the first.
     """
 
-    def __init__(self, run: Path, first: int, steps: int, *, silent: bool = False) -> None:
-        from tensorboardX import SummaryWriter  # a slow import: it loads PyTorch if installed
-
+    def __init__(
+        self, run: Path, first: int, steps: int, trackers: dict[str, Tracker], *, silent: bool = False
+    ) -> None:
         path = Path(os.devnull) if silent else run / "metrics.jsonl"
         if not silent and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             complete = [line for line in lines if line.endswith("\n")]
             replace_text(path, "".join(line for line in complete if json.loads(line)["step"] <= first))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "logs"), purge_step=first + 1, write_to_disk=not silent)
+        self._trackers = dict(trackers)
         self._bar = tqdm(
             total=steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.1, disable=silent or None
         )
@@ -46,7 +49,7 @@ class Logger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._events.close()
+        self._report(lambda tracker: tracker.close())
         self._file.close()
 
     def restart_clock(self) -> None:
@@ -71,10 +74,21 @@ class Logger:
             if self._bar.disable:  # not a terminal: print lines instead of a bar
                 self.print_line(f"Step {step} of {self._steps}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
             self.restart_clock()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        self._report(lambda tracker: tracker.log(step, values))
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Gives the trackers a text, such as an answer of the adapter at a step."""
+        self._report(lambda tracker: tracker.log_text(step, name, text))
+
+    def _report(self, act: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:  # of any kind, from the network or a library
+                del self._trackers[name]
+                self.print_line(failure(name, error))
 
     def print_line(self, text: str) -> None:
         """Prints a line above the bar."""

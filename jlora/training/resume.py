@@ -25,7 +25,7 @@ except ImportError:  # Windows has no flock, so two runs in one directory go unn
 RESUME_KEY = "resume_from_checkpoint"
 ADAPTER_KEYS = [key for key in settings_of(NO_ADAPTER) if key != "lora_dropout"]  # a warm start cannot change these
 # Files that a run writes before its first checkpoint.
-EARLY_FILES = {"config.json", "metrics.jsonl", "logs", "checkpoints", ".lock"}
+EARLY_FILES = {"config.json", "metrics.jsonl", "logs", "checkpoints", "trackers.json", ".lock"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from jlora.training.checkpoint import Checkpoints, Progress, write_record
 from jlora.training.loop import TrainingLoop, save
 from jlora.training.metrics import Logger, loading_bar
 from jlora.training.setup import RunSetup, prepare_run
+from jlora.training.trackers import start_trackers
 
 
 @dataclasses.dataclass
@@ -78,7 +79,8 @@ def train(config: Config) -> Iterator[TrainedRun]:
             checkpoints.wait()  # before config.json exists: a restart must find the warm start's adapter
             if processes.is_first():
                 write_record(run, record)
-            logger = Logger(run, int(state.step), setup.steps, silent=not processes.is_first())
+            trackers = start_trackers(config, int(state.step), print) if processes.is_first() else {}
+            logger = Logger(run, int(state.step), setup.steps, trackers, silent=not processes.is_first())
         with logger:
             work = (setup.batches, setup.held_out, setup.steps)
             file = functools.partial(base_loss_file, setup)

@@ -45,6 +45,7 @@ from jlora.planning.data_pipeline import (
     with_new_tokens,
 )
 from jlora.training import resume
+from jlora.training.trackers import check_trackers
 
 # Entries that may differ between the processes of a run; data and base model are compared by their contents.
 MAY_DIFFER = (
@@ -79,6 +80,7 @@ def prepare_run(config: Config) -> RunSetup:
     """
     if processes.is_first():
         resume.check_output(config)
+        check_trackers(config)
     rows, held_out_rows = read_rows(config)
     mesh = make_mesh(find_devices(config.device), config.mesh)
     check_batch(mesh, config.batch_size)
