@@ -49,7 +49,7 @@ def compare(run: Path, server: str, gguf: Path) -> str:
     target = run / f"parity-{server}"
     shutil.rmtree(target, ignore_errors=True)
     done = live(run, target, server, gguf)
-    return (done.stdout + done.stderr).strip().split("\n")[-1]
+    return (done.stderr if done.returncode else done.stdout).strip().split("\n")[-1]
 
 
 def broken(run: Path, server: str, gguf: Path) -> str:
