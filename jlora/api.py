@@ -26,10 +26,13 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jlora.adapters.params import Adapter
 from jlora.adapters.provenance import exported_step
 from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError, VerificationError
@@ -39,14 +42,16 @@ from jlora.config.validation import validate
 from jlora.distributed import processes
 from jlora.distributed.platforms import find_devices
 from jlora.distributed.sharding import place, places_of
+from jlora.evaluation.run import check_settings, evaluate_run
 from jlora.export.exporter import export_adapter, verify_adapter
 from jlora.export.verify import Parity
-from jlora.serve.generator import compare_answers
-from jlora.serve.loading import Model, load_model, make_generator
+from jlora.serve.generator import Generator, compare_answers
+from jlora.serve.loading import Model, adapter_set, load_model, make_generator
 from jlora.steps.compilation import enable_compilation_cache
+from jlora.steps.programs import Programs
 from jlora.training.loop import overfitting_warning
 from jlora.training.run import TrainedRun, train
-from jlora.training.setup import configure_jax
+from jlora.training.setup import RunSetup, configure_jax
 
 __all__ = [
     "Config",
@@ -118,7 +123,9 @@ def finetune(config: Config) -> Result:
     find_devices(config.device)
     processes.mute_all_but_first()
     enable_compilation_cache()
-    with processes.exit_on_failure(), train(config) as trained:
+    if config.evaluate:
+        check_settings(config)
+    with processes.exit_on_failure(), train(config, _sample_answers) as trained:
         progress, step, adapter = trained.progress, int(trained.state.step), None
         if not trained.stopped:
             step = progress.best_step or step
@@ -143,16 +150,43 @@ def _finish(trained: TrainedRun, step: int) -> Path:
         print(f"Held-out loss: {losses}")
     if warning := overfitting_warning(progress):
         print(f"{warning}. Exporting the checkpoint from step {step}")
-    questions = [row for row in setup.held_out_rows if not row.plain]
-    if asked := questions[: setup.config.sample_questions]:
-        forms = {"adapter": (adapter, spec_of(setup.record["config"]))}
-        generator = make_generator(setup.directory, setup.tokenizer, programs.base, forms, setup.compute)
-        for line in compare_answers(generator, asked):
-            print(line)
+    for line in _sample_answers(setup, programs)(adapter):
+        print(line)
     target = run / "adapter"
     if target.exists() and exported_step(target) != step:  # exported when this run ended before and then continued
         target = run / f"adapter-{step}"
     with processes.fail_together():
         if processes.is_first() and not target.exists():
             export_adapter(run, target, step)
+    if setup.config.evaluate:
+        _evaluate(trained, adapter, target)
     return target
+
+
+def _sample_answers(setup: RunSetup, programs: Programs) -> Callable[[Adapter], Iterator[str]]:
+    """Returns the function that answers `sample_questions` held-out questions with the adapter of a step."""
+    rows = [row for row in setup.held_out_rows if not row.plain][: setup.config.sample_questions]
+    made: list[Generator] = []
+
+    def answers(adapter: Adapter) -> Iterator[str]:
+        forms = {"adapter": (adapter, spec_of(setup.record["config"]))}
+        if made:
+            made[0].replace_adapters(adapter_set(forms))
+        else:
+            made.append(make_generator(setup.directory, setup.tokenizer, programs.base, forms, setup.compute))
+        return compare_answers(made[0], rows) if rows else iter(())
+
+    return answers
+
+
+def _evaluate(trained: TrainedRun, adapter: Adapter, target: Path) -> None:
+    """Evaluates the exported adapter with the base model that is in memory."""
+    setup = trained.setup
+    if jax.process_count() > 1 or not setup.held_out_rows:
+        why = "a run of several processes" if setup.held_out_rows else "a run without held-out rows"
+        print(f"evaluate=true has no effect in {why}. Run: jlora evaluate --adapter {target} --data HELD_OUT_ROWS")
+        return
+    forms = {target.name: (adapter, spec_of(setup.record["config"]))}
+    generator = make_generator(setup.directory, setup.tokenizer, trained.programs.base, forms, setup.compute)
+    for line in evaluate_run(generator, setup.config, setup.held_out_rows, target):
+        print(line)

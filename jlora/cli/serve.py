@@ -120,7 +120,7 @@ def _check_cache(model: Model, tokens: int, devices: int) -> None:
     config, device = model.generator.config, jax.local_devices()[0]
     stats = device.memory_stats() or {}
     free = (memory_limit([device]) or 2**63) - stats.get("bytes_in_use", 0)
-    size = jnp.dtype(model.generator.dtype).itemsize
+    size = jnp.dtype(model.generator.compute.compute_dtype).itemsize
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size // devices
     if tokens * token > free:
         raise UserError(

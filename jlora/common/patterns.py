@@ -34,6 +34,21 @@ class Pattern:
         with self._limited():
             return self._compiled.search(text, timeout=SECONDS) is not None
 
+    @property
+    def groups(self) -> int:
+        """The number of groups of the pattern."""
+        return int(self._compiled.groups)
+
+    def groups_in(self, text: str) -> tuple[str | None, ...] | None:
+        """Returns the groups of the first match in a text; None without a match.
+
+        Raises:
+          UserError: matching takes too long.
+        """
+        with self._limited():
+            found = self._compiled.search(text, timeout=SECONDS)
+        return found.groups() if found else None
+
     def replaced(self, text: str, replacement: str) -> str:
         """Returns a text with all matches replaced literally; raises a UserError if that takes too long."""
         with self._limited():

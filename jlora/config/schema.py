@@ -99,6 +99,15 @@ class Config:
     eval_steps: int = 0  # optimizer steps between evaluations; 0: once per epoch
     save_steps: int = 50  # optimizer steps between checkpoints; the last two and the best are kept
     early_stopping_patience: int = 0  # stop after this many evaluations without improvement; 0: never
+    # Patterns in answers, for `jlora evaluate`: {"form": "^Under Article", "article": "Article (\\d+)"} counts answers
+    # that match, and those whose groups equal the written answer's.
+    answer_patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # A judge of answers, for `jlora evaluate`: an address of OpenAI's API, and the model's name there. The environment
+    # variable JLORA_JUDGE_KEY has the key.
+    judge_url: str = ""
+    judge_model: str = ""
+    eval_answers_steps: int = 0  # optimizer steps between sample answers to held-out questions, for trackers; 0: never
+    evaluate: bool = False  # evaluate the adapter at the end of the run, as `jlora evaluate` does
     sample_questions: int = 3  # held-out questions that base model and adapter both answer at the end
     # Trackers that show the metrics, besides metrics.jsonl: tensorboard, wandb, mlflow, trackio; (): none. Each but
     # tensorboard needs the extra of its name: pip install 'jlora[wandb]'.
@@ -133,7 +142,7 @@ class Config:
 MAY_CHANGE_ON_RESUME = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
     "sample_questions report_to device mesh attn_implementation remat coordinator_address num_processes process_id "
-    "max_loss_spike yes".split()
+    "max_loss_spike yes answer_patterns judge_url judge_model eval_answers_steps evaluate".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),

@@ -23,7 +23,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "max_steps weight_decay max_grad_norm eval_steps early_stopping_patience sample_questions seed neftune_noise_alpha "
-    "num_processes max_loss_spike"
+    "num_processes max_loss_spike eval_answers_steps"
 ).split()
 BELOW_ONE = "eval_share lora_dropout warmup_ratio adam_beta1 adam_beta2".split()
 PATH_KEYS = (

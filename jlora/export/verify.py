@@ -185,7 +185,7 @@ def _jlora(
     with jax.default_matmul_precision("highest"):  # otherwise GPUs and TPUs round float32 products
         graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
         base = hf_loader.load_base_alone(directory, compute, spec.vocabulary)
-        generator = Generator(directory, tokenizer, graphdef, base, AdapterSet({"": 0}, adapter, spec), jnp.float32)
+        generator = Generator(directory, tokenizer, graphdef, base, AdapterSet({"": 0}, adapter, spec), compute)
 
         @jax.jit
         def forward(adapter: Adapter, base: Any, ids: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ token of every request whose prompt is complete. All shapes are known from the s
 """
 
 import dataclasses
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -171,12 +172,17 @@ class Engine:
         """Ends a request before the next step."""
         request.finish = request.finish or "cancelled"
 
-    def step(self) -> None:
-        """Computes a part of the first waiting prompt, and the next token of each running request."""
+    def step(self, *, fill: bool = False) -> None:
+        """Computes a part of the first waiting prompt, and the next token of each running request.
+
+        Args:
+          fill: first compute all prompts for which there is a place, so that answers start late and end together.
+        """
         self._drop_cancelled()
-        if self._filling is None:
-            self._filling = self._admit()
-        if self._filling is not None:
+        for _ in itertools.count() if fill else range(1):
+            self._filling = self._filling or self._admit()
+            if self._filling is None:
+                break
             self._fill(self._filling)
         for rows in self._groups():
             logits = self._run(rows, next(count for count in self.row_counts if count >= len(rows)))

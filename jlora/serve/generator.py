@@ -1,12 +1,12 @@
 """Answers of a base model with adapters, as text: prompts go through the model's chat template."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jlora.adapters.combining import AdapterSet, Mixture
@@ -14,6 +14,7 @@ from jlora.common.errors import UserError
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.tokenizer import check_embedded, end_tokens
+from jlora.models.compute_settings import ComputeSettings
 from jlora.models.families import read_config, read_context
 from jlora.models.llama import Llama
 from jlora.serve.answer_text import AnswerText
@@ -30,7 +31,7 @@ class Generator:
       directory: the model directory of the base model; its generation config defines the end tokens.
       graphdef: the model's structure, which joins `base` and `adapters.adapter`.
       base: the frozen weights.
-      compute_dtype: dtype of activations and cache.
+      compute: its dtypes and devices.
     """
 
     def __init__(
@@ -40,18 +41,24 @@ class Generator:
         graphdef: nnx.GraphDef[Llama],
         base: Any,
         adapters: AdapterSet,
-        compute_dtype: DTypeLike,
+        compute: ComputeSettings,
     ) -> None:
         self.tokenizer, self.graphdef, self.base, self.adapters = tokenizer, graphdef, base, adapters
         self.directory, self.config, self.context = directory, read_config(directory), read_context(directory)
         self.ends = end_tokens(directory, tokenizer)
-        self.dtype, self.vocabulary = compute_dtype, base["embed_tokens"]["weight"].shape[0]
+        self.compute, self.vocabulary = compute, base["embed_tokens"]["weight"].shape[0]
         self._engine: Engine | None = None
 
     def make_engine(self, places: int, cache_tokens: int, row_counts: Sequence[int] = ()) -> Engine:
         """Returns an engine for this model; see `Engine` for the arguments."""
-        model = self.config, self.graphdef, self.base, self.adapters.adapter, self.adapters.spec, self.dtype
-        return Engine(*model, self.ends, places, cache_tokens, row_counts)
+        model = self.config, self.graphdef, self.base, self.adapters.adapter, self.adapters.spec
+        return Engine(*model, self.compute.compute_dtype, self.ends, places, cache_tokens, row_counts)
+
+    def replace_adapters(self, adapters: AdapterSet) -> None:
+        """Sets other adapters of the same form, such as those of a later step."""
+        self.adapters = adapters
+        if self._engine:
+            self._engine.replace_adapter(adapters.adapter)
 
     def generate_tokens(
         self,
@@ -107,6 +114,27 @@ class Generator:
         engine.run()
         return [[token.id for token in request.answer] for request in requests]
 
+    def generate_each(self, requests: Iterable[Request], longest: int, places: int) -> Iterator[Request]:
+        """Yields requests as their answers are complete, in the order in which they end.
+
+        Args:
+          requests: drawn as places become free, so that any number of them takes little memory.
+          longest: tokens of the longest prompt with its answer.
+          places: requests that are answered at a time.
+        """
+        engine = self._engine_with(places, longest)
+        running, rest = list[Request](), iter(requests)
+        while True:
+            for request in itertools.islice(rest, 2 * places - len(running)):
+                check_embedded(self.tokenizer, request.prompt, self.vocabulary)
+                engine.submit(request)
+                running.append(request)
+            if not running:
+                return
+            engine.step(fill=True)
+            yield from (request for request in running if request.finish)
+            running = [request for request in running if not request.finish]
+
     def next_token_logits(self, mixtures: Sequence[Mixture], prompts: Sequence[list[int]]) -> Float[np.ndarray, "R V"]:
         """Returns the float32 logits of the token after each prompt, each with its own mixture."""
         requests = [self._request(mixture, prompt, 1) for mixture, prompt in zip(mixtures, prompts, strict=True)]
@@ -124,7 +152,10 @@ class Generator:
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
         """Returns an engine that holds the longest of these requests, and as many as it has places for."""
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        rows = min(len(requests), PLACES)
+        return self._engine_with(min(len(requests), PLACES), longest)
+
+    def _engine_with(self, rows: int, longest: int) -> Engine:
+        """Returns an engine that answers this many requests at a time, each with at most `longest` tokens."""
         if self._engine is None or self._engine.places < rows or self._engine.context < longest * rows:
             before = 0 if self._engine is None else self._engine.context
             self._engine = None  # its cache is freed first

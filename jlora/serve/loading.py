@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,17 +119,23 @@ def make_generator(
     spare: Spare | None = None,
 ) -> Generator:
     """Returns a generator for a loaded base model with adapters: side by side, or one that must be alone."""
+    blank = [_blank(directory, spare.rank)] * spare.places if spare else []
+    adapters = adapter_set(forms, blank)
+    graphdef, _, _ = hf_loader.abstract_model(read_config(directory), adapters.spec, compute)
+    return Generator(directory, tokenizer, graphdef, base, adapters, compute)
+
+
+def adapter_set(forms: Mapping[str, combining.Form], blank: Sequence[combining.Form] = ()) -> AdapterSet:
+    """Returns adapters by name: side by side with `blank` ones, or one that must be alone."""
     places = {name: place for place, name in enumerate(forms)}
     adapter, spec = next(iter(forms.values()), ({}, NO_ADAPTER))
-    beside = list(forms.values())
-    if spare:
+    if blank:
         for name, (_, other) in forms.items():
             combining.check_summable(name, other)
-        beside += [_blank(directory, spare.rank)] * spare.places
+    beside = [*forms.values(), *blank]
     if beside and not unsupported_as_lora(spec):
         adapter, spec = combining.side_by_side(beside)
-    graphdef, _, _ = hf_loader.abstract_model(read_config(directory), spec, compute)
-    return Generator(directory, tokenizer, graphdef, base, AdapterSet(places, adapter, spec), compute.compute_dtype)
+    return AdapterSet(places, adapter, spec)
 
 
 def _blank(directory: Path, rank: int) -> combining.Form:

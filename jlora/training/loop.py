@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 
+from jlora.adapters.params import Adapter
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.config.schema import Config
@@ -42,6 +43,7 @@ class TrainingLoop:
     progress: Progress
     stop: StopSignal
     base_loss_file: Callable[[], Path]  # where the base model's held-out loss is cached
+    answers: Callable[[Adapter], Iterable[str]]  # to a few held-out questions, as texts
     warm_start: bool  # the initial state is the adapter of another run
     pending: list[Metrics] = dataclasses.field(default_factory=list)  # since the last logged step, on the device
     recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))  # losses
@@ -79,7 +81,11 @@ class TrainingLoop:
             loss = self._evaluate(state, done) if evaluates else None
             if saves or self._out_of_patience() or (evaluates and self.progress.best_step == done):
                 save(self.checkpoints, state, self.progress, loss)
-            if evaluates or saves:
+            answers = self.config.eval_answers_steps and done % self.config.eval_answers_steps == 0
+            if answers:
+                for number, text in enumerate(self.answers(state.lora), 1):
+                    self.logger.log_text(done, f"answers/{number}", text)
+            if evaluates or saves or answers:
                 self.logger.restart_clock()
         if self.stop.received:
             if self.pending:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,12 @@ class TrainedRun:
     stopped: signal.Signals | None  # the signal that stopped it before its last step
 
 
+# Makes the function that answers held-out questions with an adapter during a run, for `eval_answers_steps`.
+MakeAnswers = Callable[[RunSetup, Programs], Callable[[params.Adapter], Iterable[str]]]
+
+
 @contextlib.contextmanager
-def train(config: Config) -> Iterator[TrainedRun]:
+def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
     """Trains from files to the last step; the run's directory stays locked until the `with` block ends."""
     with processes.fail_together():
         setup = prepare_run(config)
@@ -84,7 +88,8 @@ def train(config: Config) -> Iterator[TrainedRun]:
         with logger:
             work = (setup.batches, setup.held_out, setup.steps)
             file = functools.partial(base_loss_file, setup)
-            loop = TrainingLoop(config, programs, *work, checkpoints, logger, progress, stop, file, warm_start)
+            answers = make_answers(setup, programs)
+            loop = TrainingLoop(config, programs, *work, checkpoints, logger, progress, stop, file, answers, warm_start)
             state = loop.run(state)
         with processes.fail_together():
             checkpoints.wait()
