@@ -36,6 +36,7 @@ from jlora.adapters.params import Adapter
 from jlora.adapters.provenance import exported_step
 from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError, VerificationError
+from jlora.common.plural import plural
 from jlora.config import files
 from jlora.config.schema import Config
 from jlora.config.validation import validate
@@ -49,6 +50,7 @@ from jlora.serve.generator import Generator, compare_answers
 from jlora.serve.loading import Model, adapter_set, load_model, make_generator
 from jlora.steps.compilation import enable_compilation_cache
 from jlora.steps.programs import Programs
+from jlora.sweep import run as sweep_run
 from jlora.training.loop import overfitting_warning
 from jlora.training.run import TrainedRun, train
 from jlora.training.setup import RunSetup, configure_jax
@@ -132,6 +134,38 @@ def finetune(config: Config) -> Result:
             adapter = _finish(trained, step)
         losses = progress.base_loss, progress.best_loss
         return Result(Path(config.output_dir), step, trained.setup.steps, adapter, *losses, trained.stopped)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """How a sweep ended."""
+
+    run: Path  # the sweep's output_dir
+    adapter: Path | None  # the winner's PEFT directory; None if the sweep was stopped
+    pasted: str  # the winner's settings, as lines of a YAML config
+    stopped: signal.Signals | None  # the signal that stopped it
+
+
+def run_sweep(config: Config) -> SweepResult:
+    """Trains all settings of `config.sweep` on one base model, and exports the best, as `jlora sweep` does.
+
+    Raises:
+      UserError: the config, the data or the base model must change; or a training diverged.
+    """
+    config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
+    configure_jax(config)
+    find_devices(config.device)
+    enable_compilation_cache()
+    with sweep_run.prepared(config) as sweep:
+        print(f"Training {plural(sweep.grid.trainings, 'adapter')} for {plural(sweep.steps, 'step')} each", flush=True)
+        stopped = sweep_run.train(sweep, print)
+        if stopped:
+            return SweepResult(sweep.output, None, "", stopped)
+        winner, pasted = sweep_run.finish(sweep)
+        adapter = sweep.output / "adapter"
+        if not adapter.exists():
+            export_adapter(winner, adapter)
+        return SweepResult(sweep.output, adapter, pasted, None)
 
 
 def _finish(trained: TrainedRun, step: int) -> Path:

@@ -17,8 +17,10 @@ import pytest
 from conftest import ROOT
 
 from jlora.cli.program import COMMANDS
+from jlora.cli.sweep import split_words
 from jlora.config.files import load_config
 from jlora.config.schema import Config
+from jlora.sweep.grid import read_grid
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from run_docs import blocks, pages
@@ -27,7 +29,7 @@ PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 PROSE = {name: re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S) for name, page in PAGES.items()}
 SPANS = [(name, span) for name, text in PROSE.items() for span in re.findall(r"`([^`\n]+)`", text)]
 KEYS = {field.name for field in dataclasses.fields(Config)}
-TAKES_CONFIG = {"train", "data", "plan"}
+TAKES_CONFIG = {"train", "data", "plan", "sweep"}
 SETTINGS = r"^\| to\b[^|\n]*\| set \|\n\|---\|---\|\n((?:\|.*\n)+)"
 NOT_KEYS = {"law", "brief"}  # names of adapters in the examples
 COLUMNS = set(
@@ -108,7 +110,11 @@ def test_commands_parse(name, arguments, monkeypatch):
     known, left = parsed.value.args
     if name in TAKES_CONFIG:
         monkeypatch.chdir(ROOT)
-        load_config(known.config, left)  # an unknown key or a wrong value is an error
+        varied, others = split_words(left)
+        assert not varied or name == "sweep"
+        config = load_config(known.config, others)  # an unknown key or a wrong value is an error
+        if name == "sweep":
+            read_grid(dataclasses.replace(config, sweep=varied))
     else:
         assert not left
 

@@ -258,7 +258,7 @@ def test_a_resumed_run_names_the_commit_it_was_trained_on():
     kept = {"runtime": {"compute_dtype": "float32"}, "base": {"fingerprint": "x", "commit": ""}}
     configs = {"config": dict.fromkeys(dataclasses.asdict(Config()))}
     old, new = ({**kept, **configs, "data": {"train": name, "train_commit": name * 40}} for name in "ab")
-    assert resume._changes(old, new) == {"train": f"the training data changed (it was commit {OLD} on the hub)"}
+    assert resume.describe_changes(old, new) == {"train": f"the training data changed (it was commit {OLD} on the hub)"}
     for record in (old, new):
         del record["data"]["train_commit"]  # as older versions wrote it
-    assert resume._changes(old, new) == {"train": "the training data changed"}
+    assert resume.describe_changes(old, new) == {"train": "the training data changed"}

@@ -27,6 +27,6 @@ def settings_of(spec: AdapterSpec) -> dict[str, Any]:
     """Returns the config keys that make this spec of one adapter, without the noise on embeddings."""
     settings = {KEYS.get(field, field): getattr(spec, field) for field in FIELDS}
     del settings["neftune_noise_alpha"]  # a setting of training, not of the adapter
-    del settings["mixed"]  # of several adapters, which are never trained together
+    del settings["mixed"], settings["swept"]  # forms in which several adapters share a program
     settings["resize_embeddings"] = settings.pop("vocabulary") > 0  # the tokenizer says how many rows
     return settings

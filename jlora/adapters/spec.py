@@ -37,6 +37,7 @@ class AdapterSpec:
     vocabulary: int = 0  # rows of the token tables, if the adapter added some; 0: as many as the base model has
     feedforward_modules: tuple[str, ...] = ()  # the targets whose input IA3 scales, not their output
     mixed: int = 0  # number of adapters side by side, of which each has `rank / mixed`; 0: one adapter
+    swept: bool = False  # whether scale and dropout are arrays, for sweeps
     neftune_noise_alpha: float = 0.0  # noise on embeddings in training (Jain et al. 2023, arXiv:2310.05914)
 
     @property

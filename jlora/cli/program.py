@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "export an adapter for PEFT or a server, merge it into the base model, verify it",
     "generate": "answer a prompt, or chat",
     "serve": "serve a base model and its adapters with OpenAI's API, and a page to chat",
+    "sweep": "train many settings on one base model, and export the best",
     "evaluate": "compare adapters with their base model on held-out rows",
     "combine": "combine adapters into one, as a weighted sum",
 }

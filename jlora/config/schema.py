@@ -7,6 +7,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -113,6 +114,10 @@ class Config:
     # tensorboard needs the extra of its name: pip install 'jlora[wandb]'.
     report_to: tuple[str, ...] = ("tensorboard",)
 
+    # Settings that `jlora sweep` varies, with their values: {lora_rank: [4, 8], learning_rate: [1e-4, 3e-4]}; and its
+    # options halving, folds and yes. `jlora train` ignores it.
+    sweep: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
     # Output, devices and precision
     output_dir: str = "output/lora"  # checkpoints, logs and the exported adapter; an existing run is never overwritten
     resume_from_checkpoint: str = ""  # "auto": continue in output_dir; or the directory of a run to start from
@@ -142,7 +147,7 @@ class Config:
 MAY_CHANGE_ON_RESUME = frozenset(
     "output_dir resume_from_checkpoint logging_steps eval_steps save_steps early_stopping_patience "
     "sample_questions report_to device mesh attn_implementation remat coordinator_address num_processes process_id "
-    "max_loss_spike yes answer_patterns judge_url judge_model eval_answers_steps evaluate".split()
+    "max_loss_spike yes answer_patterns judge_url judge_model eval_answers_steps evaluate sweep".split()
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "task_type": ("text-generation", "plain-text"),

@@ -78,6 +78,10 @@ class Batches:
     def _step_size(self) -> int:
         return self.batch_size * self.micro_batches
 
+    @property
+    def _split(self) -> tuple[int, int, int]:
+        return self.micro_batches, self.batch_size, self.rows
+
     @functools.cached_property
     def _steps_by_set(self) -> list[tuple[str, np.ndarray]]:
         assert self.mixture
@@ -206,6 +210,25 @@ def plan_batches(
     needed = required(rows, chosen)
     shapes, examples_per_row = choose_shapes(needed[:, :2], max_shapes), int(needed[:, 2].max())
     return replace(rough, rows=rows, shapes=shapes, examples_per_row=examples_per_row)
+
+
+def align_batches(several: Sequence[Batches], steps: Sequence[int], max_shapes: int = 4) -> list[Batches]:
+    """Returns batches that share the number of rows and their shapes, so that the same programs compute all of them.
+
+    Args:
+      several: batches with the same shared prefix.
+      steps: the number of steps of each.
+    """
+    first = several[0]
+    assert len({own.prefix for own in several}) == 1, "the shared prefixes differ"
+    needed = [
+        _required_shape(own.sizes, own.prefix, _layout(own.sizes, own.example_indices(step), *first._split))
+        for own, count in zip(several, steps, strict=True)
+        for step in range(count)
+    ]
+    needs = np.array(needed)
+    shapes, most = choose_shapes(needs[:, :2], max_shapes), int(needs[:, 2].max())
+    return [replace(own, rows=first.rows, shapes=shapes, examples_per_row=most) for own in several]
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:

@@ -171,15 +171,6 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
 
 
-def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Returns the lines of a table for a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-
-
 def as_json(evaluation: Evaluation, about: dict[str, Any]) -> str:
     """Returns all figures as JSON; the answers are in the journal beside it."""
     scores = [

@@ -17,6 +17,7 @@ from jlora.adapters.provenance import CONFIG, WEIGHTS, metadata
 from jlora.bases.hashes import rendered_template_hash, weights_hash
 from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
+from jlora.common.text_table import text_table
 from jlora.config.files import typed
 from jlora.config.schema import Config
 from jlora.data.conversation import Conversation
@@ -156,9 +157,9 @@ def write_report(
             model_card.add_evaluation(place / "README.md", evaluation, name)
     for name in adapters:
         yield from ("", *report.verdict(evaluation, name))
-    yield from ("", *report.text_table(*report.table(evaluation)))
+    yield from ("", *text_table(*report.table(evaluation)))
     for header, rows in report.other_tables(evaluation).values():
-        yield from ("", *report.text_table(header, rows))
+        yield from ("", *text_table(header, rows))
     yield from ("", *evaluation.remarks)
     yield f"Wrote {output / 'evaluation.html'}, evaluation.md and evaluation.json"
 

@@ -79,6 +79,7 @@ class Job:
     shape: Shape
     packing: Packing
     held_out_packing: Packing = UNKNOWN
+    swept: bool = False  # whether one program trains adapters with different settings
 
     @property
     def mesh(self) -> Mesh:
@@ -148,9 +149,10 @@ class Forecast:
 
 def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
     """Returns the job's programs, not yet compiled, and its state as shapes; `steps` is the length of the whole run."""
-    spec = spec_of(dataclasses.asdict(job.config))
+    spec = dataclasses.replace(spec_of(dataclasses.asdict(job.config)), swept=job.swept)
     graphdef, adapter, base = hf_loader.abstract_model(job.model, spec, job.compute)
-    optimizer, base = optim.make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
+    make_optimizer = optim.make_swept_optimizer if job.swept else optim.make_optimizer
+    optimizer, base = make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
     programs = Programs(
         graphdef,
         base,

@@ -3,9 +3,11 @@
 The base model enters `multi_transform` as a masked node: it has no gradient, no state and no update.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jlora.adapters.methods import training_labels
@@ -63,6 +65,17 @@ def make_optimizer(config: Config, spec: AdapterSpec, steps: int) -> optax.Gradi
     if config.loraplus_lr_ratio != 1:
         rates[FAST] = adamw(config.loraplus_lr_ratio)
     return optax.chain(clip, optax.multi_transform(rates, labels))
+
+
+def make_swept_optimizer(config: Config, spec: AdapterSpec, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Returns the same optimizer with `learning_rate` and `weight_decay` in its state, as arrays (`hyperparams`)."""
+
+    def with_arrays(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+        varied = dataclasses.replace(config, learning_rate=learning_rate, weight_decay=weight_decay)
+        return make_optimizer(varied, spec, steps)
+
+    made = optax.inject_hyperparams(with_arrays, hyperparam_dtype=jnp.float32)
+    return made(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _tree(lora: Adapter) -> dict[str, Any]:

@@ -92,19 +92,26 @@ class Programs:
         seed: int,
     ) -> None:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
         self._seed = seed
         devices = data_parallel_size(mesh)
         self._train_step = make_train_step(graphdef, loss, optimizer, packing=packing, dropout=dropout, devices=devices)
         eval_step = make_eval_step(graphdef, loss, packing=held_out_packing, devices=devices)
-        self._eval = jax.jit(eval_step, out_shardings=self._everywhere)
+        self._eval = jax.jit(eval_step, out_shardings=self.everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
 
-    def train_step(self, state: TrainState, batch: Batch, say: Callable[[str], None]) -> tuple[TrainState, Metrics]:
-        """Runs one optimizer step. The given state is donated and must not be used again."""
+    def train_step(
+        self, state: TrainState, batch: Batch, say: Callable[[str], None], key: PRNGKeyArray | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Runs one optimizer step. The given state is donated and must not be used again.
+
+        Args:
+          key: for everything random; None: the run's own.
+        """
         placed = self._place(batch)
-        return self.compile_training(state, placed, say)(state, self.base, placed, self._key)
+        drawn = self._key if key is None else key
+        return self.compile_training(state, placed, say)(state, self.base, placed, drawn)
 
     def held_out_loss(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> float:
         """Returns the mean loss on the held-out set; for cross-entropy in nats per target."""
@@ -144,9 +151,9 @@ class Programs:
         """Returns the training step for the batch's shape; `state` and `batch` may be placed shapes."""
 
         def lower() -> jax.stages.Lowered:
-            step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(places_of(state), self._everywhere))
+            step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(places_of(state), self.everywhere))
             drawn = jax.eval_shape(jax.random.key, self._seed)
-            key = jax.ShapeDtypeStruct(drawn.shape, drawn.dtype, sharding=self._everywhere)
+            key = jax.ShapeDtypeStruct(drawn.shape, drawn.dtype, sharding=self.everywhere)
             return step.lower(state, self.base, batch, key)
 
         return self._program("training", batch, lower, say)
@@ -163,7 +170,7 @@ class Programs:
     @functools.cached_property
     def _key(self) -> PRNGKeyArray:
         """The key for everything random in training."""
-        return jax.jit(lambda: jax.random.key(self._seed), out_shardings=self._everywhere)()
+        return jax.jit(lambda: jax.random.key(self._seed), out_shardings=self.everywhere)()
 
     def _program(
         self, name: str, batch: Batch, lower: Callable[[], jax.stages.Lowered], say: Callable[[str], None]

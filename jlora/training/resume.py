@@ -119,7 +119,7 @@ def decide_start(config: Config, record: dict[str, Any]) -> StartPoint:
             f"output_dir. To continue the run in {output} instead, set --config.{RESUME_KEY}=auto."
         )
     source, step = _find_checkpoint(Path(wanted).expanduser())
-    changes = _changes(read_record(source, RESUME_KEY), record)
+    changes = describe_changes(read_record(source, RESUME_KEY), record)
     conflicts = [changes[key] for key in (*ADAPTER_KEYS, "base") if key in changes]
     if conflicts:
         raise UserError(
@@ -141,7 +141,7 @@ def _continue_in_place(output: Path, record: dict[str, Any]) -> StartPoint:
             )
         return StartPoint("", 0, False, f"Starting a new run: {output} contains nothing to continue")
     old = read_record(output, f"{RESUME_KEY}=auto, output_dir")
-    if changes := _changes(old, record):
+    if changes := describe_changes(old, record):
         raise UserError(
             f"The run in {output} cannot continue exactly: {'; '.join(changes.values())}. Undo these changes. Or start "
             f"a new run from its adapter (a warm start): set another output_dir and --config.{RESUME_KEY}={output}."
@@ -195,7 +195,7 @@ def _find_checkpoint(path: Path) -> tuple[Path, int]:
     return run, best if best in steps else steps[-1]
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """Describes the differences between two runs' records that affect training, by key."""
     changes = {}
     before, now = old["config"], new["config"]

@@ -14,7 +14,6 @@ import jax
 from jlora.adapters import params
 from jlora.adapters.peft_io import read_adapter
 from jlora.adapters.settings import spec_of
-from jlora.adapters.spec import AdapterSpec
 from jlora.common import malloc
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
@@ -68,7 +67,8 @@ def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
         if start.remat and config.remat == "auto":  # another choice would not be bit for bit the same
             setup = setup._replace(config=dataclasses.replace(config, remat=start.remat))
         print(*outline(setup), sep="\n", flush=True)
-        programs, adapter = load(setup, start.step if start.exact else 0)
+        programs = load(setup, start.step if start.exact else 0)
+        adapter = first_adapter(setup, programs.base)
         state = fresh_state(adapter, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
         state, progress = restore(start, state)
         stop, checkpoints = StopSignal(), Checkpoints(run)
@@ -96,18 +96,18 @@ def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
         yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
 
 
-def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
-    """Returns the programs, with the base model loaded and the training step compiled, and the adapter of step 0.
+def load(setup: RunSetup, first: int, *, swept: bool = False) -> Programs:
+    """Returns the programs, with the base model loaded and the training step compiled.
 
     Args:
       first: the number of steps done before.
+      swept: whether the programs train adapters with different settings.
 
     Raises:
       UserError: the run does not fit into memory, or a step takes too long; the message suggests other settings.
     """
     config, mesh, batches = setup.config, setup.mesh, setup.batches
-    spec = spec_of(setup.record["config"])
-    _, shapes, base_shapes = hf_loader.abstract_model(setup.model, spec, setup.compute)
+    _, _, base_shapes = hf_loader.abstract_model(setup.model, spec_of(setup.record["config"]), setup.compute)
     here, layout = (
         find_target("here", mesh.devices.flatten().tolist()),
         layout_from_examples(setup.model, setup.examples),
@@ -122,6 +122,7 @@ def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
         shape=batches.shapes[-1],
         packing=Packing(*batches.packing),
         held_out_packing=Packing(*setup.held_out.packing) if setup.held_out else UNKNOWN,
+        swept=swept,
     )
     placed = placed_shapes(base_shapes, mesh, "base")
     if first < setup.steps:
@@ -142,7 +143,7 @@ def load(setup: RunSetup, first: int) -> tuple[Programs, params.Adapter]:
     programs.base, setup.record["runtime"]["remat"] = base, forecast.job.compute.remat
     if jax.default_backend() == "cpu":
         malloc.retain_freed_memory()
-    return programs, first_adapter(config, spec, shapes, base, tied=setup.model.tie_word_embeddings)
+    return programs
 
 
 def compile_programs(job: Job, here: Target, setup: RunSetup) -> tuple[Forecast, Programs]:
@@ -164,10 +165,10 @@ def ensure_evaluation_fits(programs: Programs, here: Target) -> None:
         )
 
 
-def first_adapter(
-    config: Config, spec: AdapterSpec, shapes: params.Adapter, base: Any, *, tied: bool
-) -> params.Adapter:
+def first_adapter(setup: RunSetup, base: Any) -> params.Adapter:
     """Returns the adapter of step 0: `init_adapter`, or a fresh one that does not change the base model yet."""
+    config, spec, tied = setup.config, spec_of(setup.record["config"]), setup.model.tie_word_embeddings
+    _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
     if not config.init_adapter:
         return jax.jit(lambda base: params.start(spec, shapes, base, jax.random.key(config.seed)))(base)
     given = processes.broadcast_arrays_from_first(

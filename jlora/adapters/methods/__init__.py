@@ -11,6 +11,7 @@ from jlora.adapters.methods.method import Method
 from jlora.adapters.methods.mixture import LoraMixture
 from jlora.adapters.methods.pissa import Pissa
 from jlora.adapters.methods.rslora import RsLora
+from jlora.adapters.methods.swept import SweptLora
 from jlora.adapters.methods.tables import EmbeddingLora, HeadLora, TableMethod, TrainedCopy, TrainedRows
 from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 
@@ -18,8 +19,9 @@ from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 METHODS: tuple[type[Method], ...] = (Lora, RsLora, Pissa, Dora, LoraBias, Ia3)
 TABLE_METHODS: tuple[type[TableMethod], ...] = (TrainedCopy, TrainedRows, EmbeddingLora, HeadLora)
 
+SWEPT_LEAVES = {leaf.name: leaf for leaf in SweptLora.leaves()}
 TABLE_LEAVES = {leaf.name: leaf for method in TABLE_METHODS for leaf in method(NO_ADAPTER, "").leaves()}
-LEAVES = {**TABLE_LEAVES, **{leaf.name: leaf for method in METHODS for leaf in method.leaves()}}
+LEAVES = {**TABLE_LEAVES, **{leaf.name: leaf for m in METHODS for leaf in m.leaves()}, **SWEPT_LEAVES}
 AXES = {name: leaf.axes for name, leaf in LEAVES.items()}
 
 
@@ -31,7 +33,9 @@ def component_methods(spec: AdapterSpec) -> tuple[type[Method], ...]:
 
 def method_class(spec: AdapterSpec) -> type[Method]:
     """Returns the method of a spec: its only one, or a class that inherits from all of them, the last one first."""
-    return LoraMixture if spec.mixed else _combined(component_methods(spec))
+    if spec.mixed or spec.swept:
+        return LoraMixture if spec.mixed else SweptLora
+    return _combined(component_methods(spec))
 
 
 @functools.cache

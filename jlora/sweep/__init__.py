@@ -1,0 +1,1 @@
+"""Sweeps: many trainings over one base model, with one compiled program."""
