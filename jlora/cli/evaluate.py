@@ -23,6 +23,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="", help="held-out rows; default: those of the config")
     parser.add_argument("--general", default="", help="general texts of your own, for what the adapter forgot")
     parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=0,
+        help="tokens of an answer, at most; default: twice the written one",
+    )
+    parser.add_argument(
         "--tasks", type=lambda text: text.split(","), default=[], help="tasks of lm-evaluation-harness: hellaswag,mmlu"
     )
     parser.add_argument("--limit", type=int, help="with --tasks: questions of each task, at most")
@@ -38,6 +44,8 @@ def main(argv: list[str]) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     if not arguments.adapter:
         parser.error("Set --adapter.")
+    if arguments.max_new_tokens < 0:
+        parser.error(f"--max_new_tokens {arguments.max_new_tokens}: Expected 0 or more.")
     if arguments.output_rules:
         parser.error("--output_rules does not apply here: the answers are evaluated as the model gives them.")
     if overrides and not arguments.config:
@@ -46,7 +54,7 @@ def main(argv: list[str]) -> None:
     options = {"revision": arguments.revision, "quantize": arguments.quantize_base, "mesh": arguments.mesh}
     adapters = adapters_by_name(arguments.adapter)
     tasks = Tasks(arguments.tasks, arguments.task_path, arguments.limit, arguments.chat_tasks)
-    places = (arguments.data, arguments.general, arguments.output)
+    places = (arguments.data, arguments.general, arguments.output, arguments.max_new_tokens)
     request = Request(arguments.base or "", adapters, config, *places, tasks)
     for line in evaluate_adapters(request, **options):
         print(line)

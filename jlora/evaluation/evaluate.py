@@ -36,6 +36,7 @@ class Material(NamedTuple):
     training: Sequence[Conversation]  # a part of the training rows; () if they are not known
     training_examples: Sequence[Example]
     own_general: Sequence[str]  # general texts of the user's own
+    max_new_tokens: int = 0  # of an answer to a held-out question; 0: SPARE and twice those of the written one
 
 
 class AdapterLeaks(NamedTuple):
@@ -72,7 +73,7 @@ def evaluate(subjects: Subjects, config: Config, material: Material, journal: Jo
     tokenizer, likelihood = generator.tokenizer, Likelihood(subjects)
     _measure_losses(likelihood, material.examples, journal, "loss", "Held-out loss")
     asked = [row for row in material.held_out if not row.plain]
-    questions = held_out_questions(tokenizer, asked)
+    questions = held_out_questions(tokenizer, asked, material.max_new_tokens)
     ask(subjects, questions, journal, "Answers to held-out questions")
     written = [written_answer(tokenizer, row) for row in asked]
     answers = {name: [kept(subjects, journal, question, name) for question in questions] for name in models}
@@ -87,8 +88,10 @@ def evaluate(subjects: Subjects, config: Config, material: Material, journal: Jo
     return Evaluation(asked, scores, answers, general, forgotten, leaked, preferences, remarks, models)
 
 
-def held_out_questions(tokenizer: Any, rows: Sequence[Conversation]) -> list[Question]:
-    """Returns the rows' prompts, with room for answers of more than twice the length of the written ones."""
+def held_out_questions(tokenizer: Any, rows: Sequence[Conversation], limit: int = 0) -> list[Question]:
+    """Returns the rows' prompts, with room for `limit` tokens, or for answers of over twice the written length."""
+    if limit:
+        return _questions(tokenizer, rows, "held_out", spare=limit, factor=0)
     return _questions(tokenizer, rows, "held_out", spare=SPARE, factor=2)
 
 

@@ -59,6 +59,7 @@ class Request(NamedTuple):
     data: str  # held-out rows; "": those of the config
     general: str  # general texts of the user's own; "": none
     output: Path | None
+    max_new_tokens: int = 0  # of an answer; 0: by the written one
     tasks: Tasks = Tasks()
 
 
@@ -85,7 +86,8 @@ def evaluate_adapters(request: Request, **options: Any) -> Iterator[str]:
     output = request.output or next(iter(request.adapters.values())).resolve().parent / "evaluation"
     subjects = subjects_of(generator)
     inputs = _inputs(generator, request.adapters, held_out, training, own)
-    evaluation = measure(subjects, config, (held_out, training, own), output, inputs)
+    inputs["max_new_tokens"] = str(request.max_new_tokens)
+    evaluation = measure(subjects, config, (held_out, training, own), output, inputs, request.max_new_tokens)
     base = request.base or base_of(next(iter(request.adapters.values())))[0]
     about = {"jlora": jlora.__version__, "base": base, "adapters": {n: str(p) for n, p in request.adapters.items()}}
     evaluation.remarks.extend([remark] if remark else [])
@@ -100,7 +102,7 @@ def evaluate_run(
     """Evaluates the exported adapter of a run, with the base model in memory; writes the report beside it."""
     training, remark = training_sample(config, held_out)
     adapters, output = {adapter.name: adapter}, adapter.parent / "evaluation"
-    inputs = _inputs(generator, adapters, held_out, training, ())
+    inputs = {**_inputs(generator, adapters, held_out, training, ()), "max_new_tokens": "0"}
     evaluation = measure(subjects_of(generator), config, (held_out, training, ()), output, inputs)
     evaluation.remarks.extend([remark] if remark else [])
     about = {"jlora": jlora.__version__, "base": config.base_model, "adapters": {adapter.name: str(adapter)}}
@@ -122,6 +124,7 @@ def measure(
     rows: tuple[Sequence[Conversation], Sequence[Conversation], Sequence[str]],
     output: Path,
     inputs: dict[str, str],
+    max_new_tokens: int = 0,
 ) -> Evaluation:
     """Evaluates with held-out rows, training rows and general texts; results are kept in `output` as they come."""
     held_out, training, own = rows
@@ -131,7 +134,8 @@ def measure(
         given = (config, generator.tokenizer, generator.ends, list(some), name, generator.vocabulary)
         return read_examples(*given) if some else []
 
-    material = Material(held_out, examples(held_out, "held out"), training, examples(training, "training"), own)
+    held_out_examples, training_examples = examples(held_out, "held out"), examples(training, "training")
+    material = Material(held_out, held_out_examples, training, training_examples, own, max_new_tokens)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(output / JOURNAL, inputs)) as journal:
