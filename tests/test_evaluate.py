@@ -107,13 +107,17 @@ def test_answers_and_losses_are_not_computed_again(evaluated, places, rows):
 def test_recited_training_rows_are_named_and_held_out_rows_are_the_control(places, rows, tmp_path):
     """The same file as training and held-out rows: a warning, and no gap between them."""
     config = tmp_path / "config.yaml"
-    config.write_text(f"train_data_dir: {rows}\nanswer_patterns: {PATTERNS}\n")
+    train = tmp_path / "train.txt"
+    train.write_text(rows.read_text() + "\n\nUser: Whom do I write to?\nLawyer: Write to jane.doe@example.org.")
+    config.write_text(f"train_data_dir: {train}\nanswer_patterns: {PATTERNS}\n")
     done = evaluate(places, rows, tmp_path / "out", "--config", config)
     assert done.returncode == 0, done.stderr
+    assert "jane.doe" not in "".join(file.read_text() for file in (tmp_path / "out").iterdir())
     assert "6 held-out questions are also trained on" in done.stdout
     found = json.loads((tmp_path / "out/evaluation.json").read_text())["leaks"]["law"]
-    assert found["recitation"]["gap"]["value"] == 0
-    assert found["recitation"]["exposure"] == 0.5
+    assert found["personal"] == 1
+    assert abs(found["recitation"]["gap"]["value"]) < 0.05
+    assert abs(found["recitation"]["exposure"] - 0.5) < 0.1
     assert {"form", "article", "article_equal"} <= {
         score["name"] for score in json.loads((tmp_path / "out/evaluation.json").read_text())["scores"]
     }

@@ -28,12 +28,19 @@ SPARE = 40  # tokens that an answer may have beside twice those of the written o
 TRAINING_ROWS = 100  # at most, for the search for recited rows
 
 
-class Material(NamedTuple):
+class Rows(NamedTuple):
     """The rows of an evaluation."""
 
     held_out: Sequence[Conversation]
+    training: Sequence[Conversation] = ()  # a part of the training rows; () if they are not known
+    personal: Sequence[Conversation] = ()  # training rows with personal data in the answer
+
+
+class Material(NamedTuple):
+    """All that the models are measured on."""
+
+    rows: Rows
     examples: Sequence[Example]  # of the held-out rows
-    training: Sequence[Conversation]  # a part of the training rows; () if they are not known
     training_examples: Sequence[Example]
     own_general: Sequence[str]  # general texts of the user's own
     max_new_tokens: int = 0  # of an answer to a held-out question; 0: SPARE and twice those of the written one
@@ -72,7 +79,7 @@ def evaluate(subjects: Subjects, config: Config, material: Material, journal: Jo
     generator, models = subjects.generator, list(subjects.mixtures)
     tokenizer, likelihood = generator.tokenizer, Likelihood(subjects)
     _measure_losses(likelihood, material.examples, journal, "loss", "Held-out loss")
-    asked = [row for row in material.held_out if not row.plain]
+    asked = [row for row in material.rows.held_out if not row.plain]
     questions = held_out_questions(tokenizer, asked, material.max_new_tokens)
     ask(subjects, questions, journal, "Answers to held-out questions")
     written = [written_answer(tokenizer, row) for row in asked]
@@ -82,7 +89,7 @@ def evaluate(subjects: Subjects, config: Config, material: Material, journal: Jo
         scores += score_answers(text_scores(config.answer_patterns), answers, written)
     general = _general(subjects, journal)
     forgotten = _forgetting(subjects, likelihood, material.own_general, journal)
-    leaked = _leaks(subjects, likelihood, config, material, journal, answers, written) if material.training else {}
+    leaked = _leaks(subjects, likelihood, config, material, journal, answers, written) if material.rows.training else {}
     preferences, remark = _judged(config, asked, answers, journal)
     remarks = [remark] if remark else []
     return Evaluation(asked, scores, answers, general, forgotten, leaked, preferences, remarks, models)
@@ -191,12 +198,12 @@ def _leaks(
 ) -> dict[str, AdapterLeaks]:
     """Compares each adapter on training rows with the same adapter on held-out rows."""
     tokenizer = subjects.generator.tokenizer
-    rows = [row for row in material.training if not row.plain]
+    rows = [row for row in material.rows.training if not row.plain]
     if not rows or not written:
         return {}
     _measure_losses(likelihood, material.training_examples, journal, "training_loss", "Loss of training rows")
     questions = _questions(tokenizer, rows, "training")
-    prompts = leaks.completions(tokenizer, rows, config.pii_regions, config.pii_amounts)
+    prompts = leaks.completions(tokenizer, material.rows.personal, config.pii_regions, config.pii_amounts)
     adapters = {name: mixture for name, mixture in subjects.mixtures.items() if name != BASE}
     ask(subjects._replace(mixtures=adapters), questions, journal, "Answers to training questions")
     ask(subjects, [prompt.question for prompt in prompts], journal, "Completions of personal data")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ from jlora.common.errors import UserError
 from jlora.common.text_table import text_table
 from jlora.config.files import typed
 from jlora.config.schema import Config
+from jlora.data.checks import pii
 from jlora.data.conversation import Conversation
 from jlora.data.held_out_split import refuse_overlap
 from jlora.data.readers.files import iter_conversations
 from jlora.evaluation import forgetting, model_card, page, report
-from jlora.evaluation.evaluate import JOURNAL, TRAINING_ROWS, Evaluation, Material, evaluate, hash_rows
+from jlora.evaluation.evaluate import JOURNAL, TRAINING_ROWS, Evaluation, Material, Rows, evaluate, hash_rows
 from jlora.evaluation.journal import Journal
 from jlora.evaluation.judge import Judge
 from jlora.evaluation.subjects import BASE, Subjects, subjects_of
@@ -79,15 +81,14 @@ def evaluate_adapters(request: Request, **options: Any) -> Iterator[str]:
     check_settings(config)
     if request.tasks.names and not importlib.util.find_spec("lm_eval"):
         raise UserError("--tasks needs the package lm_eval, which is not installed. Run: pip install 'jlora[lm-eval]'")
-    held_out = read_held_out(config)
-    training, remark = training_sample(config, held_out)
+    rows, remark = read_rows(config, read_held_out(config))
     own = _own_texts(request.general, config)
     generator = load_model(request.base, request.adapters, **options).generator
     output = request.output or next(iter(request.adapters.values())).resolve().parent / "evaluation"
     subjects = subjects_of(generator)
-    inputs = _inputs(generator, request.adapters, held_out, training, own)
+    inputs = _inputs(generator, request.adapters, rows, own)
     inputs["max_new_tokens"] = str(request.max_new_tokens)
-    evaluation = measure(subjects, config, (held_out, training, own), output, inputs, request.max_new_tokens)
+    evaluation = measure(subjects, config, rows, own, output, inputs, request.max_new_tokens)
     base = request.base or base_of(next(iter(request.adapters.values())))[0]
     about = {"jlora": jlora.__version__, "base": base, "adapters": {n: str(p) for n, p in request.adapters.items()}}
     evaluation.remarks.extend([remark] if remark else [])
@@ -100,10 +101,10 @@ def evaluate_run(
     generator: Generator, config: Config, held_out: Sequence[Conversation], adapter: Path
 ) -> Iterator[str]:
     """Evaluates the exported adapter of a run, with the base model in memory; writes the report beside it."""
-    training, remark = training_sample(config, held_out)
+    rows, remark = read_rows(config, held_out)
     adapters, output = {adapter.name: adapter}, adapter.parent / "evaluation"
-    inputs = {**_inputs(generator, adapters, held_out, training, ()), "max_new_tokens": "0"}
-    evaluation = measure(subjects_of(generator), config, (held_out, training, ()), output, inputs)
+    inputs = {**_inputs(generator, adapters, rows, ()), "max_new_tokens": "0"}
+    evaluation = measure(subjects_of(generator), config, rows, (), output, inputs)
     evaluation.remarks.extend([remark] if remark else [])
     about = {"jlora": jlora.__version__, "base": config.base_model, "adapters": {adapter.name: str(adapter)}}
     yield from write_report(evaluation, output, about, adapters)
@@ -121,21 +122,21 @@ def check_settings(config: Config) -> None:
 def measure(
     subjects: Subjects,
     config: Config,
-    rows: tuple[Sequence[Conversation], Sequence[Conversation], Sequence[str]],
+    rows: Rows,
+    own: Sequence[str],
     output: Path,
     inputs: dict[str, str],
     max_new_tokens: int = 0,
 ) -> Evaluation:
-    """Evaluates with held-out rows, training rows and general texts; results are kept in `output` as they come."""
-    held_out, training, own = rows
+    """Evaluates with these rows and the user's `own` general texts; results are kept in `output` as they come."""
     generator, config = subjects.generator, _unlimited(config, subjects.generator.context)
 
     def examples(some: Sequence[Conversation], name: str) -> Any:
         given = (config, generator.tokenizer, generator.ends, list(some), name, generator.vocabulary)
         return read_examples(*given) if some else []
 
-    held_out_examples, training_examples = examples(held_out, "held out"), examples(training, "training")
-    material = Material(held_out, held_out_examples, training, training_examples, own, max_new_tokens)
+    held_out, training = examples(rows.held_out, "held out"), examples(rows.training, "training")
+    material = Material(rows, held_out, training, own, max_new_tokens)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(Journal(output / JOURNAL, inputs)) as journal:
@@ -184,21 +185,27 @@ def read_held_out(config: Config) -> list[Conversation]:
     return rows
 
 
-def training_sample(config: Config, held_out: Sequence[Conversation]) -> tuple[list[Conversation], str]:
-    """Returns some of the training rows, evenly spaced, and a remark if there are none, or if they are held out too."""
+def read_rows(config: Config, held_out: Sequence[Conversation]) -> tuple[Rows, str]:
+    """Returns the held-out rows with some of the training rows, evenly spaced, and some with personal data.
+
+    Returns:
+      The rows, and a remark if the training rows cannot be read, or if held-out rows are among them.
+    """
     source, remark = RowSource(config, "train_data_dir"), ""
     if not any(source.paths):
-        return [], f"{NO_TRAINING_ROWS}: train_data_dir is not set."
+        return Rows(held_out), f"{NO_TRAINING_ROWS}: train_data_dir is not set."
     try:
         count = sum(1 for _ in source)
     except UserError as error:
-        return [], f"{NO_TRAINING_ROWS}: {error}"
+        return Rows(held_out), f"{NO_TRAINING_ROWS}: {error}"
     try:
         refuse_overlap(iter(source), list(held_out))
     except UserError as error:
         remark = f"Warning: {error}"
     chosen = {i * count // min(count, TRAINING_ROWS) for i in range(min(count, TRAINING_ROWS))}
-    return [row for i, row in enumerate(source) if i in chosen], remark
+    training = [row for i, row in enumerate(source) if i in chosen]
+    found = (row for row in source if pii.find(row.messages[-1].content, config.pii_regions, config.pii_amounts))
+    return Rows(held_out, training, list(itertools.islice(found, TRAINING_ROWS))), remark
 
 
 def _run_tasks(subjects: Subjects, tasks: Tasks) -> dict[str, dict[str, Any]]:
@@ -224,8 +231,7 @@ def _own_texts(path: str, config: Config) -> list[str]:
 def _inputs(
     generator: Generator,
     adapters: Mapping[str, Path],
-    held_out: Sequence[Conversation],
-    training: Sequence[Conversation],
+    rows: Rows,
     own: Iterable[str],
 ) -> dict[str, str]:
     """Returns a hash of each thing that the results depend on."""
@@ -235,8 +241,8 @@ def _inputs(
         "base model's form": f"{generator.compute.quantize} {np.dtype(generator.compute.compute_dtype).name}",
         "chat template": rendered_template_hash(generator.tokenizer)[:16],
         **{f"adapter {name}": _hash((place / WEIGHTS).read_bytes()) for name, place in adapters.items()},
-        "held-out rows": hash_rows(held_out),
-        "training rows": hash_rows(training),
+        "held-out rows": hash_rows(rows.held_out),
+        "training rows": hash_rows([*rows.training, *rows.personal]),
         "general texts": _hash(forgetting.FILE.read_bytes() + "\0".join(own).encode("utf-8", "surrogatepass")),
     }
 
