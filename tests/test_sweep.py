@@ -122,6 +122,21 @@ def test_losers_stop_early(tiny, pairs, tmp_path):
     assert done.stdout.count("Compiling the training step") == 1
 
 
+def test_a_setting_that_diverges_is_left_out(tiny, pairs, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / "out", **BASE)))
+    done = run_program("sweep", "--config", file, *settings(learning_rate="1e-3,1e30", halving="2"))
+    assert done.returncode == 0, done.stderr
+    best, worst = json.loads((tmp_path / "out/sweep.json").read_text())["settings"]
+    assert (best["settings"]["learning_rate"], worst["held_out_loss"]) == (1e-3, None)
+    assert "diverged before step" in done.stdout
+    every = run_program(
+        "sweep", "--config", file, *settings(learning_rate="1e30,1e31"), f"--config.output_dir={tmp_path}/all"
+    )
+    assert every.returncode == 2
+    assert "All settings diverged. Lower learning_rate." in every.stderr
+
+
 def test_folds_hold_every_row_out_once_and_give_a_standard_error(tiny, pairs, tmp_path):
     every = [fold_indices(11, 3, seed) for seed in (0, 1)]
     for folds in every:
@@ -151,7 +166,10 @@ class Evaluated:
     """What the choice looks at in a trial."""
 
     def __init__(self, setting, losses):
-        self.setting, self.held_out_losses, self.step = setting, losses, max(losses)
+        self.setting, self.held_out_losses, self.step, self.diverged = setting, losses, max(losses), False
+
+    def loss_at(self, step):
+        return self.held_out_losses[step]
 
 
 def test_the_smaller_rank_wins_unless_the_larger_is_better_by_more_than_its_error():

@@ -84,6 +84,20 @@ def table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def short_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Returns the table of scores for a terminal: means, and what each adapter is beside the base model."""
+    adapters = [name for name in evaluation.models if name != BASE]
+    rows = [
+        [
+            score.title,
+            *("-" if math.isnan(mean.value) else _number(mean.value, score) for mean in score.means.values()),
+            *(score.verdict(name, BASE) for name in adapters),
+        ]
+        for score in evaluation.scores
+    ]
+    return ["", *evaluation.models, *(f"{name} is" for name in adapters)], rows
+
+
 def other_tables(evaluation: Evaluation) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Returns the tables about forgetting and recitation, by title."""
     found = {}

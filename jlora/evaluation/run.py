@@ -162,7 +162,7 @@ def write_report(
             model_card.add_evaluation(place / "README.md", evaluation, name)
     for name in adapters:
         yield from ("", *report.verdict(evaluation, name))
-    yield from ("", *text_table(*report.table(evaluation)))
+    yield from ("", *text_table(*report.short_table(evaluation)))
     for header, rows in report.other_tables(evaluation).values():
         yield from ("", *text_table(header, rows))
     yield from ("", *evaluation.remarks)

@@ -23,6 +23,8 @@ class Standing(NamedTuple):
     @property
     def text(self) -> str:
         """The loss with its standard error."""
+        if math.isinf(self.loss):
+            return "diverged"
         return f"{self.loss:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
 
 
@@ -31,6 +33,9 @@ def standings(grid: Grid, trials: Sequence[Trial]) -> list[Standing]:
     found = []
     for number, own in enumerate(by_setting(grid, trials)):
         steps = sorted(set.intersection(*(set(trial.held_out_losses) for trial in own)))
+        if any(trial.diverged for trial in own):
+            found.append(Standing(number, math.inf, math.nan, 0, min(trial.step for trial in own)))
+            continue
         if not steps:
             continue
         losses = np.array([[trial.held_out_losses[step] for trial in own] for step in steps])
@@ -44,7 +49,7 @@ def standings(grid: Grid, trials: Sequence[Trial]) -> list[Standing]:
 def survivors(grid: Grid, trials: Sequence[Trial], step: int, alive: Sequence[int]) -> list[int]:
     """Returns the settings that go on after a rung: the best 1/halving by their loss at this step."""
     own = by_setting(grid, trials)
-    losses = {number: float(np.mean([trial.held_out_losses[step] for trial in own[number]])) for number in alive}
+    losses = {number: float(np.mean([trial.loss_at(step) for trial in own[number]])) for number in alive}
     ranked = sorted(alive, key=lambda number: (losses[number], grid.configs[number].lora_rank, number))
     return sorted(ranked[: -(-len(ranked) // grid.halving)])
 

@@ -27,6 +27,7 @@ def table_rows(grid: Grid, trials: Sequence[Trial], steps: int) -> tuple[list[st
     for standing in found:
         changes = grid.settings[standing.setting]
         state = "trained to the end" if standing.steps == steps else f"left out after step {standing.steps}"
+        state = f"diverged before step {standing.steps}" if math.isinf(standing.loss) else state
         state = "the winner" if standing is chosen else state
         shown = name_of(changes).split(" ")
         rows.append([*(word.split("=", 1)[1] for word in shown), standing.text, str(standing.step), state])
@@ -40,7 +41,7 @@ def as_json(grid: Grid, trials: Sequence[Trial], steps: int, about: dict[str, An
     settings = [
         {
             "settings": grid.settings[standing.setting],
-            "held_out_loss": standing.loss,
+            "held_out_loss": standing.loss if math.isfinite(standing.loss) else None,
             "standard_error": None if math.isnan(standing.error) else standing.error,
             "step": standing.step,
             "steps": standing.steps,

@@ -8,6 +8,7 @@ was stopped continues from.
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -123,6 +124,8 @@ def train(sweep: Sweep, say: Callable[[str], None]) -> signal.Signals | None:
             for trial in trials:
                 if trial.setting in alive and not trainer.train(trial, until, stop, say):
                     return stop.received
+            if all(trial.diverged for trial in trials if trial.setting in alive):
+                raise UserError("All settings diverged. Lower learning_rate.")
             if until in rungs(grid, sweep.steps):
                 alive = survivors(grid, trials, until, alive)
             best = standings(grid, trials)[0]
@@ -162,6 +165,8 @@ class Trainer:
 
         A trial that is there already is left as it is.
         """
+        if trial.diverged:
+            return True
         own = self._start(trial)
         if trial.step >= until:
             return True
@@ -173,7 +178,7 @@ class Trainer:
         key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=self._programs.everywhere)()
         pending: list[Any] = []
         for done in range(trial.step + 1, until + 1):
-            if stop.received:
+            if stop.received or trial.diverged:
                 break
             state, metrics = self._programs.train_step(state, trial.batches[done - 1], say, key)
             pending.append(metrics)
@@ -185,8 +190,13 @@ class Trainer:
         if pending:
             self._log(trial, pending)
         loss = None
-        if not stop.received:
+        if not (stop.received or trial.diverged):
             loss = self._programs.held_out_loss(state.lora, trial.held_out, say)
+            trial.diverged = not math.isfinite(loss)
+        if trial.diverged:  # nothing is saved: a sweep that continues gets here again
+            say(f"{trial.directory.name} diverged before step {trial.step}")
+            return True
+        if loss is not None:
             trial.record(until, loss)
         trial.save(cut(jax.device_get(state), like), loss)
         return not stop.received
@@ -213,15 +223,12 @@ class Trainer:
         return fresh_state(adapter, optimizer, setup.mesh, setup.compute.compute_dtype)
 
     def _log(self, trial: Trial, pending: list[Any]) -> None:
-        """Logs the mean loss of the steps since the last line; raises a UserError if one diverged."""
+        """Logs the mean loss of the steps since the last line, or marks the trial as diverged."""
         fetched = jax.device_get(pending)
         pending.clear()
-        if any(metrics.broken() for metrics in fetched):
-            raise UserError(
-                f"{trial.directory.name} diverged before step {trial.step}. Lower the highest learning_rate."
-            )
-        targets = sum(metrics.targets for metrics in fetched)
-        if len(fetched):
+        trial.diverged = any(metrics.broken() for metrics in fetched)
+        if not trial.diverged:
+            targets = sum(metrics.targets for metrics in fetched)
             trial.log(trial.step, loss=float(sum(m.loss * m.targets for m in fetched) / targets))
 
 

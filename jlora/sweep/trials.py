@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,12 @@ class Trial:
     held_out: Batches
     progress: Progress = dataclasses.field(default_factory=Progress)
     step: int = 0
+    diverged: bool = False
     held_out_losses: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
+
+    def loss_at(self, step: int) -> float:
+        """Returns the held-out loss at a step; infinity if the trial had diverged by then."""
+        return self.held_out_losses.get(step, math.inf) if self.diverged else self.held_out_losses[step]
 
     @property
     def metrics(self) -> Path:
