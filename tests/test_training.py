@@ -57,9 +57,7 @@ class Setup(Trains):
         self.graphdef, self.shapes, base_shapes = hf_loader.abstract_model(self.model_config, self.spec, self.compute)
         self.base = hf_loader.load_base(self.directory, base_shapes, self.mesh)
         self.optimizer = optim.make_optimizer(self.config, self.spec, self.steps)
-        adapter = run.first_adapter(
-            self.config, self.spec, self.shapes, self.base, tied=self.model_config.tie_word_embeddings
-        )
+        adapter = run.first_adapter(self.config, self.model_config, self.compute, self.base)
         self.state = fresh_state(adapter, self.optimizer, self.mesh, compute.compute_dtype)
         self.lay(batches)
 

@@ -210,16 +210,14 @@ class Trainer:
 
     def _start(self, trial: Trial) -> TrainState:
         """Returns the state of a trial in a run's own form: where it stopped, or fresh."""
-        setup = self._setup._replace(config=trial.config)
-        setup = setup._replace(record={**setup.record, "config": dataclasses.asdict(trial.config)})
-        spec = spec_of(setup.record["config"])
+        setup, spec = self._setup, spec_of(dataclasses.asdict(trial.config))
         _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
         optimizer = optim.make_optimizer(trial.config, spec, self._steps)
         like = state_shapes(shapes, optimizer, setup.mesh, setup.compute.compute_dtype)
         if (saved := trial.restore(like)) is not None:
             return saved
-        trial.start(self._setup.record)
-        adapter = first_adapter(setup, self._programs.base)
+        trial.start(setup.record)
+        adapter = first_adapter(trial.config, setup.model, setup.compute, self._programs.base)
         return fresh_state(adapter, optimizer, setup.mesh, setup.compute.compute_dtype)
 
     def _log(self, trial: Trial, pending: list[Any]) -> None:

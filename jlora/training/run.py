@@ -22,7 +22,8 @@ from jlora.distributed import processes
 from jlora.distributed.sharding import data_parallel_size, describe, place, places_of
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
-from jlora.models.compute_settings import UNKNOWN, Packing
+from jlora.models.compute_settings import UNKNOWN, ComputeSettings, Packing
+from jlora.models.model_config import ModelConfig
 from jlora.planning.forecast import Forecast, Job, bytes_per_device, count_work, layout_from_examples
 from jlora.planning.hardware import GIB, Target, find_target
 from jlora.planning.search import choose_remat, ensure_fits
@@ -68,7 +69,7 @@ def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
             setup = setup._replace(config=dataclasses.replace(config, remat=start.remat))
         print(*outline(setup), sep="\n", flush=True)
         programs = load(setup, start.step if start.exact else 0)
-        adapter = first_adapter(setup, programs.base)
+        adapter = first_adapter(setup.config, setup.model, setup.compute, programs.base)
         state = fresh_state(adapter, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
         state, progress = restore(start, state)
         stop, checkpoints = StopSignal(), Checkpoints(run)
@@ -165,10 +166,10 @@ def ensure_evaluation_fits(programs: Programs, here: Target) -> None:
         )
 
 
-def first_adapter(setup: RunSetup, base: Any) -> params.Adapter:
+def first_adapter(config: Config, model: ModelConfig, compute: ComputeSettings, base: Any) -> params.Adapter:
     """Returns the adapter of step 0: `init_adapter`, or a fresh one that does not change the base model yet."""
-    config, spec, tied = setup.config, spec_of(setup.record["config"]), setup.model.tie_word_embeddings
-    _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
+    spec, tied = spec_of(dataclasses.asdict(config)), model.tie_word_embeddings
+    _, shapes, _ = hf_loader.abstract_model(model, spec, compute)
     if not config.init_adapter:
         return jax.jit(lambda base: params.start(spec, shapes, base, jax.random.key(config.seed)))(base)
     given = processes.broadcast_arrays_from_first(
