@@ -203,12 +203,14 @@ def _sample_answers(setup: RunSetup, programs: Programs) -> Callable[[Adapter], 
     made: list[Generator] = []
 
     def answers(adapter: Adapter) -> Iterator[str]:
+        if not rows:
+            return iter(())
         forms = {"adapter": (adapter, spec_of(setup.record["config"]))}
         if made:
             made[0].replace_adapters(adapter_set(forms))
         else:
             made.append(make_generator(setup.directory, setup.tokenizer, programs.base, forms, setup.compute))
-        return compare_answers(made[0], rows) if rows else iter(())
+        return compare_answers(made[0], rows)
 
     return answers
 
