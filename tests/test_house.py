@@ -1,6 +1,7 @@
 """The code itself: small files, lazy imports, nothing hidden. Format, lint, types and layers: .ci/run checks them."""
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -83,7 +84,11 @@ def test_nothing_deprecated_is_used(tiny, pairs, tmp_path):
     control.write_text("import warnings\nwarnings.warn('this is old', DeprecationWarning)\n")
     assert DEPRECATED.findall(warnings_of(control).stderr)
     settings = json.dumps({**short_run(tiny, pairs, tmp_path / "run", batch_size=8, max_steps=2), "num_processes": 1})
-    programs = [f"jlora.{name}" for name in ("train", "plan", "generate", "combine")]  # importing one runs it
+    programs = [
+        f"jlora.{name}" for name in ("train", "plan", "generate", "combine", "evaluate")
+    ]  # importing one runs it
+    if not importlib.util.find_spec("lm_eval"):
+        programs.append("jlora.evaluation.harness")
     done = warnings_of("-c", EVERY_MODULE_AND_A_RUN, settings, *programs)
     assert done.returncode == 0, done.stderr
     assert not DEPRECATED.findall(done.stderr)

@@ -41,7 +41,7 @@ def write_config(directory, base, **settings):
     """Writes a config whose rows contain the new words."""
     rows = [{"instruction": f"What is {word}?", "output": f"It is {word} {n}."} for word in WORDS for n in range(4)]
     (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = {"base_model": str(base), "train_data_dir": str(directory / "rows.jsonl"), "sample_questions": 0}
+    config = {"base_model": str(base), "train_data_dir": str(directory / "rows.jsonl"), "sample_questions": 1}
     config |= {
         "resize_embeddings": True,
         "output_dir": str(directory / "run"),
