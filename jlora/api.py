@@ -34,8 +34,7 @@ import jax
 
 from jlora.adapters.params import Adapter
 from jlora.adapters.provenance import exported_step
-from jlora.adapters.settings import spec_of
-from jlora.adapters.spec import AdapterSpec
+from jlora.adapters.settings import recorded_spec
 from jlora.common.errors import UserError, VerificationError
 from jlora.common.plural import plural
 from jlora.config import files
@@ -151,7 +150,7 @@ def run_sweep(config: Config) -> SweepResult:
     """Trains all settings of `config.sweep` on one base model, and exports the best, as `jlora sweep` does.
 
     Raises:
-      UserError: the config, the data or the base model must change; or a training diverged.
+      UserError: the config, the data or the base model must change; or all trainings diverged.
     """
     config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
     configure_jax(config)
@@ -206,7 +205,7 @@ def _sample_answers(setup: RunSetup, programs: Programs) -> Callable[[Adapter], 
     def answers(adapter: Adapter) -> Iterator[str]:
         if not rows:
             return iter(())
-        forms = {"adapter": (adapter, _spec(setup))}
+        forms = {"adapter": (adapter, recorded_spec(setup.record))}
         if made:
             made[0].replace_adapters(adapter_set(forms))
         else:
@@ -216,12 +215,6 @@ def _sample_answers(setup: RunSetup, programs: Programs) -> Callable[[Adapter], 
     return answers
 
 
-def _spec(setup: RunSetup) -> AdapterSpec:
-    """Returns the adapter's spec, with the rows of token tables that `resize_embeddings` adds."""
-    rows = int(setup.record["base"]["vocabulary"] or 0)
-    return dataclasses.replace(spec_of(setup.record["config"]), vocabulary=rows)
-
-
 def _evaluate(trained: TrainedRun, adapter: Adapter, target: Path) -> None:
     """Evaluates the exported adapter with the base model that is in memory."""
     setup = trained.setup
@@ -229,7 +222,7 @@ def _evaluate(trained: TrainedRun, adapter: Adapter, target: Path) -> None:
         why = "a run of several processes" if setup.held_out_rows else "a run without held-out rows"
         print(f"evaluate=true has no effect in {why}. Run: jlora evaluate --adapter {target} --data HELD_OUT_ROWS")
         return
-    forms = {target.name: (adapter, _spec(setup))}
+    forms = {target.name: (adapter, recorded_spec(setup.record))}
     generator = make_generator(setup.directory, setup.tokenizer, trained.programs.base, forms, setup.compute)
     for line in evaluate_run(generator, setup.config, setup.held_out_rows, target):
         print(line)

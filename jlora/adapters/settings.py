@@ -23,6 +23,11 @@ def spec_of(settings: dict[str, Any]) -> AdapterSpec:
     return dataclasses.replace(spec, target_modules=TARGETS) if spec.target_modules == ALL_LINEAR else spec
 
 
+def recorded_spec(record: dict[str, Any]) -> AdapterSpec:
+    """Returns the spec of a run's adapter from its config.json, with the rows that `resize_embeddings` added."""
+    return dataclasses.replace(spec_of(record["config"]), vocabulary=int(record["base"]["vocabulary"] or 0))
+
+
 def settings_of(spec: AdapterSpec) -> dict[str, Any]:
     """Returns the config keys that make this spec of one adapter, without the noise on embeddings."""
     settings = {KEYS.get(field, field): getattr(spec, field) for field in FIELDS}

@@ -10,9 +10,6 @@ from jlora.evaluation.subjects import Subjects
 from jlora.evaluation.text_scores import Answer
 from jlora.serve.engine import Request
 
-PLACES = 32  # answers that are generated at a time
-CACHE_TOKENS = 32768  # tokens of all of them: fewer answers at a time if they are long
-
 
 class Question(NamedTuple):
     """A prompt, by the key under which its answers are kept."""
@@ -41,8 +38,7 @@ def ask(subjects: Subjects, questions: Sequence[Question], journal: Journal, tit
     longest = max(len(question.prompt) + question.max_new_tokens for question, _ in missing)
     done = len(questions) * len(subjects.mixtures) - len(missing)
     with tqdm(total=done + len(missing), initial=done, desc=title, unit="answer", disable=None) as bar:
-        places = max(1, min(PLACES, len(missing), CACHE_TOKENS // longest))
-        for request in subjects.generator.generate_each(requests(), longest, places):
+        for request in subjects.generator.generate_each(requests(), longest, len(missing)):
             journal.add(asked.pop(id(request)), [[token.id for token in request.answer], request.finish == "stop"])
             bar.update()
 

@@ -56,7 +56,7 @@ class AdapterLeaks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All that was measured. Adapters are named as they were given; `base` is the base model."""
+    """The results of an evaluation. Models have the names that the user gave them; `base` is the base model."""
 
     rows: Sequence[Conversation]
     scores: list[Scored]

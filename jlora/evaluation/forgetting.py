@@ -14,6 +14,7 @@ from jlora.evaluation.answers import Question
 from jlora.evaluation.journal import Journal
 from jlora.evaluation.likelihood import Likelihood
 from jlora.evaluation.statistics import Difference, Interval, difference, interval
+from jlora.evaluation.subjects import BASE
 
 FILE = Path(__file__).parent / "general.jsonl"  # texts of several kinds and questions, in English and Chinese
 QUESTION = "question"  # the kind of its rows that are asked
@@ -63,7 +64,7 @@ def measure_texts(
 
 def forgetting(sums: Sequence[Mapping[str, Sequence[float]]], adapter: str) -> Forgetting:
     """Compares an adapter with the base model on texts, from what `measure_texts` kept."""
-    base, own = (np.array([row[name] for row in sums]) for name in ("base", adapter))
+    base, own = (np.array([row[name] for row in sums]) for name in (BASE, adapter))
     losses, before, counts = own[:, 0], base[:, 0], own[:, 2]
     return Forgetting(
         len(sums),

@@ -12,7 +12,6 @@ from lm_eval.tasks import TaskManager
 
 from jlora.common.errors import UserError
 from jlora.data.examples import Example
-from jlora.evaluation.answers import CACHE_TOKENS, PLACES
 from jlora.evaluation.likelihood import Likelihood
 from jlora.evaluation.subjects import Subjects
 from jlora.serve.engine import Request
@@ -106,8 +105,7 @@ class HarnessModel(TemplateLM):
             prompt = self.tok_encode(text)[-max(self.max_length - size, 1) :]
             made.append(Request(prompt, mixture, size))
         longest = max((len(request.prompt) + request.max_new_tokens for request in made), default=1)
-        places = max(1, min(PLACES, len(made), CACHE_TOKENS // longest))
-        for _ in generator.generate_each(made, longest, places):
+        for _ in generator.generate_each(made, longest, len(made)):
             pass
         texts = (self.tokenizer.decode([token.id for token in one.answer], skip_special_tokens=True) for one in made)
         return [_until(text, own) for text, own in zip(texts, stops, strict=True)]

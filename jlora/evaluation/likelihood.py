@@ -79,18 +79,18 @@ class Likelihood:
 def _batch(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """Returns tokens, segments, where each target is predicted, the targets, and their number in each example."""
     at = [np.flatnonzero(example.weights[1:]) for example in examples]
-    length = SHORTEST
-    while length < max(len(example.tokens) for example in examples):
-        length *= 2
-    size = SHORTEST
-    while size < max(map(len, at)):
-        size *= 2
+    length, size = _padded(max(len(example.tokens) for example in examples)), _padded(max(map(len, at)))
     tokens, segments = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), np.int32)
     places, targets = np.zeros((ROWS, size), np.int32), np.zeros((ROWS, size), np.int32)
     for row, (example, own) in enumerate(zip(examples, at, strict=True)):
         tokens[row, : len(example.tokens)], segments[row, : len(example.tokens)] = example.tokens, 1
         places[row, : len(own)], targets[row, : len(own)] = own, example.tokens[own + 1]
     return tokens, segments, places, targets, list(map(len, at))
+
+
+def _padded(count: int) -> int:
+    """Returns the size to which `count` is padded."""
+    return SHORTEST if count <= SHORTEST else 2 * _padded(-(-count // 2))
 
 
 def _compare(

@@ -21,7 +21,7 @@ def subjects_of(generator: Generator) -> Subjects:
     """Returns the base model and each adapter of a generator.
 
     Raises:
-      UserError: an adapter is named like the base model.
+      UserError: an adapter has the base model's name.
     """
     adapters: AdapterSet = generator.adapters
     if BASE in adapters.places:

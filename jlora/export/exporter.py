@@ -13,7 +13,7 @@ from jlora.adapters.params import Adapter
 from jlora.adapters.peft_config import base_of, peft_config, read_spec
 from jlora.adapters.peft_io import TEMPLATE, read_adapter, tensors, write_adapter
 from jlora.adapters.provenance import TENSORS, VOCABULARY, WEIGHTS, tensors_hash
-from jlora.adapters.settings import spec_of
+from jlora.adapters.settings import recorded_spec
 from jlora.adapters.spec import NO_ADAPTER, AdapterSpec
 from jlora.bases import hashes
 from jlora.bases.hashes import check_base
@@ -168,7 +168,7 @@ def _export(run: Path, step: int, target: Path, server: str, max_rank: int) -> N
 def load_adapter(run: Path, step: int) -> tuple[Adapter, AdapterSpec]:
     """Reads the adapter of a run's checkpoint."""
     record = read_record(run, "--run")
-    spec = dataclasses.replace(spec_of(record["config"]), vocabulary=int(record["base"]["vocabulary"] or 0))
+    spec = recorded_spec(record)
     model_config = read_config(Path(record["base"]["directory"]))
     _, shapes, _ = hf_loader.abstract_model(model_config, spec, FLOAT32_COMPUTE)
     with contextlib.closing(Checkpoints(run)) as checkpoints:

@@ -22,6 +22,8 @@ from jlora.serve.engine import Engine, Request
 from jlora.serve.sampling import GREEDY, Sampling
 
 PLACES = 8  # rows of a batch that are answered at a time
+MANY_PLACES = 32  # the same if there are very many, unless they are so long that the cache has no room
+CACHE_TOKENS = 32768  # tokens of all of these
 
 
 class Generator:
@@ -114,14 +116,15 @@ class Generator:
         engine.run()
         return [[token.id for token in request.answer] for request in requests]
 
-    def generate_each(self, requests: Iterable[Request], longest: int, places: int) -> Iterator[Request]:
+    def generate_each(self, requests: Iterable[Request], longest: int, count: int) -> Iterator[Request]:
         """Yields requests as their answers are complete, in the order in which they end.
 
         Args:
           requests: drawn as places become free, so that any number of them takes little memory.
           longest: tokens of the longest prompt with its answer.
-          places: requests that are answered at a time.
+          count: the number of requests.
         """
+        places = max(1, min(MANY_PLACES, count, CACHE_TOKENS // longest))
         engine = self._engine_with(places, longest)
         running, rest = list[Request](), iter(requests)
         while True:

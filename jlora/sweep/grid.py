@@ -1,7 +1,6 @@
 """The grid of a sweep: the settings that vary, and one config for each combination of their values."""
 
 import dataclasses
-import difflib
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from jlora.adapters.settings import spec_of
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
 from jlora.common.yaml_text import parse_yaml
-from jlora.config.schema import Config
+from jlora.config.schema import Config, suggest_nearest
 from jlora.config.validation import validate
 
 VARIES = "lora_rank lora_alpha lora_dropout use_rslora target_modules learning_rate weight_decay seed".split()
@@ -83,9 +82,7 @@ def _unknown(key: str) -> str:
             f"--sweep.{key}: {key} cannot vary, because all trainings share the base model, the rows and the program. "
             f"Keys that can: {', '.join(VARIES)}."
         )
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
-    return f"--sweep.{key}: Unknown key. {hint}"
+    return f"--sweep.{key}: Unknown key. Did you mean {suggest_nearest(key, known)}?"
 
 
 def _read_option(key: str, given: Any) -> int | bool:

@@ -10,14 +10,13 @@ import numpy as np
 from jlora.adapters.methods import make_method
 from jlora.adapters.methods.swept import SETTINGS
 from jlora.adapters.settings import spec_of
-from jlora.adapters.spec import ALL_LINEAR, TARGETS
 from jlora.config.schema import Config
 from jlora.steps.train_step import TrainState
 
 
 def padded_config(config: Config, configs: Sequence[Config]) -> Config:
     """Returns the config whose adapter has room for those of all settings."""
-    targets = {name for one in configs for name in _targets(one)}
+    targets = {name for one in configs for name in spec_of(dataclasses.asdict(one)).target_modules}
     rank = max(one.lora_rank for one in configs)
     return dataclasses.replace(
         config,
@@ -38,13 +37,13 @@ def pad(own: TrainState, config: Config, like: TrainState) -> TrainState:
       like: a padded state, for its shapes.
     """
     found = {"lora": own.lora, "optimizer": own.optimizer}
-    leaves = _by_path(found)
-    scale = make_method(spec_of(dataclasses.asdict(config)), "").scale(config.lora_rank, config.lora_alpha)
+    leaves, spec = _by_path(found), spec_of(dataclasses.asdict(config))
+    scale = make_method(spec, "").scale(spec.rank, spec.alpha)
 
     def filled(path: Any, leaf: Any) -> np.ndarray:
         if path[-1] == jax.tree_util.DictKey(SETTINGS):
             keeps = 1.0 - config.lora_dropout
-            own_settings = [scale * (_target(path) in _targets(config)), keeps, 1.0 / keeps]
+            own_settings = [scale * (_target(path) in spec.target_modules), keeps, 1.0 / keeps]
             return np.tile(np.array(own_settings, leaf.dtype), (leaf.shape[0], 1))
         made, values = np.zeros(leaf.shape, leaf.dtype), leaves.get(jax.tree_util.keystr(path))
         if values is not None:
@@ -82,7 +81,3 @@ def _by_path(tree: Any) -> dict[str, Any]:
 def _target(path: Any) -> str:
     """Returns the projection of a leaf, such as "q_proj"."""
     return str(path[-2].key)
-
-
-def _targets(config: Config) -> tuple[str, ...]:
-    return TARGETS if config.target_modules == ALL_LINEAR else config.target_modules

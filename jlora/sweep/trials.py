@@ -17,6 +17,7 @@ from jlora.data.examples import SizedExamples
 from jlora.steps.train_step import TrainState
 from jlora.sweep.grid import Grid, name_of
 from jlora.training.checkpoint import Checkpoints, Progress, write_record
+from jlora.training.metrics import keep_steps
 
 
 class Subset(SizedExamples):
@@ -94,10 +95,7 @@ class Trial:
                 return None
             state, self.progress = checkpoints.restore(steps[-1], like), checkpoints.progress(steps[-1])
         self.step = steps[-1]
-        text = self.metrics.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line["step"] <= self.step]
-        replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = keep_steps(self.metrics, self.step)
         self.held_out_losses = {
             line["step"]: line["eval_loss"] for line in kept if line["step"] and "eval_loss" in line
         }

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,9 +31,7 @@ class Logger:
     ) -> None:
         path = Path(os.devnull) if silent else run / "metrics.jsonl"
         if not silent and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("\n")]
-            replace_text(path, "".join(line for line in complete if json.loads(line)["step"] <= first))
+            keep_steps(path, first)
         self._file = path.open("a", encoding="utf-8")
         self._trackers = dict(trackers)
         self._bar = tqdm(
@@ -94,6 +93,15 @@ class Logger:
         """Prints a line above the bar."""
         self._bar.write(text)
         sys.stdout.flush()
+
+
+def keep_steps(metrics: Path, last: int) -> list[dict[str, Any]]:
+    """Removes the lines after a step, and half a line at the end; returns the values of those that are kept."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    complete = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [(line, values) for line, values in complete if values["step"] <= last]
+    replace_text(metrics, "".join(line for line, _ in kept))
+    return [values for _, values in kept]
 
 
 def loading_bar(size: int, *, silent: bool) -> tqdm:
