@@ -47,6 +47,27 @@ def test_every_training_equals_a_run_of_its_own(swept, tmp_path):
         np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
 
 
+def test_adapters_that_train_in_one_step_compute_what_they_compute_alone(swept, tmp_path):
+    """Eight settings in teams of three, the last of which is filled up; stopped once, it ends with the same bytes."""
+    _, root, file = swept
+    words = settings(lora_rank="2,4", learning_rate="1e-3,1e-2", target_modules="q_proj+v_proj,down_proj", together=3)
+    done = run_program("sweep", "--config", file, *words, f"--config.output_dir={tmp_path}/whole")
+    assert done.returncode == 0, done.stderr
+    trials = sorted((root / "out/trials").iterdir())
+    assert len(trials) == 8
+    for trial in trials:
+        own, theirs = losses_of(trial), losses_of(tmp_path / "whole/trials" / trial.name)
+        assert own.keys() == theirs.keys()
+        np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
+    words += [f"--config.output_dir={tmp_path}/out", "--config.resume_from_checkpoint=auto"]
+    with terminated(lambda: any((tmp_path / "out/trials").glob("*/checkpoints/3"))):
+        stopped = run_program("sweep", "--config", file, *words)
+    assert "Stopped and saved" in stopped.stdout
+    assert run_program("sweep", "--config", file, *words).returncode == 0
+    for name in ("sweep.json", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("values", "alone"),
     [

@@ -66,6 +66,7 @@ class Batches:
     examples_per_row: int = 0  # at most
     local_rows: frozenset[int] | None = None  # rows that this process fills; the others stay zero; None: all rows
     mixture: Mixture | None = None  # of several sets; without a seed, no step has examples of two sets
+    left_out: np.ndarray | None = None  # [N] bool: examples of weight 0; None: no example
 
     @property
     def steps_per_epoch(self) -> int:
@@ -156,7 +157,8 @@ class Batches:
                     into = slice(filled, filled + len(at))
                     predict_at[a, r, into] = places[at - 1]
                     target[a, r, into] = example.tokens[at]
-                    weights[a, r, into] = example.weights[at]
+                    if self.left_out is None or not self.left_out[index]:
+                        weights[a, r, into] = example.weights[at]
                     start, filled = start + len(own), into.stop
         return Batch(tokens, segments, positions, predict_at, target, weights)
 

@@ -39,7 +39,8 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"base/.*norm/weight", P()),
     (r"state/.*/modules_to_save", P("tensor", "fsdp")),  # [V, D]
     (r"state/.*", P()),
-    (r"batch/.*", P(None, BATCH_AXES, None)),  # [A, R, T] or [A, R, S]
+    (r"stacked/weights", P(None, None, BATCH_AXES, None)),  # [K, A, R, S], of K trainings with the same batches
+    (r"(batch|stacked)/.*", P(None, BATCH_AXES, None)),  # [A, R, T] or [A, R, S]
 )
 
 

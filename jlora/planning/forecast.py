@@ -25,7 +25,7 @@ from jlora.planning.data_pipeline import make_run_batches
 from jlora.planning.hardware import Target
 from jlora.planning.hlo import Program
 from jlora.steps import optim
-from jlora.steps.programs import Programs, batch_shapes, needed_bytes, placed_shapes, state_shapes
+from jlora.steps.programs import Programs, batch_shapes, needed_bytes, placed_shapes, stacked_shapes, state_shapes
 from jlora.steps.train_step import TrainState
 
 
@@ -79,7 +79,7 @@ class Job:
     shape: Shape
     packing: Packing
     held_out_packing: Packing = UNKNOWN
-    swept: bool = False  # whether one program trains adapters with different settings
+    team: int = 0  # adapters of a sweep that train in one step, each with its own settings; 0: not a sweep
 
     @property
     def mesh(self) -> Mesh:
@@ -149,9 +149,9 @@ class Forecast:
 
 def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
     """Returns the job's programs, not yet compiled, and its state as shapes; `steps` is the length of the whole run."""
-    spec = dataclasses.replace(spec_of(dataclasses.asdict(job.config)), swept=job.swept)
+    spec = dataclasses.replace(spec_of(dataclasses.asdict(job.config)), swept=job.team > 0)
     graphdef, adapter, base = hf_loader.abstract_model(job.model, spec, job.compute)
-    make_optimizer = optim.make_swept_optimizer if job.swept else optim.make_optimizer
+    make_optimizer = optim.make_swept_optimizer if job.team else optim.make_optimizer
     optimizer, base = make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
     programs = Programs(
         graphdef,
@@ -162,8 +162,10 @@ def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
         held_out_packing=job.held_out_packing,
         dropout=spec.draws,
         seed=job.config.seed + 1,
+        stacked=job.team > 0,
     )
-    return programs, state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype)
+    state = state_shapes(adapter, optimizer, job.mesh, job.compute.compute_dtype)
+    return programs, stacked_shapes(state, job.team) if job.team else state
 
 
 def forecast(job: Job) -> Forecast:
@@ -173,7 +175,8 @@ def forecast(job: Job) -> Forecast:
 
 def compile_and_forecast(job: Job, programs: Programs, state: TrainState, log: Callable[[str], None]) -> Forecast:
     """Compiles the job's training step into `programs`, ready to run, and returns its forecast."""
-    batch = batch_shapes(job.micro_batches, job.rows, job.shape, job.mesh)
+    stacked = (job.team,) if job.team else ()
+    batch = batch_shapes(job.micro_batches, job.rows, job.shape, job.mesh, stacked)
     base = programs.base
     try:
         program = programs.compile_training(state, batch, log)
@@ -229,7 +232,7 @@ def count_work(job: Job, base: Any, sent: list[collectives.Collective]) -> Work:
     length, targets = job.shape
     attention = 4 * heads * pairs(job.compute.attention, length, job.packing) * (3.5 + again)
     layer = length * model.matrices * (6 if again else 4) + attention
-    rows = job.micro_batches * job.rows
+    rows = job.micro_batches * job.rows * max(job.team, 1)
     flops = rows * (model.num_hidden_layers * layer + targets * 4 * model.vocab_size * model.hidden_size)
     attention *= rows * model.num_hidden_layers
     passes = (3 if again else 2) * job.micro_batches

@@ -39,14 +39,31 @@ def choose_remat(
     Returns:
       The forecast, the programs with that step compiled, and the state as shapes.
     """
-    on_cpu = target.devices[0].platform == "cpu"  # there, "none" is not faster than "dots"
-    for remat in REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,):
+    for remat in _remats(job, target):
         attempt = job.with_remat(remat)
         programs, state = make_run_programs(attempt, steps)
         current = compile_and_forecast(attempt, programs, state, log)
         if current.fits(target.limit):
             break
     return current, programs, state
+
+
+def choose_team(
+    job: Job, target: Target, steps: int, log: Callable[[str], None]
+) -> tuple[Forecast, Programs, TrainState]:
+    """Like `choose_remat`; a team of a sweep is halved until it fits with the fastest `remat`."""
+    while job.team > 1:
+        found = choose_remat(job.with_remat(_remats(job, target)[0]), target, steps, log)
+        if found[0].fits(target.limit):
+            return found
+        job = dataclasses.replace(job, team=job.team // 2)
+    return choose_remat(job, target, steps, log)
+
+
+def _remats(job: Job, target: Target) -> tuple[str, ...]:
+    """Returns the values of `remat` to try, the fastest first."""
+    on_cpu = target.devices[0].platform == "cpu"  # there, "none" is not faster than "dots"
+    return REMATS[on_cpu:] if job.config.remat == "auto" else (job.config.remat,)
 
 
 def ensure_fits(current: Forecast, target: Target, layout: Layout, log: Callable[[str], None]) -> None:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
 from jlora.adapters.methods import AXES
 from jlora.adapters.params import Adapter
@@ -55,12 +56,25 @@ def state_shapes(
     return placed_shapes(made, mesh, "state")
 
 
-def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh) -> Batch:
-    """Returns a batch of one size as shapes."""
+def stacked_shapes(state: TrainState, count: int) -> TrainState:
+    """Returns `count` states of one form as shapes, stacked along a new first axis, which no device splits."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (count, *leaf.shape),
+            leaf.dtype,
+            sharding=NamedSharding(leaf.sharding.mesh, P(None, *leaf.sharding.spec)),
+        ),
+        state,
+    )
+
+
+def batch_shapes(micro_batches: int, rows: int, shape: Shape, mesh: Mesh, stacked: tuple[int, ...] = ()) -> Batch:
+    """Returns a batch of one size as shapes; with `stacked` trainings, (K,), each has its own weights."""
     positions, targets = (micro_batches, rows, shape.length), (micro_batches, rows, shape.targets)
     tokens, supervised = (jax.ShapeDtypeStruct(size, jnp.int32) for size in (positions, targets))
-    weights = jax.ShapeDtypeStruct(targets, jnp.float32)
-    return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, "batch")
+    weights = jax.ShapeDtypeStruct((*stacked, *targets), jnp.float32)
+    root = "stacked" if stacked else "batch"
+    return placed_shapes(Batch(tokens, tokens, tokens, supervised, supervised, weights), mesh, root)
 
 
 def needed_bytes(analysis: Any) -> int:
@@ -76,6 +90,8 @@ class Programs:
       base: the frozen weights, placed on the mesh; placed shapes are enough to compile, but not to run.
       packing, held_out_packing: bounds on the rows of the training and held-out batches.
       loss: what the run minimizes.
+      stacked: whether states, keys, the weights of training batches, and all results have a new first axis, over
+        trainings that see the same batches. Each computes what it would alone.
     """
 
     def __init__(
@@ -90,24 +106,30 @@ class Programs:
         loss: Loss = CROSS_ENTROPY,
         dropout: bool,
         seed: int,
+        stacked: bool = False,
     ) -> None:
         self.graphdef, self.base, self.optimizer, self._mesh = graphdef, base, optimizer, mesh
-        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.everywhere = NamedSharding(mesh, P())
         self._seed = seed
         devices = data_parallel_size(mesh)
-        self._train_step = make_train_step(graphdef, loss, optimizer, packing=packing, dropout=dropout, devices=devices)
+        train_step = make_train_step(graphdef, loss, optimizer, packing=packing, dropout=dropout, devices=devices)
         eval_step = make_eval_step(graphdef, loss, packing=held_out_packing, devices=devices)
-        self._eval = jax.jit(eval_step, out_shardings=self.everywhere)
+        self._neutral = functools.partial(neutral_adapter, graphdef)
+        if stacked:
+            own_weights = Batch(None, None, None, None, None, 0)
+            train_step = jax.vmap(train_step, (0, None, own_weights, 0))
+            eval_step, self._neutral = jax.vmap(eval_step, (0, None, None)), jax.vmap(self._neutral, (0, None))
+        self._train_step, self._eval = train_step, jax.jit(eval_step, out_shardings=self.everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}
 
     def train_step(
-        self, state: TrainState, batch: Batch, say: Callable[[str], None], key: PRNGKeyArray | None = None
+        self, state: TrainState, batch: Batch, say: Callable[[str], None], key: Key[Array, "..."] | None = None
     ) -> tuple[TrainState, Metrics]:
         """Runs one optimizer step. The given state is donated and must not be used again.
 
         Args:
-          key: for everything random; None: the run's own.
+          key: for everything random, or one for each stacked training; None: the run's own.
         """
         placed = self._place(batch)
         drawn = self._key if key is None else key
@@ -119,25 +141,30 @@ class Programs:
 
     def held_out_losses(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> dict[str, float]:
         """Returns the mean loss on all held-out examples, under "", and on those of each set, under its name."""
+        sums = self.held_out_sums(adapter, batches, say)
+        names = [batches.set_name(step) for step in range(len(sums))]
+        by_set = {name: sums[[name == other for other in names]].sum(axis=0) for name in names if name}
+        return {name: float(total / count) for name, (total, count) in {"": sums.sum(axis=0), **by_set}.items()}
+
+    def held_out_sums(self, adapter: Adapter, batches: Batches, say: Callable[[str], None]) -> np.ndarray:
+        """Returns the summed loss and the count of every held-out batch: [batches, 2], or [batches, 2, stacked]."""
         sums = []
         for step in range(batches.steps_per_epoch):
             batch = self._place(batches[step])
             sums.append(self.compile_evaluation(adapter, batch, say)(adapter, self.base, batch))
-        fetched, names = np.array(jax.device_get(sums)), [batches.set_name(step) for step in range(len(sums))]
-        by_set = {name: fetched[[name == other for other in names]].sum(axis=0) for name in names if name}
-        return {name: float(total / count) for name, (total, count) in {"": fetched.sum(axis=0), **by_set}.items()}
+        return np.array(jax.device_get(sums))
 
     def neutral(self, adapter: Adapter) -> Adapter:
         """Returns an adapter with the same structure and shardings that leaves the base model's output unchanged."""
-        made = jax.jit(neutral_adapter, static_argnums=0, out_shardings=places_of(adapter))
-        return made(self.graphdef, adapter, self.base)
+        return jax.jit(self._neutral, out_shardings=places_of(adapter))(adapter, self.base)
 
     def compile_all(
         self, state: TrainState, batches: Batches, held_out: Batches | None, say: Callable[[str], None]
     ) -> None:
         """Compiles the steps for every batch shape of a run, the largest first; `state` may be placed shapes."""
         for shape in reversed(batches.shapes):
-            self.compile_training(state, batch_shapes(batches.micro_batches, batches.rows, shape, self._mesh), say)
+            sizes = (batches.micro_batches, batches.rows, shape, self._mesh, state.step.shape)
+            self.compile_training(state, batch_shapes(*sizes), say)
         if held_out is not None:
             for shape in held_out.shapes:
                 batch = batch_shapes(held_out.micro_batches, held_out.rows, shape, self._mesh)
@@ -153,7 +180,7 @@ class Programs:
         def lower() -> jax.stages.Lowered:
             step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(places_of(state), self.everywhere))
             drawn = jax.eval_shape(jax.random.key, self._seed)
-            key = jax.ShapeDtypeStruct(drawn.shape, drawn.dtype, sharding=self.everywhere)
+            key = jax.ShapeDtypeStruct(state.step.shape, drawn.dtype, sharding=self.everywhere)
             return step.lower(state, self.base, batch, key)
 
         return self._program("training", batch, lower, say)
@@ -165,7 +192,8 @@ class Programs:
 
     def _place(self, batch: Batch) -> Batch:
         """Copies a host batch to the mesh, with its rows split."""
-        return place(batch, shardings(batch, self._mesh, "batch"))
+        root = "stacked" if batch.weights.ndim > batch.targets.ndim else "batch"
+        return place(batch, shardings(batch, self._mesh, root))
 
     @functools.cached_property
     def _key(self) -> PRNGKeyArray:

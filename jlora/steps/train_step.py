@@ -83,6 +83,7 @@ def make_train_step(
     def train_step(state: TrainState, base: Any, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         count = loss.count(batch)
+        count = jnp.where(count == 0, 1.0, count)  # a sweep can leave out all examples of a batch
 
         def mean_loss(lora: Adapter, micro: Batch, key: PRNGKeyArray) -> Array:
             mean = loss_sum(graphdef, loss, lora, base, micro, key if dropout else None, packing, devices) / count

@@ -17,6 +17,7 @@ VARIES = "lora_rank lora_alpha lora_dropout use_rslora target_modules learning_r
 OPTIONS = {
     "halving": "after a part of the steps, only the best 1/halving of the settings go on; 0: all go on",
     "folds": "number of parts of the training rows, each held out once; 0: the config's held-out rows",
+    "together": "number of adapters that train in one step; 0: as many as fit, up to 8, but one on a CPU",
     "yes": "whether to train more than 60 settings",
 }
 MANY = 60  # trainings that need `sweep.yes`
@@ -34,6 +35,7 @@ class Grid(NamedTuple):
     configs: list[Config]  # of each setting, as for a run of its own
     halving: int
     folds: int
+    together: int
 
     @property
     def trainings(self) -> int:
@@ -47,7 +49,7 @@ def read_grid(config: Config) -> Grid:
     Raises:
       UserError: a key is unknown or cannot vary, a value is wrong, or there are very many combinations.
     """
-    varied, options = {}, {"halving": 0, "folds": 0, "yes": False}
+    varied, options = {}, {"halving": 0, "folds": 0, "together": 0, "yes": False}
     for key, given in config.sweep.items():
         if key in OPTIONS:
             options[key] = _read_option(key, given)
@@ -59,7 +61,7 @@ def read_grid(config: Config) -> Grid:
         raise UserError(f"Nothing varies. Set --sweep.KEY=VALUE,VALUE for one or more of {', '.join(VARIES)}.")
     settings = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     configs = [dataclasses.replace(config, sweep={}, **changes) for changes in settings]
-    grid = Grid(settings, configs, int(options["halving"]), int(options["folds"]))
+    grid = Grid(settings, configs, *(int(options[key]) for key in ("halving", "folds", "together")))
     _check(grid, config, bool(options["yes"]))
     return grid
 
@@ -87,13 +89,14 @@ def _unknown(key: str) -> str:
 
 def _read_option(key: str, given: Any) -> int | bool:
     value = parse_yaml(given) if isinstance(given, str) else given
-    kinds = (bool,) if key == "yes" else (int,)
-    good = isinstance(value, kinds) and (key == "yes" or (not isinstance(value, bool) and value >= 0 and value != 1))
+    least = 1 if key == "together" else 2
+    if key == "yes":
+        good, expected = isinstance(value, bool), "true or false"
+    else:
+        good = type(value) is int and (value == 0 or value >= least)
+        expected = f"0, or a number of at least {least}"
     if not good:
-        raise UserError(
-            f"--sweep.{key}={given}: Expected {'true or false' if key == 'yes' else '0, or a number of at least 2'} "
-            f"({OPTIONS[key]})."
-        )
+        raise UserError(f"--sweep.{key}={given}: Expected {expected} ({OPTIONS[key]}).")
     return value
 
 

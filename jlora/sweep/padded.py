@@ -73,6 +73,16 @@ def cut(padded: TrainState, like: TrainState) -> TrainState:
     return TrainState(made["lora"], made["optimizer"], padded.step, padded.scaling)
 
 
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """Returns states of the same form as one, with a new first axis."""
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *states)
+
+
+def unstack(stacked: Any, index: int) -> Any:
+    """Returns one of several states, or of their metrics, which are in host memory."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
 def _by_path(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -8,15 +8,12 @@ was stopped continues from.
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import jlora
 from jlora.adapters.settings import spec_of
@@ -27,24 +24,22 @@ from jlora.common.text_table import text_table
 from jlora.config.schema import Config
 from jlora.data.batches import align_batches
 from jlora.data.examples import Example
-from jlora.distributed.sharding import data_parallel_size, place, places_of
+from jlora.distributed.sharding import data_parallel_size
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
 from jlora.planning.data_pipeline import make_run_batches
-from jlora.steps import optim
-from jlora.steps.programs import Programs, fresh_state, state_shapes
-from jlora.steps.train_step import TrainState
 from jlora.sweep import report
 from jlora.sweep.choice import pasted, rungs, standings, survivors, winner
 from jlora.sweep.grid import Grid, name_of, read_grid
-from jlora.sweep.padded import cut, pad, padded_config
+from jlora.sweep.padded import padded_config
+from jlora.sweep.trainer import Trainer, make_teams, team_size
 from jlora.sweep.trials import Subset, Trial, by_setting, fold_indices, trial_directory
 from jlora.training import resume
 from jlora.training.checkpoint import read_record, write_record
-from jlora.training.run import first_adapter, load
+from jlora.training.run import load
 from jlora.training.setup import RunSetup, prepare_run
 
-STEPS_IN_FLIGHT = 2  # steps that may be queued on the devices at a time
+TOGETHER = 8  # adapters that train in one step on a GPU or TPU, at most; each has its own activations
 
 
 class Sweep(NamedTuple):
@@ -55,6 +50,7 @@ class Sweep(NamedTuple):
     trials: list[Trial]
     steps: int
     output: Path
+    record: dict[str, Any]  # contents of config.json
 
 
 @contextlib.contextmanager
@@ -72,9 +68,10 @@ def prepared(config: Config) -> Iterator[Sweep]:
     steps, trials = make_trials(grid, setup, output)
     record = {**setup.record, "config": {**setup.record["config"], "sweep": json.loads(json.dumps(dict(config.sweep)))}}
     with resume.lock_run_directory(output):
-        _check_record(output, record)
+        if (output / "config.json").exists():
+            setup = _continue(output, record, setup)
         write_record(output, record)
-        yield Sweep(grid, setup, trials, steps, output)
+        yield Sweep(grid, setup, trials, steps, output, record)
 
 
 def make_trials(grid: Grid, setup: RunSetup, output: Path) -> tuple[int, list[Trial]]:
@@ -115,16 +112,22 @@ def train(sweep: Sweep, say: Callable[[str], None]) -> signal.Signals | None:
     """Trains all trials to the end, or until their settings are left out; returns the signal that stopped it."""
     grid, setup, trials = sweep.grid, sweep.setup, sweep.trials
     longest = max(trials, key=lambda trial: trial.batches.packing[1:])
-    programs = load(setup._replace(batches=longest.batches, held_out=trials[0].held_out), 0, swept=True)
+    on_cpu = setup.mesh.devices.flat[0].platform == "cpu"  # which is busy with one adapter
+    most = grid.together or setup.record["runtime"].get("team") or (1 if on_cpu else TOGETHER)
+    setup = setup._replace(batches=longest.batches, held_out=trials[0].held_out)
+    programs = load(setup, 0, team=team_size(trials, most))
+    most = setup.record["runtime"]["team"]
+    write_record(sweep.output, sweep.record)  # a sweep that continues has the same teams
     trainer = Trainer(setup, programs, sweep.steps)
     alive, every = list(range(len(grid.settings))), setup.config.eval_steps or trials[0].batches.steps_per_epoch
     stages = sorted({*range(every, sweep.steps, every), *rungs(grid, sweep.steps), sweep.steps})
     with StopSignal() as stop:
         for until in stages:
-            for trial in trials:
-                if trial.setting in alive and not trainer.train(trial, until, stop, say):
+            left = [trial for trial in trials if trial.setting in alive]
+            for team in make_teams(left, most):
+                if not trainer.train(team, team_size(left, most), until, stop, say):
                     return stop.received
-            if all(trial.diverged for trial in trials if trial.setting in alive):
+            if all(trial.diverged for trial in left):
                 raise UserError("All settings diverged. Lower learning_rate.")
             if until in rungs(grid, sweep.steps):
                 alive = survivors(grid, trials, until, alive)
@@ -149,91 +152,6 @@ def finish(sweep: Sweep) -> tuple[Path, str]:
     return best.directory, pasted(grid, chosen.setting)
 
 
-class Trainer:
-    """Trains one trial after the other with the programs of the sweep."""
-
-    def __init__(self, setup: RunSetup, programs: Programs, steps: int) -> None:
-        self._setup, self._programs, self._steps = setup, programs, steps
-        self._base_losses: dict[int, float] = {}  # by fold
-        spec = dataclasses.replace(spec_of(setup.record["config"]), swept=True)
-        _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
-        optimizer = programs.optimizer
-        self._like = state_shapes(shapes, optimizer, setup.mesh, setup.compute.compute_dtype)
-
-    def train(self, trial: Trial, until: int, stop: StopSignal, say: Callable[[str], None]) -> bool:
-        """Trains a trial up to a step, evaluates and saves it; returns whether no signal stopped it.
-
-        A trial that is there already is left as it is.
-        """
-        if trial.diverged:
-            return True
-        own = self._start(trial)
-        if trial.step >= until:
-            return True
-        like, config = jax.tree.map(_shape, own), trial.config
-        state = place(pad(own, config, self._like), places_of(self._like))
-        if trial.progress.base_loss is None:
-            trial.progress.base_loss = self._base_loss(trial, state, say)
-            trial.log(0, eval_loss=trial.progress.base_loss)
-        key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=self._programs.everywhere)()
-        pending: list[Any] = []
-        for done in range(trial.step + 1, until + 1):
-            if stop.received or trial.diverged:
-                break
-            state, metrics = self._programs.train_step(state, trial.batches[done - 1], say, key)
-            pending.append(metrics)
-            if len(pending) > STEPS_IN_FLIGHT:
-                jax.block_until_ready(pending[-1 - STEPS_IN_FLIGHT])
-            trial.step = done
-            if done % config.logging_steps == 0 or done == until:
-                self._log(trial, pending)
-        if pending:
-            self._log(trial, pending)
-        loss = None
-        if not (stop.received or trial.diverged):
-            loss = self._programs.held_out_loss(state.lora, trial.held_out, say)
-            trial.diverged = not math.isfinite(loss)
-        if trial.diverged:  # nothing is saved: a sweep that continues gets here again
-            say(f"{trial.directory.name} diverged before step {trial.step}")
-            return True
-        if loss is not None:
-            trial.record(until, loss)
-        trial.save(cut(jax.device_get(state), like), loss)
-        return not stop.received
-
-    def _base_loss(self, trial: Trial, state: TrainState, say: Callable[[str], None]) -> float:
-        """Returns the base model's loss on a trial's held-out rows, which is computed once for all settings."""
-        if trial.fold not in self._base_losses:
-            neutral = self._programs.neutral(state.lora)
-            self._base_losses[trial.fold] = self._programs.held_out_loss(neutral, trial.held_out, say)
-        return self._base_losses[trial.fold]
-
-    def _start(self, trial: Trial) -> TrainState:
-        """Returns the state of a trial in a run's own form: where it stopped, or fresh."""
-        setup, spec = self._setup, spec_of(dataclasses.asdict(trial.config))
-        _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
-        optimizer = optim.make_optimizer(trial.config, spec, self._steps)
-        like = state_shapes(shapes, optimizer, setup.mesh, setup.compute.compute_dtype)
-        if (saved := trial.restore(like)) is not None:
-            return saved
-        trial.start(setup.record)
-        adapter = first_adapter(trial.config, setup.model, setup.compute, self._programs.base)
-        return fresh_state(adapter, optimizer, setup.mesh, setup.compute.compute_dtype)
-
-    def _log(self, trial: Trial, pending: list[Any]) -> None:
-        """Logs the mean loss of the steps since the last line, or marks the trial as diverged."""
-        fetched = jax.device_get(pending)
-        pending.clear()
-        trial.diverged = any(metrics.broken() for metrics in fetched)
-        if not trial.diverged:
-            targets = sum(metrics.targets for metrics in fetched)
-            trial.log(trial.step, loss=float(sum(m.loss * m.targets for m in fetched) / targets))
-
-
-def _shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype)
-
-
 def _check_width(grid: Grid, setup: RunSetup) -> None:
     spec = spec_of(setup.record["config"])
     _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
@@ -247,10 +165,12 @@ def _check_width(grid: Grid, setup: RunSetup) -> None:
             )
 
 
-def _check_record(output: Path, record: dict[str, Any]) -> None:
-    """Raises a UserError if the directory has another sweep."""
-    if not (output / "config.json").exists():
-        return
+def _continue(output: Path, record: dict[str, Any], setup: RunSetup) -> RunSetup:
+    """Returns the setup with the teams and the `remat` of the sweep that continues, for the same bits.
+
+    Raises:
+      UserError: the directory has another sweep.
+    """
     old = read_record(output, "output_dir")
     changes = list(resume.describe_changes(old, record).values())
     if dict(old["config"]["sweep"]) != record["config"]["sweep"]:
@@ -260,3 +180,7 @@ def _check_record(output: Path, record: dict[str, Any]) -> None:
             f"The sweep in {output} cannot continue: {'; '.join(changes)}. Undo these changes, or set another "
             "output_dir."
         )
+    if "team" in old["runtime"]:  # it had started to train
+        record["runtime"].update(team=old["runtime"]["team"], remat=old["runtime"]["remat"])
+        return setup._replace(config=dataclasses.replace(setup.config, remat=old["runtime"]["remat"]))
+    return setup

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,12 @@ class Trial:
     batches: Batches
     held_out: Batches
     progress: Progress = dataclasses.field(default_factory=Progress)
-    step: int = 0
+    step: int = 0  # trained so far
     diverged: bool = False
+    per_row: bool = False  # whether the held-out batches have one row each, whose losses are kept
     held_out_losses: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
+    held_out_sums: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by step: [batches]
+    _known: bool = False  # whether what an earlier process left has been read
 
     def loss_at(self, step: int) -> float:
         """Returns the held-out loss at a step; infinity if the trial had diverged by then."""
@@ -67,44 +71,78 @@ class Trial:
         """The file with the losses of its steps."""
         return self.directory / "metrics.jsonl"
 
+    @property
+    def row_losses(self) -> Path:
+        """The file with the summed loss of each held-out row."""
+        return self.directory / "held_out.jsonl"
+
     def log(self, step: int, **values: float) -> None:
         """Adds a line to the metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def record(self, step: int, loss: float) -> None:
-        """Adds a held-out loss."""
-        self.held_out_losses[step] = loss
+    def record(self, step: int, loss: float, sums: np.ndarray) -> None:
+        """Adds a held-out loss, and what it is the mean of: the summed losses of the held-out batches."""
+        self.held_out_losses[step], self.held_out_sums[step] = loss, sums
         self.progress.record(step, loss)
         self.log(step, eval_loss=loss)
+        if self.per_row:
+            with self.row_losses.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "sums": sums.tolist()}) + "\n")
 
     def save(self, state: TrainState, loss: float | None) -> None:
         """Saves a state as a checkpoint of a run, and waits until it is written."""
         with contextlib.closing(Checkpoints(self.directory)) as checkpoints:
             checkpoints.save(state, self.progress, loss)
+        self.step = int(state.step)
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """Reads the latest state and the losses up to there; None if nothing was saved."""
-        if not self.directory.is_dir():
-            return None
+    def saved_step(self) -> int:
+        """Returns the last saved step, 0 without one; sys.maxsize if the trial diverged, since it is at its end.
+
+        The first call reads what an earlier process left.
+        """
+        if not self._known:
+            self._known = True
+            self._read()
+        return sys.maxsize if self.diverged else self.step
+
+    def _read(self) -> None:
+        if not self.metrics.exists():
+            return
         with contextlib.closing(Checkpoints(self.directory)) as checkpoints:
             checkpoints.clean_up(keep_intact=True)
-            steps, _ = checkpoints.intact_steps()
-            if not steps:
-                replace_text(self.metrics, "")
-                return None
-            state, self.progress = checkpoints.restore(steps[-1], like), checkpoints.progress(steps[-1])
-        self.step = steps[-1]
-        kept = keep_steps(self.metrics, self.step)
-        self.held_out_losses = {
-            line["step"]: line["eval_loss"] for line in kept if line["step"] and "eval_loss" in line
-        }
+            self.step = max(checkpoints.steps(), default=0)
+        lines = keep_steps(self.metrics, sys.maxsize)
+        ends = [line["step"] for line in lines if "diverged" in line]
+        if ends:
+            self.step, self.diverged = ends[0], True
+        self._take(lines, self.step)
+
+    def _take(self, lines: Sequence[dict[str, Any]], last: int) -> None:
+        """Takes the held-out losses up to a step from the lines of metrics."""
+        losses = {line["step"]: line["eval_loss"] for line in lines if line["step"] and "eval_loss" in line}
+        self.held_out_losses = {step: loss for step, loss in losses.items() if step <= last}
+        if self.per_row and self.row_losses.exists():
+            self.held_out_sums = {line["step"]: np.array(line["sums"]) for line in keep_steps(self.row_losses, last)}
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads the state of a saved step, and discards what is later."""
+        with contextlib.closing(Checkpoints(self.directory)) as checkpoints:
+            checkpoints.remove_after(step)
+            state, self.progress = checkpoints.restore(step, like), checkpoints.progress(step)
+        self.step = step
+        self._take(keep_steps(self.metrics, step), step)
         return state
 
     def start(self, record: dict[str, Any]) -> None:
-        """Creates the directory, with the record of a run."""
+        """Creates the directory, with the record of a run; discards what a process that was killed left there."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(Checkpoints(self.directory)) as checkpoints:
+            checkpoints.remove_after(0)
         write_record(self.directory, {**record, "config": dataclasses.asdict(self.config)})
+        replace_text(self.metrics, "")
+        self.row_losses.unlink(missing_ok=True)
+        self.step, self.progress, self.held_out_losses, self.held_out_sums = 0, Progress(), {}, {}
 
 
 def trial_directory(output: Path, changes: dict[str, Any], fold: int) -> Path:

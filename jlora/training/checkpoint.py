@@ -175,9 +175,16 @@ class Checkpoints:
         steps = self.steps()
         for old in steps:
             if old not in (*steps[-2:], best):
-                with contextlib.suppress(OSError):  # the next start removes what is left
-                    removed = (self.directory / str(old)).rename(self.directory / f"{UNFINISHED}{old}")  # atomic
-                    shutil.rmtree(removed)
+                self._remove(old)
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps; the caller holds the lock of the run's directory."""
+        for later in [other for other in self.steps() if other > step]:
+            self._remove(later)
+
+    def _remove(self, step: int) -> None:
+        with contextlib.suppress(OSError):  # the next start removes what is left
+            shutil.rmtree((self.directory / str(step)).rename(self.directory / f"{UNFINISHED}{step}"))  # atomic
 
     def _check_space(self, size: int) -> None:
         """Raises an OSError if `size` bytes and Orbax's own files do not fit: Orbax would raise it in many threads."""

@@ -26,7 +26,7 @@ from jlora.models.compute_settings import UNKNOWN, ComputeSettings, Packing
 from jlora.models.model_config import ModelConfig
 from jlora.planning.forecast import Forecast, Job, bytes_per_device, count_work, layout_from_examples
 from jlora.planning.hardware import GIB, Target, find_target
-from jlora.planning.search import choose_remat, ensure_fits
+from jlora.planning.search import choose_team, ensure_fits
 from jlora.planning.step_time import check_step_time
 from jlora.steps.programs import Programs, fresh_state, placed_shapes
 from jlora.steps.train_step import TrainState
@@ -97,12 +97,12 @@ def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
         yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
 
 
-def load(setup: RunSetup, first: int, *, swept: bool = False) -> Programs:
+def load(setup: RunSetup, first: int, *, team: int = 0) -> Programs:
     """Returns the programs, with the base model loaded and the training step compiled.
 
     Args:
       first: the number of steps done before.
-      swept: whether the programs train adapters with different settings.
+      team: for a sweep, how many adapters train in one step, at most; how many do is written into the record.
 
     Raises:
       UserError: the run does not fit into memory, or a step takes too long; the message suggests other settings.
@@ -123,7 +123,7 @@ def load(setup: RunSetup, first: int, *, swept: bool = False) -> Programs:
         shape=batches.shapes[-1],
         packing=Packing(*batches.packing),
         held_out_packing=Packing(*setup.held_out.packing) if setup.held_out else UNKNOWN,
-        swept=swept,
+        team=team,
     )
     placed = placed_shapes(base_shapes, mesh, "base")
     if first < setup.steps:
@@ -142,6 +142,8 @@ def load(setup: RunSetup, first: int, *, swept: bool = False) -> Programs:
         ensure_fits(forecast, here, layout, print)
         ensure_evaluation_fits(programs, here)
     programs.base, setup.record["runtime"]["remat"] = base, forecast.job.compute.remat
+    if team:
+        setup.record["runtime"]["team"] = forecast.job.team
     if jax.default_backend() == "cpu":
         malloc.retain_freed_memory()
     return programs
@@ -149,7 +151,7 @@ def load(setup: RunSetup, first: int, *, swept: bool = False) -> Programs:
 
 def compile_programs(job: Job, here: Target, setup: RunSetup) -> tuple[Forecast, Programs]:
     """Compiles the steps for all batch shapes; if the largest does not fit into memory, only that one."""
-    forecast, programs, state = choose_remat(job, here, setup.steps, print)
+    forecast, programs, state = choose_team(job, here, setup.steps, print)
     if forecast.fits(here.limit):
         programs.compile_all(state, setup.batches, setup.held_out, print)
     return forecast, programs

@@ -1,0 +1,198 @@
+"""Trains the trials of a sweep in teams: those that see the same batches share each step of the compiled program."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.adapters.settings import spec_of
+from jlora.data.batches import Batch
+from jlora.distributed.sharding import place, places_of
+from jlora.distributed.stop_signal import StopSignal
+from jlora.models import hf_loader
+from jlora.steps import optim
+from jlora.steps.programs import Programs, fresh_state, stacked_shapes, state_shapes
+from jlora.steps.train_step import TrainState
+from jlora.sweep.padded import cut, pad, stack, unstack
+from jlora.sweep.trials import Trial
+from jlora.training.run import first_adapter
+from jlora.training.setup import RunSetup
+
+STEPS_IN_FLIGHT = 2  # steps that may be queued on the devices at a time
+
+
+def make_teams(trials: Sequence[Trial], most: int) -> list[list[Trial]]:
+    """Returns the trials in teams of equal size, at most `most`; the batches of a team have the same examples.
+
+    The last team of those with the same batches may have fewer.
+    """
+    alike: dict[tuple[int, int], list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault((trial.config.seed, trial.fold), []).append(trial)
+    size = team_size(trials, most)
+    return [some[i : i + size] for some in alike.values() for i in range(0, len(some), size)]
+
+
+def team_size(trials: Sequence[Trial], most: int) -> int:
+    """Returns the size of the teams of `make_teams`, and of the program for them."""
+    largest = max(Counter((trial.config.seed, trial.fold) for trial in trials).values())
+    return -(-largest // -(-largest // most))
+
+
+class Trainer:
+    """Trains teams with the programs of the sweep.
+
+    Args:
+      programs: for states of the padded form, stacked.
+      steps: of each whole training.
+    """
+
+    def __init__(self, setup: RunSetup, programs: Programs, steps: int) -> None:
+        self._setup, self._programs, self._steps = setup, programs, steps
+        self._base_losses: dict[int, float] = {}  # by fold
+        spec = dataclasses.replace(spec_of(setup.record["config"]), swept=True)
+        _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
+        self._padded = state_shapes(shapes, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
+
+    def train(self, team: Sequence[Trial], size: int, until: int, stop: StopSignal, say: Callable[[str], None]) -> bool:
+        """Trains a team up to a step, evaluates and saves all its trials; returns whether no signal stopped it.
+
+        All of them continue from the last step that each has saved. Trials that diverged are left as they are.
+
+        Args:
+          size: of the program; a smaller team is filled up with its last trial.
+        """
+        start = min(trial.saved_step() for trial in team)
+        team = [trial for trial in team if not trial.diverged]
+        if start >= until or not team:
+            return True
+        own = [self._start(trial, start) for trial in team]
+        state = self._stacked([*own, *own[-1:] * (size - len(own))], team)
+        for trial in team:
+            if trial.progress.base_loss is None:
+                trial.progress.base_loss = self._base_loss(trial, state, say)
+                trial.log(0, eval_loss=trial.progress.base_loss)
+        state, done = self._run(team, size, state, start, until, stop, say)
+        losses: list[float | None] = [None] * len(team)
+        if not stop.received and not all(trial.diverged for trial in team):
+            losses = self._evaluate(team, state, until, say)
+        self._save(team, own, state, done, losses, say)
+        return not stop.received
+
+    def _run(
+        self,
+        team: Sequence[Trial],
+        size: int,
+        state: TrainState,
+        start: int,
+        until: int,
+        stop: StopSignal,
+        say: Callable[[str], None],
+    ) -> tuple[TrainState, int]:
+        """Trains up to a step, a signal, or the divergence of all; returns the state and the steps done."""
+        seeds, every = np.array([trial.config.seed + 1 for trial in team]), self._setup.config.logging_steps
+        seeds = np.concatenate([seeds, np.repeat(seeds[-1:], size - len(seeds))])
+        keys = jax.jit(jax.vmap(jax.random.key), out_shardings=self._programs.everywhere)(seeds)
+        pending: list[Any] = []
+        done = start
+        while done < until and not stop.received and not all(trial.diverged for trial in team):
+            state, metrics = self._programs.train_step(state, _joint_batch(team, size, done), say, keys)
+            pending.append(metrics)
+            if len(pending) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(pending[-1 - STEPS_IN_FLIGHT])
+            done += 1
+            if done % every == 0 or done == until:
+                _log(team, done, pending)
+        if pending:
+            _log(team, done, pending)
+        return state, done
+
+    def _evaluate(
+        self, team: Sequence[Trial], state: TrainState, step: int, say: Callable[[str], None]
+    ) -> list[float | None]:
+        """Records the held-out losses of a team; None for trials that diverged."""
+        sums = self._programs.held_out_sums(state.lora, team[0].held_out, say)
+        total, count = sums.sum(axis=0)
+        losses: list[float | None] = []
+        for trial, loss, own in zip(team, (total / count).tolist(), np.moveaxis(sums[:, 0], 1, 0), strict=False):
+            trial.diverged |= not math.isfinite(loss)
+            losses.append(None if trial.diverged else loss)
+            if not trial.diverged:
+                trial.record(step, loss, own)
+        return losses
+
+    def _save(
+        self,
+        team: Sequence[Trial],
+        own: Sequence[TrainState],
+        state: TrainState,
+        step: int,
+        losses: Sequence[float | None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Saves all trials; those that diverged are marked at the end, so that a kill does not divide the team."""
+        whole = jax.device_get(state)
+        for i, trial in enumerate(team):
+            if not trial.diverged:
+                trial.save(cut(unstack(whole, i), jax.tree.map(_shape, own[i])), losses[i])
+        for trial in team:
+            if trial.diverged:
+                trial.log(trial.step, diverged=True)
+                say(f"{trial.directory.name} diverged before step {trial.step}")
+
+    def _stacked(self, own: Sequence[TrainState], team: Sequence[Trial]) -> TrainState:
+        """Returns states of runs in the padded form, stacked, on the mesh."""
+        configs = [trial.config for trial in team]
+        configs += configs[-1:] * (len(own) - len(configs))
+        padded = [pad(state, config, self._padded) for state, config in zip(own, configs, strict=True)]
+        return place(stack(padded), places_of(stacked_shapes(self._padded, len(own))))
+
+    def _base_loss(self, trial: Trial, state: TrainState, say: Callable[[str], None]) -> float:
+        """Returns the base model's loss on a trial's held-out rows, which is computed once for all settings."""
+        if trial.fold not in self._base_losses:
+            sums = self._programs.held_out_sums(self._programs.neutral(state.lora), trial.held_out, say)
+            total, count = sums[..., 0].sum(axis=0)
+            self._base_losses[trial.fold] = float(total / count)
+        return self._base_losses[trial.fold]
+
+    def _start(self, trial: Trial, step: int) -> TrainState:
+        """Returns the state of a trial after a step that it has saved, or before its first, in a run's own form."""
+        setup, spec = self._setup, spec_of(dataclasses.asdict(trial.config))
+        _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
+        optimizer = optim.make_optimizer(trial.config, spec, self._steps)
+        if step:
+            return trial.restore(step, state_shapes(shapes, optimizer, setup.mesh, setup.compute.compute_dtype))
+        trial.start(setup.record)
+        adapter = first_adapter(trial.config, setup.model, setup.compute, self._programs.base)
+        return fresh_state(adapter, optimizer, setup.mesh, setup.compute.compute_dtype)
+
+
+def _joint_batch(team: Sequence[Trial], size: int, step: int) -> Batch:
+    """Returns the batch of a step, counted from 0; each trial has its own weights."""
+    batch = team[0].batches[step]
+    weights = [batch.weights if trial.batches.left_out is None else trial.batches[step].weights for trial in team]
+    return batch._replace(weights=np.stack([*weights, *weights[-1:] * (size - len(weights))]))
+
+
+def _log(team: Sequence[Trial], step: int, pending: list[Any]) -> None:
+    """Logs the mean losses of the steps since the last line, and finds the trials that diverged."""
+    fetched = jax.device_get(pending)
+    pending.clear()
+    for i, trial in enumerate(team):
+        own = [unstack(metrics, i) for metrics in fetched]
+        if trial.diverged:
+            continue
+        trial.step = step
+        trial.diverged = any(metrics.broken() for metrics in own)
+        if not trial.diverged:
+            targets = max(sum(metrics.targets for metrics in own), 1)
+            trial.log(step, loss=float(sum(metrics.loss * metrics.targets for metrics in own) / targets))
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype)
