@@ -141,7 +141,7 @@ class SweepResult:
     """How a sweep ended."""
 
     run: Path  # the sweep's output_dir
-    adapter: Path | None  # the winner's PEFT directory; None if the sweep was stopped
+    adapter: Path | None  # the winner's PEFT directory; None if the sweep was stopped, or compared groups of rows
     pasted: str  # the winner's settings, as lines of a YAML config
     stopped: signal.Signals | None  # the signal that stopped it
 
@@ -157,10 +157,13 @@ def run_sweep(config: Config) -> SweepResult:
     find_devices(config.device)
     enable_compilation_cache()
     with sweep_run.prepared(config) as sweep:
-        print(f"Training {plural(sweep.grid.trainings, 'adapter')} for {plural(sweep.steps, 'step')} each", flush=True)
-        stopped = sweep_run.train(sweep, print)
+        print(f"Training {plural(len(sweep.trials), 'adapter')} for {plural(sweep.steps, 'step')} each", flush=True)
+        stopped = sweep_run.train(sweep)
         if stopped:
             return SweepResult(sweep.output, None, "", stopped)
+        if sweep.groups:
+            sweep_run.finish_groups(sweep)
+            return SweepResult(sweep.output, None, "", None)
         winner, pasted = sweep_run.finish(sweep)
         adapter = sweep.output / "adapter"
         if not adapter.exists():

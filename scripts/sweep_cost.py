@@ -49,6 +49,7 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True)
     common = ["--config", arguments.config, f"--config.epochs={arguments.epochs}", "--config.sample_questions=0"]
+    common += ["--config.logging_steps=1", "--config.save_steps=1000000"]  # the same lines in both logs
     sweep = [f"--sweep.lora_rank={','.join(map(str, RANKS))}", f"--sweep.learning_rate={','.join(RATES)}"]
 
     def alone(rank: int, rate: str) -> dict[str, float]:
@@ -66,14 +67,14 @@ def main() -> None:
     halved = together("halving", "--sweep.halving=3")
     runs += [alone(*pair) for pair in pairs[1::2]]
     whole = together("whole")
-    summed = {key: sum(run[key] for run in runs) for key in ("seconds", "cpu_seconds")}
-    summed["peak_mib"] = max(run["peak_mib"] for run in runs)
-    furthest, compared = 0.0, 0
-    for name in (path.name for path in (work / "whole/trials").iterdir()):
-        own, theirs = losses(work / "whole/trials" / name), losses(work / name)
-        assert own.keys() == theirs.keys(), name
-        compared += len(own)
-        furthest = max([furthest, *(abs(own[key] / theirs[key] - 1) for key in own)])
+    summed = {key: sum(own[key] for own in runs) for key in ("seconds", "cpu_seconds")}
+    summed["peak_mib"] = max(own["peak_mib"] for own in runs)
+    differences = [
+        abs(loss / alone[key] - 1)
+        for trial in (work / "whole/trials").iterdir()
+        for alone in [losses(work / trial.name)]
+        for key, loss in losses(trial).items()
+    ]
     print("| | seconds | share | CPU-seconds | share | peak memory (MiB) |\n|---|---|---|---|---|---|")
     for name, own in ((f"{len(runs)} runs", summed), ("sweep", whole), ("sweep, halving=3", halved)):
         shares = [own[key] / summed[key] for key in ("seconds", "cpu_seconds")]
@@ -81,7 +82,9 @@ def main() -> None:
             f"| {name} | {own['seconds']:.0f} | {shares[0]:.2f} | {own['cpu_seconds']:.0f} | {shares[1]:.2f} | "
             f"{own['peak_mib']:.0f} |"
         )
-    print(f"\n{compared} losses compared; the largest relative difference to a run of its own is {furthest:.1e}.")
+    print(
+        f"\n{len(differences)} losses compared with those of the runs; they differ by {max(differences):.1e} at most."
+    )
     (work / "figures.json").write_text(json.dumps({"runs": runs, "halving": halved, "whole": whole}, indent=2))
 
 

@@ -11,12 +11,12 @@ import transformers
 from rouge_score.rouge_scorer import RougeScorer
 
 from jlora import UserError, load_model
+from jlora.common.statistics import difference, gap, interval
 from jlora.data.conversation import Conversation, Message
 from jlora.data.loss_mask import encode_conversations
 from jlora.evaluation.journal import Journal
 from jlora.evaluation.likelihood import ROWS, Likelihood
 from jlora.evaluation.scoring import score_answers
-from jlora.evaluation.statistics import difference, gap, interval
 from jlora.evaluation.subjects import BASE, subjects_of
 from jlora.evaluation.text_scores import Answer, Written, text_scores
 

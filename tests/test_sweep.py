@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import random
+import time
 
 import numpy as np
 import pytest
-from programs import losses_of, run_program, short_run, terminated
+from programs import losses_of, run_program, short_run, start_module, terminated
 
 from jlora import UserError
 from jlora.config.schema import Config
@@ -175,6 +177,52 @@ def test_folds_hold_every_row_out_once_and_give_a_standard_error(tiny, pairs, tm
         assert own["standard_error"] == pytest.approx(np.std(losses, ddof=1) / 3**0.5)
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
     assert "±" in done.stdout
+
+
+def test_a_fold_equals_a_run_on_its_rows(tiny, pairs, tmp_path):
+    """The other folds' rows as training files, in their order, and the fold as the held-out file."""
+    changes = {**BASE, "eval_share": 0.0, "max_steps": 0, "epochs": 1, "batch_size": 8}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / "out", **changes)))
+    assert run_program("sweep", "--config", file, *settings(learning_rate="1e-3,1e-2", folds="2")).returncode == 0
+    texts = (pairs / "train.txt").read_text().strip().split("\n\n")
+    (kept, left), _ = fold_indices(len(texts), 2, 0)
+    for name, indices in (("rows", kept), ("held_out", left)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text("\n\n".join(texts[i] for i in indices) + "\n")
+    rows = {"eval_data_dir": str(tmp_path / "held_out"), **changes}
+    file.write_text(json.dumps(short_run(tiny, tmp_path / "rows", tmp_path / "alone", **rows)))
+    assert run_program("train", "--config", file).returncode == 0
+    own, theirs = losses_of(tmp_path / "out/trials/learning_rate=0.001/fold-1"), losses_of(tmp_path / "alone")
+    assert own.keys() == theirs.keys()
+    np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
+
+
+def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_bytes(swept, tmp_path):
+    """SIGKILL at random moments: after some more lines of metrics, and up to half a second later, in the saves too."""
+    _, root, file = swept
+    words = settings(lora_rank="2,4", learning_rate="1e-3,1e-2", target_modules="q_proj+v_proj,down_proj")
+    words += [f"--config.output_dir={tmp_path}/out", "--config.resume_from_checkpoint=auto"]
+    chance, trials = random.Random(0), tmp_path / "out/trials"
+
+    def lines():
+        return sum(path.read_text().count("\n") for path in trials.glob("*/metrics.jsonl"))
+
+    kills = 0
+    for _ in range(10):
+        enough = lines() + chance.randint(1, 9)
+        process = start_module("jlora.sweep", "--config", file, *words)
+        while process.poll() is None and lines() < enough:
+            time.sleep(0.01)
+        time.sleep(chance.random() / 2)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills >= 5
+    done = run_program("sweep", "--config", file, *words)
+    assert done.returncode == 0, done.stderr
+    for name in ("sweep.json", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (root / "out" / name).read_bytes()
 
 
 def grid(ranks, halving=0):

@@ -82,6 +82,7 @@ class Conversation:
     where: str
     tools: str = ""  # the tools that the assistant may call: a JSON list of OpenAI's function definitions
     source: str = ""  # the path of its set, if a run has several
+    group: str = ""  # its value in `ReadOptions.group_column`
 
     @property
     def plain(self) -> bool:
@@ -111,6 +112,7 @@ class ReadOptions:
     encoding: str = ""
     task_type: str = "text-generation"
     bad_rows: str = "error"
+    group_column: str = ""  # a column whose values are names of groups of rows
 
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> "ReadOptions":

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.common.statistics import Difference, Interval, difference, interval
 from jlora.data.chat_template import encode_prompt
 from jlora.data.conversation import Conversation, Message
 from jlora.data.loss_mask import encode_conversations
 from jlora.evaluation.answers import Question
 from jlora.evaluation.journal import Journal
 from jlora.evaluation.likelihood import Likelihood
-from jlora.evaluation.statistics import Difference, Interval, difference, interval
 from jlora.evaluation.subjects import BASE
 
 FILE = Path(__file__).parent / "general.jsonl"  # texts of several kinds and questions, in English and Chinese

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
+from jlora.common.statistics import Difference, difference
 from jlora.data.conversation import Conversation
 from jlora.evaluation.journal import Journal
-from jlora.evaluation.statistics import Difference, difference
 from jlora.evaluation.text_scores import Answer
 
 KEY = "JLORA_JUDGE_KEY"

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.common.statistics import Interval, gap, interval
 from jlora.data.chat_template import encode_prompt
 from jlora.data.checks import pii
 from jlora.data.conversation import Conversation
 from jlora.evaluation.answers import Question
-from jlora.evaluation.statistics import Interval, gap, interval
 
 RECITED = 0.9  # share of the written answer in one run of tokens from which an answer counts as recited
 SLACK = 4  # tokens beside those of a value that is looked for

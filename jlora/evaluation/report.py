@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora.common.plural import plural
+from jlora.common.statistics import Difference, Interval
 from jlora.evaluation.evaluate import AdapterLeaks, Evaluation
 from jlora.evaluation.judge import Preference
 from jlora.evaluation.scoring import LOSS, Scored
-from jlora.evaluation.statistics import Difference, Interval
 from jlora.evaluation.subjects import BASE
 
 LANGUAGES = {"en": "English texts", "zh": "Chinese texts", "own": "your own texts"}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from jlora.evaluation.statistics import Difference, Interval, difference, interval
+from jlora.common.statistics import Difference, Interval, difference, interval
 from jlora.evaluation.text_scores import Answer, Score, Written
 
 LOSS = "loss"

@@ -47,6 +47,7 @@ class RowSource:
       count: the number of rows if they were counted before, else 0.
       reasoning: how many of them have reasoning that is learned.
       tools: how many of them define tools.
+      group_column: the column that `Conversation.group` is from.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class RowSource:
     count: int = 0
     reasoning: int = 0
     tools: int = 0
+    group_column: str = ""
 
     def __length_hint__(self) -> int:
         return self.count
@@ -63,7 +65,7 @@ class RowSource:
     @property
     def options(self) -> ReadOptions:
         """The config's settings for reading files."""
-        return ReadOptions.from_config(asdict(self.config))
+        return replace(ReadOptions.from_config(asdict(self.config)), group_column=self.group_column)
 
     @property
     def use(self) -> str:

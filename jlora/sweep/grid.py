@@ -17,6 +17,7 @@ VARIES = "lora_rank lora_alpha lora_dropout use_rslora target_modules learning_r
 OPTIONS = {
     "halving": "after a part of the steps, only the best 1/halving of the settings go on; 0: all go on",
     "folds": "number of parts of the training rows, each held out once; 0: the config's held-out rows",
+    "groups": "leaves out one group of training rows at a time: file, duplicates, report, or the name of a column",
     "together": "number of adapters that train in one step; 0: as many as fit, up to 8, but one on a CPU",
     "yes": "whether to train more than 60 settings",
 }
@@ -36,11 +37,25 @@ class Grid(NamedTuple):
     halving: int
     folds: int
     together: int
+    groups: str  # which groups of training rows are left out, one at a time; "": none
+    yes: bool
 
-    @property
-    def trainings(self) -> int:
-        """The number of trainings, if none stops early."""
-        return len(self.settings) * max(self.folds, 1)
+    def check_size(self, groups: int = 0) -> None:
+        """Raises a UserError if there are very many trainings.
+
+        Args:
+          groups: the number of groups of rows that are left out, one at a time.
+        """
+        trainings = len(self.settings) * max(self.folds, 1) * (groups + 1)
+        if trainings <= MANY or self.yes:
+            return
+        parts = [plural(len(self.settings), "setting")]
+        parts += [f"{self.folds} folds"] if self.folds else []
+        parts += [f"{plural(groups, 'group')}, and all rows"] if groups else []
+        raise UserError(
+            f"The sweep has {plural(trainings, 'training')} ({'; '.join(parts)}), each as long as one run. Train "
+            "fewer, or add --sweep.yes=true."
+        )
 
 
 def read_grid(config: Config) -> Grid:
@@ -49,7 +64,8 @@ def read_grid(config: Config) -> Grid:
     Raises:
       UserError: a key is unknown or cannot vary, a value is wrong, or there are very many combinations.
     """
-    varied, options = {}, {"halving": 0, "folds": 0, "together": 0, "yes": False}
+    varied: dict[str, list[Any]] = {}
+    options: dict[str, Any] = {"halving": 0, "folds": 0, "together": 0, "groups": "", "yes": False}
     for key, given in config.sweep.items():
         if key in OPTIONS:
             options[key] = _read_option(key, given)
@@ -57,12 +73,16 @@ def read_grid(config: Config) -> Grid:
             varied[key] = _read_values(key, given, config)
         else:
             raise UserError(_unknown(key))
-    if not varied:
+    if not varied and not options["groups"]:
         raise UserError(f"Nothing varies. Set --sweep.KEY=VALUE,VALUE for one or more of {', '.join(VARIES)}.")
     settings = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     configs = [dataclasses.replace(config, sweep={}, **changes) for changes in settings]
-    grid = Grid(settings, configs, *(int(options[key]) for key in ("halving", "folds", "together")))
-    _check(grid, config, bool(options["yes"]))
+    grid = Grid(settings, configs, **options)
+    _check(grid, config)
+    if not grid.groups:
+        grid.check_size()
+    elif varied.keys() - {"seed"} or grid.halving:
+        raise UserError("--sweep.groups compares trainings with the same settings. Beside it, set only seed and folds.")
     return grid
 
 
@@ -87,7 +107,9 @@ def _unknown(key: str) -> str:
     return f"--sweep.{key}: Unknown key. Did you mean {suggest_nearest(key, known)}?"
 
 
-def _read_option(key: str, given: Any) -> int | bool:
+def _read_option(key: str, given: Any) -> Any:
+    if key == "groups":
+        return str(given)
     value = parse_yaml(given) if isinstance(given, str) else given
     least = 1 if key == "together" else 2
     if key == "yes":
@@ -123,8 +145,8 @@ def _read_value(key: str, value: Any, default: Any) -> Any:
         raise UserError(f"--sweep.{key} has {str(value)!r}: Expected {kind.__name__}.") from None
 
 
-def _check(grid: Grid, config: Config, yes: bool) -> None:
-    """Raises a UserError for settings that cannot be trained together, or are very many."""
+def _check(grid: Grid, config: Config) -> None:
+    """Raises a UserError for settings that cannot be trained together."""
     for changes, one in zip(grid.settings, grid.configs, strict=True):
         if problems := validate(one):
             raise UserError("\n  ".join([f"{name_of(changes)}:", *problems]))
@@ -137,7 +159,3 @@ def _check(grid: Grid, config: Config, yes: bool) -> None:
         raise UserError(
             "--sweep.seed with eval_share: each seed would hold out other rows. Set eval_data_dir or --sweep.folds."
         )
-    if grid.trainings > MANY and not yes:
-        folds = f" on {grid.folds} folds" if grid.folds else ""
-        many = f"{plural(grid.trainings, 'training')} ({plural(len(grid.settings), 'setting')}{folds})"
-        raise UserError(f"The sweep has {many}, each as long as one run. Vary fewer values, or add --sweep.yes=true.")

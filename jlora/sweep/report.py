@@ -18,20 +18,28 @@ from jlora.sweep.trials import Trial, by_setting
 CURVES = 6  # settings whose losses are drawn
 
 
-def table_rows(grid: Grid, trials: Sequence[Trial], steps: int) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and a row for each setting, the best first."""
-    varied = list(grid.settings[0])
+def table_rows(
+    grid: Grid, trials: Sequence[Trial], steps: int, alive: Sequence[int] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and a row for each setting, the best first.
+
+    Args:
+      alive: the settings that go on, while the sweep is running.
+    """
     found = standings(grid, trials)
     chosen, _ = winner(grid, found)
     rows = []
     for standing in found:
-        changes = grid.settings[standing.setting]
         state = "trained to the end" if standing.steps == steps else f"left out after step {standing.steps}"
-        state = f"diverged before step {standing.steps}" if math.isinf(standing.loss) else state
-        state = "the winner" if standing is chosen else state
-        shown = name_of(changes).split(" ")
-        rows.append([*(word.split("=", 1)[1] for word in shown), standing.text, str(standing.step), state])
-    return [*varied, "held-out loss", "at step", ""], rows
+        if math.isinf(standing.loss):
+            state = f"diverged before step {standing.steps}"
+        elif standing.setting in alive:
+            state = "goes on"
+        elif standing is chosen and not alive:
+            state = "the winner"
+        shown = [word.split("=", 1)[1] for word in name_of(grid.settings[standing.setting]).split(" ")]
+        rows.append([*shown, standing.text, str(standing.step), state])
+    return [*grid.settings[0], "held-out loss", "at step", ""], rows
 
 
 def as_json(grid: Grid, trials: Sequence[Trial], steps: int, about: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +19,18 @@ import jlora
 from jlora.adapters.settings import spec_of
 from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
-from jlora.common.plural import plural
 from jlora.common.text_table import text_table
 from jlora.config.schema import Config
 from jlora.data.batches import align_batches
-from jlora.data.examples import Example
+from jlora.data.examples import Example, SizedExamples
 from jlora.distributed.sharding import data_parallel_size
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
 from jlora.planning.data_pipeline import make_run_batches
-from jlora.sweep import report
+from jlora.sweep import group_report, report
 from jlora.sweep.choice import pasted, rungs, standings, survivors, winner
 from jlora.sweep.grid import Grid, name_of, read_grid
+from jlora.sweep.groups import Group, effects, find_groups, left_out
 from jlora.sweep.padded import padded_config
 from jlora.sweep.trainer import Trainer, make_teams, team_size
 from jlora.sweep.trials import Subset, Trial, by_setting, fold_indices, trial_directory
@@ -46,6 +46,7 @@ class Sweep(NamedTuple):
     """A sweep that is ready to train."""
 
     grid: Grid
+    groups: list[Group]  # of training rows, each left out of a training
     setup: RunSetup  # of the padded config
     trials: list[Trial]
     steps: int
@@ -63,92 +64,116 @@ def prepared(config: Config) -> Iterator[Sweep]:
     grid, output = read_grid(config), Path(config.output_dir)
     if jax.process_count() > 1:
         raise UserError("A sweep runs in one process. Set num_processes=1.")
+    groups = find_groups(config, grid.groups) if grid.groups else []
+    grid.check_size(len(groups))
     setup = prepare_run(padded_config(config, grid.configs))
     _check_width(grid, setup)
-    steps, trials = make_trials(grid, setup, output)
+    steps, trials = make_trials(grid, groups, setup, output)
     record = {**setup.record, "config": {**setup.record["config"], "sweep": json.loads(json.dumps(dict(config.sweep)))}}
     with resume.lock_run_directory(output):
         if (output / "config.json").exists():
             setup = _continue(output, record, setup)
         write_record(output, record)
-        yield Sweep(grid, setup, trials, steps, output, record)
+        yield Sweep(grid, groups, setup, trials, steps, output, record)
 
 
-def make_trials(grid: Grid, setup: RunSetup, output: Path) -> tuple[int, list[Trial]]:
+def make_trials(grid: Grid, groups: Sequence[Group], setup: RunSetup, output: Path) -> tuple[int, list[Trial]]:
     """Returns the number of steps of all trials, and the trials; their batches have the same shapes.
 
     Raises:
       UserError: there are no held-out rows, or fewer rows than folds.
     """
-    parts: list[tuple[int, Sequence[Example], Sequence[Example]]] = []
-    if grid.folds:
-        if len(setup.examples) < 2 * grid.folds:
-            raise UserError(f"--sweep.folds={grid.folds} needs at least {2 * grid.folds} training rows.")
-        for fold, (kept, left_out) in enumerate(fold_indices(len(setup.examples), grid.folds, setup.config.seed)):
-            parts.append((fold, Subset(setup.examples, kept), Subset(setup.examples, left_out)))
-    elif setup.held_out is None:
-        raise UserError("A sweep compares held-out losses. Set eval_data_dir, eval_share or --sweep.folds.")
-    else:
-        parts.append((-1, setup.examples, setup.held_out.examples))
     trials, all_steps, devices = [], [], data_parallel_size(setup.mesh)
     for number, config in enumerate(grid.configs):
-        for fold, examples, held_out_examples in parts:
-            alike = dataclasses.replace(config, lora_dropout=setup.config.lora_dropout)  # which rules out a prefix
-            steps, batches, held_out = make_run_batches(alike, setup.model, examples, held_out_examples, devices)
+        alike = dataclasses.replace(config, lora_dropout=setup.config.lora_dropout)  # which rules out a prefix
+        for fold, examples, left in _parts(grid, setup):
+            steps, batches, held_out = make_run_batches(alike, setup.model, examples, left, devices)
+            if groups:  # the losses of single rows are compared
+                single = dataclasses.replace(alike, batch_size=devices, gradient_accumulation_steps=1)
+                _, _, held_out = make_run_batches(single, setup.model, examples, left, devices)
             assert held_out is not None
-            directory = trial_directory(output, grid.settings[number], fold)
-            own = dataclasses.replace(config, output_dir=str(directory))
-            trials.append(Trial(number, fold, own, directory, batches, held_out))
-            all_steps.append(steps)
+            for group in range(-1, len(groups)):
+                own = batches
+                if group >= 0:
+                    own = dataclasses.replace(batches, left_out=left_out(examples, groups[group]))
+                directory = trial_directory(output, grid.settings[number], fold, group)
+                run = dataclasses.replace(config, output_dir=str(directory))
+                trials.append(Trial(number, fold, group, run, directory, own, held_out))
+                all_steps.append(steps)
     once = [trial.held_out.steps_per_epoch for trial in trials]
     aligned = align_batches([trial.batches for trial in trials], all_steps)
     aligned_held_out = align_batches([trial.held_out for trial in trials], once, 1)
-    for trial, batches, held_out in zip(trials, aligned, aligned_held_out, strict=True):
-        trial.batches, trial.held_out = batches, held_out
+    for trial, own, rows in zip(trials, aligned, aligned_held_out, strict=True):
+        trial.batches, trial.held_out = own, rows
     return min(all_steps), trials
 
 
-def train(sweep: Sweep, say: Callable[[str], None]) -> signal.Signals | None:
+def _parts(grid: Grid, setup: RunSetup) -> list[tuple[int, SizedExamples, Sequence[Example]]]:
+    """Returns the training and held-out examples of each fold; or those of the config, as fold -1."""
+    if not grid.folds:
+        if setup.held_out is None:
+            raise UserError("A sweep compares held-out losses. Set eval_data_dir, eval_share or --sweep.folds.")
+        return [(-1, setup.examples, setup.held_out.examples)]
+    if len(setup.examples) < 2 * grid.folds:
+        raise UserError(f"--sweep.folds={grid.folds} needs at least {2 * grid.folds} training rows.")
+    return [
+        (fold, Subset(setup.examples, kept), Subset(setup.examples, left))
+        for fold, (kept, left) in enumerate(fold_indices(len(setup.examples), grid.folds, setup.config.seed))
+    ]
+
+
+def train(sweep: Sweep) -> signal.Signals | None:
     """Trains all trials to the end, or until their settings are left out; returns the signal that stopped it."""
     grid, setup, trials = sweep.grid, sweep.setup, sweep.trials
     longest = max(trials, key=lambda trial: trial.batches.packing[1:])
     on_cpu = setup.mesh.devices.flat[0].platform == "cpu"  # which is busy with one adapter
     most = grid.together or setup.record["runtime"].get("team") or (1 if on_cpu else TOGETHER)
-    setup = setup._replace(batches=longest.batches, held_out=trials[0].held_out)
+    setup = setup._replace(batches=longest.batches, held_out=trials[0].held_out, steps=sweep.steps)
     programs = load(setup, 0, team=team_size(trials, most))
     most = setup.record["runtime"]["team"]
     write_record(sweep.output, sweep.record)  # a sweep that continues has the same teams
-    trainer = Trainer(setup, programs, sweep.steps)
+    trainer = Trainer(setup, programs, sweep.steps, len(trials))
     alive, every = list(range(len(grid.settings))), setup.config.eval_steps or trials[0].batches.steps_per_epoch
     stages = sorted({*range(every, sweep.steps, every), *rungs(grid, sweep.steps), sweep.steps})
-    with StopSignal() as stop:
+    with StopSignal() as stop, trainer:
         for until in stages:
             left = [trial for trial in trials if trial.setting in alive]
             for team in make_teams(left, most):
-                if not trainer.train(team, team_size(left, most), until, stop, say):
+                if not trainer.train(team, team_size(left, most), until, stop):
                     return stop.received
             if all(trial.diverged for trial in left):
                 raise UserError("All settings diverged. Lower learning_rate.")
             if until in rungs(grid, sweep.steps):
                 alive = survivors(grid, trials, until, alive)
-            best = standings(grid, trials)[0]
-            say(
-                f"Step {until} of {sweep.steps}: {plural(len(alive), 'setting')} left; the best is "
-                f"{name_of(grid.settings[best.setting])} with a held-out loss of {best.text}"
-            )
+            if until < sweep.steps:
+                trainer.print_lines(f"\nAfter step {until} of {sweep.steps}:", *_table(sweep, alive), "")
     return None
 
 
+def _table(sweep: Sweep, alive: Sequence[int] = ()) -> list[str]:
+    if sweep.groups:
+        return text_table(*group_report.table_rows(effects(sweep.groups, sweep.trials)[1]))
+    return text_table(*report.table_rows(sweep.grid, sweep.trials, sweep.steps, alive))
+
+
+def finish_groups(sweep: Sweep) -> None:
+    """Writes and prints what each group of rows does."""
+    output, (step, found) = sweep.output, effects(sweep.groups, sweep.trials)
+    about = {"jlora": jlora.__version__, "base_model": sweep.setup.config.base_model}
+    replace_text(output / "sweep.json", group_report.as_json(found, step, about))
+    replace_text(output / "sweep.html", group_report.as_html(found, step, f"Groups of rows in {output.name}"))
+    print("", *_table(sweep), "", *group_report.summary(found, step), sep="\n")
+
+
 def finish(sweep: Sweep) -> tuple[Path, str]:
-    """Exports the winner's adapter and writes the report; returns the adapter and the winner's settings as YAML."""
+    """Writes and prints the report; returns the winner's run, and its settings as YAML."""
     grid, output = sweep.grid, sweep.output
     chosen, reason = winner(grid, standings(grid, sweep.trials))
     best = by_setting(grid, sweep.trials)[chosen.setting][0]
     about = {"jlora": jlora.__version__, "base_model": sweep.setup.config.base_model}
     replace_text(output / "sweep.json", report.as_json(grid, sweep.trials, sweep.steps, about))
     replace_text(output / "sweep.html", report.as_html(grid, sweep.trials, sweep.steps, f"Sweep in {output.name}"))
-    rows = text_table(*report.table_rows(grid, sweep.trials, sweep.steps))
-    print("", *rows, "", f"The winner is {reason}.", sep="\n")
+    print("", *_table(sweep), "", f"The winner is {reason}.", sep="\n")
     return best.directory, pasted(grid, chosen.setting)
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from jlora.adapters.settings import spec_of
 from jlora.data.batches import Batch
@@ -45,21 +46,34 @@ def team_size(trials: Sequence[Trial], most: int) -> int:
 
 
 class Trainer:
-    """Trains teams with the programs of the sweep.
+    """A context manager that trains teams with the programs of the sweep, and shows a progress bar on a terminal.
 
     Args:
       programs: for states of the padded form, stacked.
       steps: of each whole training.
+      trainings: the number of trainings, if none stops early.
     """
 
-    def __init__(self, setup: RunSetup, programs: Programs, steps: int) -> None:
+    def __init__(self, setup: RunSetup, programs: Programs, steps: int, trainings: int) -> None:
         self._setup, self._programs, self._steps = setup, programs, steps
         self._base_losses: dict[int, float] = {}  # by fold
         spec = dataclasses.replace(spec_of(setup.record["config"]), swept=True)
         _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
+        self._bar = tqdm(total=steps * trainings, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
         self._padded = state_shapes(shapes, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
 
-    def train(self, team: Sequence[Trial], size: int, until: int, stop: StopSignal, say: Callable[[str], None]) -> bool:
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def print_lines(self, *lines: str) -> None:
+        """Prints lines above the progress bar."""
+        for line in lines:
+            self._bar.write(line)
+
+    def train(self, team: Sequence[Trial], size: int, until: int, stop: StopSignal) -> bool:
         """Trains a team up to a step, evaluates and saves all its trials; returns whether no signal stopped it.
 
         All of them continue from the last step that each has saved. Trials that diverged are left as they are.
@@ -71,17 +85,18 @@ class Trainer:
         team = [trial for trial in team if not trial.diverged]
         if start >= until or not team:
             return True
+        self._bar.set_description(f"{team[0].name}{f' and {len(team) - 1} more' if len(team) > 1 else ''}")
         own = [self._start(trial, start) for trial in team]
         state = self._stacked([*own, *own[-1:] * (size - len(own))], team)
         for trial in team:
             if trial.progress.base_loss is None:
-                trial.progress.base_loss = self._base_loss(trial, state, say)
+                trial.progress.base_loss = self._base_loss(trial, state)
                 trial.log(0, eval_loss=trial.progress.base_loss)
-        state, done = self._run(team, size, state, start, until, stop, say)
+        state, done = self._run(team, size, state, start, until, stop)
         losses: list[float | None] = [None] * len(team)
         if not stop.received and not all(trial.diverged for trial in team):
-            losses = self._evaluate(team, state, until, say)
-        self._save(team, own, state, done, losses, say)
+            losses = self._evaluate(team, state, until)
+        self._save(team, own, state, done, losses)
         return not stop.received
 
     def _run(
@@ -92,7 +107,6 @@ class Trainer:
         start: int,
         until: int,
         stop: StopSignal,
-        say: Callable[[str], None],
     ) -> tuple[TrainState, int]:
         """Trains up to a step, a signal, or the divergence of all; returns the state and the steps done."""
         seeds, every = np.array([trial.config.seed + 1 for trial in team]), self._setup.config.logging_steps
@@ -101,29 +115,29 @@ class Trainer:
         pending: list[Any] = []
         done = start
         while done < until and not stop.received and not all(trial.diverged for trial in team):
-            state, metrics = self._programs.train_step(state, _joint_batch(team, size, done), say, keys)
+            state, metrics = self._programs.train_step(state, _joint_batch(team, size, done), self.print_lines, keys)
             pending.append(metrics)
             if len(pending) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - STEPS_IN_FLIGHT])
             done += 1
+            self._bar.update(len(team))
             if done % every == 0 or done == until:
                 _log(team, done, pending)
         if pending:
             _log(team, done, pending)
         return state, done
 
-    def _evaluate(
-        self, team: Sequence[Trial], state: TrainState, step: int, say: Callable[[str], None]
-    ) -> list[float | None]:
+    def _evaluate(self, team: Sequence[Trial], state: TrainState, step: int) -> list[float | None]:
         """Records the held-out losses of a team; None for trials that diverged."""
-        sums = self._programs.held_out_sums(state.lora, team[0].held_out, say)
+        sums = self._programs.held_out_sums(state.lora, team[0].held_out, self.print_lines)
         total, count = sums.sum(axis=0)
         losses: list[float | None] = []
-        for trial, loss, own in zip(team, (total / count).tolist(), np.moveaxis(sums[:, 0], 1, 0), strict=False):
+        for trial, loss, own in zip(team, (total / count).tolist(), np.moveaxis(sums, 2, 0), strict=False):
             trial.diverged |= not math.isfinite(loss)
             losses.append(None if trial.diverged else loss)
             if not trial.diverged:
                 trial.record(step, loss, own)
+                self.print_lines(f"{trial.name}: held-out loss {loss:.4f} after step {step}")
         return losses
 
     def _save(
@@ -133,7 +147,6 @@ class Trainer:
         state: TrainState,
         step: int,
         losses: Sequence[float | None],
-        say: Callable[[str], None],
     ) -> None:
         """Saves all trials; those that diverged are marked at the end, so that a kill does not divide the team."""
         whole = jax.device_get(state)
@@ -143,7 +156,7 @@ class Trainer:
         for trial in team:
             if trial.diverged:
                 trial.log(trial.step, diverged=True)
-                say(f"{trial.directory.name} diverged before step {trial.step}")
+                self.print_lines(f"{trial.name} diverged before step {trial.step}")
 
     def _stacked(self, own: Sequence[TrainState], team: Sequence[Trial]) -> TrainState:
         """Returns states of runs in the padded form, stacked, on the mesh."""
@@ -152,10 +165,10 @@ class Trainer:
         padded = [pad(state, config, self._padded) for state, config in zip(own, configs, strict=True)]
         return place(stack(padded), places_of(stacked_shapes(self._padded, len(own))))
 
-    def _base_loss(self, trial: Trial, state: TrainState, say: Callable[[str], None]) -> float:
+    def _base_loss(self, trial: Trial, state: TrainState) -> float:
         """Returns the base model's loss on a trial's held-out rows, which is computed once for all settings."""
         if trial.fold not in self._base_losses:
-            sums = self._programs.held_out_sums(self._programs.neutral(state.lora), trial.held_out, say)
+            sums = self._programs.held_out_sums(self._programs.neutral(state.lora), trial.held_out, self.print_lines)
             total, count = sums[..., 0].sum(axis=0)
             self._base_losses[trial.fold] = float(total / count)
         return self._base_losses[trial.fold]
@@ -174,8 +187,9 @@ class Trainer:
 
 def _joint_batch(team: Sequence[Trial], size: int, step: int) -> Batch:
     """Returns the batch of a step, counted from 0; each trial has its own weights."""
-    batch = team[0].batches[step]
-    weights = [batch.weights if trial.batches.left_out is None else trial.batches[step].weights for trial in team]
+    whole = dataclasses.replace(team[0].batches, left_out=None)
+    batch = whole[step]
+    weights = [batch.weights if trial.group < 0 else trial.batches[step].weights for trial in team]
     return batch._replace(weights=np.stack([*weights, *weights[-1:] * (size - len(weights))]))
 
 

@@ -46,10 +46,11 @@ def fold_indices(count: int, folds: int, seed: int) -> list[tuple[np.ndarray, np
 
 @dataclasses.dataclass
 class Trial:
-    """One training: a setting, on all training rows or without one fold."""
+    """One training: a setting, on all training rows or without one fold or group of them."""
 
     setting: int  # its number in the grid
-    fold: int  # from 0; -1: all rows
+    fold: int  # from 0; -1: none is left out
+    group: int  # from 0; -1: none is left out
     config: Config  # as for a run of its own
     directory: Path
     batches: Batches
@@ -57,9 +58,8 @@ class Trial:
     progress: Progress = dataclasses.field(default_factory=Progress)
     step: int = 0  # trained so far
     diverged: bool = False
-    per_row: bool = False  # whether the held-out batches have one row each, whose losses are kept
     held_out_losses: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
-    held_out_sums: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by step: [batches]
+    held_out_sums: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by step: [batches, 2]
     _known: bool = False  # whether what an earlier process left has been read
 
     def loss_at(self, step: int) -> float:
@@ -67,13 +67,18 @@ class Trial:
         return self.held_out_losses.get(step, math.inf) if self.diverged else self.held_out_losses[step]
 
     @property
+    def name(self) -> str:
+        """The settings, and what is left out."""
+        return str(self.directory).rpartition("/trials/")[2]
+
+    @property
     def metrics(self) -> Path:
         """The file with the losses of its steps."""
         return self.directory / "metrics.jsonl"
 
     @property
-    def row_losses(self) -> Path:
-        """The file with the summed loss of each held-out row."""
+    def sums(self) -> Path:
+        """The file with the summed loss and the count of each held-out batch."""
         return self.directory / "held_out.jsonl"
 
     def log(self, step: int, **values: float) -> None:
@@ -82,13 +87,12 @@ class Trial:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def record(self, step: int, loss: float, sums: np.ndarray) -> None:
-        """Adds a held-out loss, and what it is the mean of: the summed losses of the held-out batches."""
+        """Adds a held-out loss, and the summed loss and the count of each held-out batch, [batches, 2]."""
         self.held_out_losses[step], self.held_out_sums[step] = loss, sums
         self.progress.record(step, loss)
         self.log(step, eval_loss=loss)
-        if self.per_row:
-            with self.row_losses.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "sums": sums.tolist()}) + "\n")
+        with self.sums.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "sums": sums.tolist()}) + "\n")
 
     def save(self, state: TrainState, loss: float | None) -> None:
         """Saves a state as a checkpoint of a run, and waits until it is written."""
@@ -122,8 +126,8 @@ class Trial:
         """Takes the held-out losses up to a step from the lines of metrics."""
         losses = {line["step"]: line["eval_loss"] for line in lines if line["step"] and "eval_loss" in line}
         self.held_out_losses = {step: loss for step, loss in losses.items() if step <= last}
-        if self.per_row and self.row_losses.exists():
-            self.held_out_sums = {line["step"]: np.array(line["sums"]) for line in keep_steps(self.row_losses, last)}
+        kept = keep_steps(self.sums, last) if self.sums.exists() else []
+        self.held_out_sums = {line["step"]: np.array(line["sums"]) for line in kept}
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of a saved step, and discards what is later."""
@@ -141,14 +145,16 @@ class Trial:
             checkpoints.remove_after(0)
         write_record(self.directory, {**record, "config": dataclasses.asdict(self.config)})
         replace_text(self.metrics, "")
-        self.row_losses.unlink(missing_ok=True)
+        self.sums.unlink(missing_ok=True)
         self.step, self.progress, self.held_out_losses, self.held_out_sums = 0, Progress(), {}, {}
 
 
-def trial_directory(output: Path, changes: dict[str, Any], fold: int) -> Path:
+def trial_directory(output: Path, changes: dict[str, Any], fold: int, group: int) -> Path:
     """Returns the directory of a trial."""
-    own = output / "trials" / name_of(changes).replace(" ", ",")
-    return own if fold < 0 else own / f"fold-{fold + 1}"
+    parts = [name_of(changes).replace(" ", ",")] if changes else []
+    parts += [f"without-group-{group + 1}" if group >= 0 else "all-rows"] if group >= 0 or not changes else []
+    parts += [f"fold-{fold + 1}"] if fold >= 0 else []
+    return Path(output, "trials", *parts)
 
 
 def by_setting(grid: Grid, trials: Sequence[Trial]) -> list[list[Trial]]:

@@ -6,6 +6,7 @@ rows but never quote personal data.
 """
 
 import hashlib
+import itertools
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 
 from jlora.common.errors import UserError
 from jlora.common.plural import plural
@@ -103,20 +105,35 @@ class DataReport:
         Raises:
           UserError: the rows contain personal data and pii is "error".
         """
-        equal = _groups_of_equal(np.array(self._rows, np.uint64))
-        near = self._near_duplicates({i for group in equal for i in group[1:]})
+        equal, near = self._duplicates()
         findings = [
             self._pairs(equal, ("duplicates", "duplicate"), "another row, so its content counts twice"),
             self._pairs(near, ("nearly duplicates", "nearly duplicate"), "another row"),
             self._contradictions(),
             self._listed("answer", self._empty, ("has", "have"), "no text"),
             self._listed("answer", self._short_answers(), ("is", "are"), "unusually short"),
-            self._odd_beginnings(),
+            self._beginnings_line(),
             self._listed("row", self._unreasoned if self.reasoning else [], ("has", "have"), "no reasoning"),
             self._unread_prefixes(),
             self._listed("row", self._misdecoded, ("contains", "contain"), "characters damaged by a wrong encoding"),
         ]
         return [line for line in [*findings, self._privacy()] if line]
+
+    def clusters(self) -> list[list[int]]:
+        """Returns the rows of each cluster of duplicates and near-duplicates."""
+        return _joined([*itertools.chain(*self._duplicates())])
+
+    def conspicuous(self) -> dict[str, list[list[int]]]:
+        """Returns the groups of rows that `lines` reports for their answers, by what is reported of them."""
+        kinds = {
+            "answers without text": self._empty,
+            "unusually short answers": self._short_answers(),
+            "answers that start differently": self._odd_beginnings()[1],
+            "rows without reasoning": self._unreasoned if self.reasoning else [],
+            "rows damaged by a wrong encoding": self._misdecoded,
+        }
+        groups = {kind: [rows] for kind, rows in kinds.items() if rows}
+        return {"rows that contradict each other": self._contradicting(), **groups}
 
     def _privacy(self) -> str:
         rows = sorted({row for rows in self._personal.values() for row in rows})
@@ -132,15 +149,19 @@ class DataReport:
             raise UserError(f"{report}. Remove it, set pii=mask to train on placeholders, or pii=warn to train on it.")
         return f"{report}. The model may learn and repeat it. Set pii=mask to train on placeholders instead."
 
-    def _contradictions(self) -> str:
-        """Reports rows with the same question as another row but a different answer."""
+    def _contradicting(self) -> list[list[int]]:
+        """Returns groups of rows with the same question but different answers."""
         plain_text = _hash("")
         groups = [
             [group[0], *(row for row in group[1:] if self._rows[row] != self._rows[group[0]])]
             for group in _groups_of_equal(np.array(self._questions, np.uint64))
             if self._questions[group[0]] != plain_text
         ]
-        return self._pairs(groups, ("contradicts", "contradict"), "another row's answer to the same question")
+        return [group for group in groups if len(group) > 1]
+
+    def _contradictions(self) -> str:
+        verbs = ("contradicts", "contradict")
+        return self._pairs(self._contradicting(), verbs, "another row's answer to the same question")
 
     def _unread_prefixes(self) -> str:
         """Reports line starts such as `Note:` that occur at least twice in the text."""
@@ -155,8 +176,8 @@ class DataReport:
         few = np.flatnonzero(lengths < np.median(lengths) / 10) if len(lengths) else np.array([], int)
         return [row for row in few.tolist() if row not in set(self._empty)]
 
-    def _odd_beginnings(self) -> str:
-        """Reports answers that start differently, if nearly all others start alike."""
+    def _odd_beginnings(self) -> tuple[str, list[int]]:
+        """Returns how nearly all answers start, and those that start differently; or no answers."""
         beginning, count = "", self.count
         while len(beginning) < BEGINNING:
             rest = (answer[len(beginning) :] for answer in self._beginnings if answer.startswith(beginning))
@@ -165,10 +186,19 @@ class DataReport:
                 break
             beginning, count = beginning + character, often
         if self._plain or len(beginning) < 2 or count == self.count or self.count < 10:
-            return ""
+            return "", []
         shown = re.split(r"[\d@]", beginning)[0].strip()  # a number may be personal data, so it is not quoted
-        odd = [row for row, answer in enumerate(self._beginnings) if not answer.startswith(beginning)]
-        return f"{count} of {plural(self.count, 'answer')} start with {shown!r}, except {self._places(odd)}"
+        return shown, [row for row, answer in enumerate(self._beginnings) if not answer.startswith(beginning)]
+
+    def _beginnings_line(self) -> str:
+        shown, odd = self._odd_beginnings()
+        count = self.count - len(odd)
+        every = f"{count} of {plural(self.count, 'answer')}"
+        return f"{every} start with {shown!r}, except {self._places(odd)}" if odd else ""
+
+    def _duplicates(self) -> tuple[list[list[int]], list[list[int]]]:
+        equal = _groups_of_equal(np.array(self._rows, np.uint64))
+        return equal, self._near_duplicates({i for group in equal for i in group[1:]})
 
     def _near_duplicates(self, known: set[int]) -> list[list[int]]:
         """Pairs each near-duplicate row with the first row in one of its MinHash bands.
@@ -222,6 +252,15 @@ def _groups_of_equal(values: np.ndarray) -> list[list[int]]:
     order = np.argsort(values, kind="stable")
     ends = np.flatnonzero(np.diff(values[order])) + 1
     return sorted((part.tolist() for part in np.split(order, ends) if len(part) > 1), key=lambda group: group[1])
+
+
+def _joined(groups: list[list[int]]) -> list[list[int]]:
+    """Returns groups that share a row as one, each in ascending order."""
+    sets = DisjointSet(sorted({row for group in groups for row in group}))
+    for first, *others in groups:
+        for row in others:
+            sets.merge(first, row)
+    return sorted(sorted(group) for group in sets.subsets())
 
 
 def _more(count: int) -> str:

@@ -8,6 +8,7 @@ that have content are reported.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 from jlora.common.errors import UserError
@@ -100,6 +101,8 @@ class RowConverter:
             make_conversation(read_tagged(list(self._turns(one, parts, where)), tools), where, tools)
             for one in self._pairs(row, parts, where)
         ]
+        if (group := row.get(self._reading.group_column)) is not None:
+            made = [replace(conversation, group=str(group).strip()) for conversation in made]
         others = {column: value for column, value in row.items() if column not in used}
         mark = "" if "text" in parts else bad_mark(others)
         for column, value in others.items():

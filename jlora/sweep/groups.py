@@ -1,0 +1,144 @@
+"""Groups of training rows, and what each does to the held-out loss: all rows are trained on, then all but one group.
+
+A group is left out by giving its rows no weight. All other rows stay in the batches that they are in, so that the
+difference to the training on all rows comes from the group alone, not from another order.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jlora.common.errors import UserError
+from jlora.common.statistics import SIGNIFICANT, Difference, difference
+from jlora.config.schema import Config
+from jlora.data.checks.report import DataReport
+from jlora.data.examples import SizedExamples
+from jlora.planning.data_pipeline import RowSource
+from jlora.sweep.trials import Trial
+
+KINDS = "file, duplicates, report, or the name of a column"
+SHOWN = 5  # rows listed for a group
+
+
+class Group(NamedTuple):
+    """Training rows that are left out together."""
+
+    name: str
+    rows: frozenset[str]  # `file:line` of each
+
+    @property
+    def places(self) -> str:
+        """The first rows, by file and line."""
+        listed = sorted(self.rows, key=_in_order)[:SHOWN]
+        more = f" and {len(self.rows) - SHOWN} more" if len(self.rows) > SHOWN else ""
+        return ", ".join(Path(place).name for place in listed) + more
+
+
+class Effect(NamedTuple):
+    """What a group does to the held-out loss."""
+
+    group: Group
+    change: Difference  # of the loss if the group is trained on, in nats per token: above 0, it does harm
+    p: float  # of "it changes nothing", adjusted for the number of groups
+
+    @property
+    def verdict(self) -> str:
+        """The effect in a word."""
+        if self.p >= SIGNIFICANT:
+            return "no clear effect"
+        return "harms" if self.change.value > 0 else "helps"
+
+
+def find_groups(config: Config, kind: str) -> list[Group]:
+    """Reads the training rows and returns their groups.
+
+    Args:
+      kind: "file": the rows of each file; "duplicates": of each cluster of duplicates and near-duplicates; "report":
+        what the report on the data names, such as contradictions; else the name of a column: the rows with each value.
+
+    Raises:
+      UserError: there are no such groups, or only one with all rows.
+    """
+    column = kind if kind not in ("file", "duplicates", "report") else ""
+    source = RowSource(config, "train_data_dir", group_column=column)
+    report = DataReport(config.pii_regions, "allow", config.pii_amounts)
+    places, labels = [], []
+    for row in report.inspect(source):
+        places.append(row.where)
+        labels.append(row.group if column else row.where.rpartition(":")[0])
+    groups = [
+        Group(name, frozenset(places[i] for i in rows)) for name, rows in _rows_by_name(kind, report, labels) if name
+    ]
+    if not groups or (len(groups) == 1 and len(groups[0].rows) == len(set(places))):
+        found = "all rows are in one group" if groups else "no row is in a group"
+        raise UserError(f"--groups {kind}: Expected {KINDS}, but with this, {found}.")
+    return groups
+
+
+def _rows_by_name(kind: str, report: DataReport, labels: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    if kind == "duplicates":
+        yield from ((f"near-duplicates {i}", rows) for i, rows in enumerate(report.clusters(), 1))
+    elif kind == "report":
+        for name, several in report.conspicuous().items():
+            yield from ((name if len(several) == 1 else f"{name} {i}", rows) for i, rows in enumerate(several, 1))
+    else:
+        for name in dict.fromkeys(labels):
+            yield (Path(name).name if kind == "file" else name), [i for i, own in enumerate(labels) if own == name]
+
+
+def left_out(examples: SizedExamples, group: Group) -> np.ndarray:
+    """Returns which examples are of the group's rows: [N] bool."""
+    return np.array([example.where in group.rows for example in examples])
+
+
+def effects(groups: Sequence[Group], trials: Sequence[Trial]) -> tuple[int, list[Effect]]:
+    """Returns the step at which the loss of training on all rows is lowest, and each group's effect there.
+
+    Every held-out row gives one difference, which is its mean over settings such as seeds. A group's own rows are no
+    measure of the group, so they are left out where they are held out (with folds). The groups with the worst effect
+    come first.
+    """
+    whole = [trial for trial in trials if trial.group < 0]
+    steps = sorted(set.intersection(*(set(trial.held_out_losses) for trial in trials)))
+    step = min(steps, key=lambda step: np.mean([trial.held_out_losses[step] for trial in whole]))
+    changes = []
+    for number, group in enumerate(groups):
+        without = [trial for trial in trials if trial.group == number]
+        losses, counts, kept = [], [], []
+        for fold in sorted({trial.fold for trial in whole}):
+            all_rows, others = (
+                np.mean([trial.held_out_sums[step] for trial in some if trial.fold == fold], axis=0)
+                for some in (whole, without)
+            )
+            losses.append(np.stack([all_rows[:, 0], others[:, 0]]))
+            counts.append(all_rows[:, 1])
+            kept.append(~_own_batches(next(trial for trial in whole if trial.fold == fold), group))
+        (with_group, without_group), keeps = np.concatenate(losses, axis=1), np.concatenate(kept)
+        changes.append(difference(with_group, without_group, np.concatenate(counts) * keeps))
+    found = [Effect(*each) for each in zip(groups, changes, adjusted([change.p for change in changes]), strict=True)]
+    return step, sorted(found, key=lambda effect: -effect.change.value)
+
+
+def _own_batches(trial: Trial, group: Group) -> np.ndarray:
+    """Returns which held-out batches have a row of the group."""
+    held_out = trial.held_out
+    return np.array(
+        [
+            any(held_out.examples[i].where in group.rows for i in held_out.example_indices(step))
+            for step in range(held_out.steps_per_epoch)
+        ]
+    )
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values that keep the share of false discoveries down (Benjamini and Hochberg 1995)."""
+    from scipy import stats
+
+    return list(map(float, stats.false_discovery_control(p_values)))
+
+
+def _in_order(place: str) -> tuple[str, int]:
+    file, _, line = place.rpartition(":")
+    return file, int(line) if line.isdecimal() else 0
