@@ -26,12 +26,13 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jlora.adapters import combining
 from jlora.adapters.params import Adapter
 from jlora.adapters.provenance import exported_step
 from jlora.adapters.settings import recorded_spec
@@ -46,13 +47,13 @@ from jlora.distributed.sharding import place, places_of
 from jlora.evaluation.run import check_settings, evaluate_run
 from jlora.export.exporter import export_adapter, verify_adapter
 from jlora.export.verify import Parity
-from jlora.serve.generator import Generator, compare_answers
+from jlora.serve.generator import Comparison
 from jlora.serve.loading import Model, adapter_set, load_model, make_generator
 from jlora.steps.compilation import enable_compilation_cache
 from jlora.steps.programs import Programs
 from jlora.sweep import run as sweep_run
 from jlora.training.loop import overfitting_warning
-from jlora.training.run import TrainedRun, train
+from jlora.training.run import Answers, TrainedRun, train
 from jlora.training.setup import RunSetup, configure_jax
 
 __all__ = [
@@ -173,7 +174,7 @@ def run_sweep(config: Config) -> SweepResult:
 
 def _finish(trained: TrainedRun, step: int) -> Path:
     """Reports the losses, shows answers to held-out questions, exports the adapter of a step, and returns its path."""
-    setup, progress, programs, adapter = trained.setup, trained.progress, trained.programs, trained.state.lora
+    setup, progress, adapter = trained.setup, trained.progress, trained.state.lora
     run = Path(setup.config.output_dir)
     if step != int(trained.state.step):
         best = processes.broadcast_arrays_from_first(
@@ -187,35 +188,44 @@ def _finish(trained: TrainedRun, step: int) -> Path:
         print(f"Held-out loss: {losses}")
     if warning := overfitting_warning(progress):
         print(f"{warning}. Exporting the checkpoint from step {step}")
-    for line in _sample_answers(setup, programs)(adapter):
-        print(line)
     target = run / "adapter"
     if target.exists() and exported_step(target) != step:  # exported when this run ended before and then continued
         target = run / f"adapter-{step}"
     with processes.fail_together():
         if processes.is_first() and not target.exists():
             export_adapter(run, target, step)
+    for line in trained.answers(adapter):  # after the export, which is safe then
+        print(line)
     if setup.config.evaluate:
         _evaluate(trained, adapter, target)
     return target
 
 
-def _sample_answers(setup: RunSetup, programs: Programs) -> Callable[[Adapter], Iterator[str]]:
-    """Returns the function that answers `sample_questions` held-out questions with the adapter of a step."""
+def _sample_answers(setup: RunSetup, programs: Programs, adapter: Adapter) -> Answers:
+    """Returns the function that answers `sample_questions` held-out questions with the adapter of a step.
+
+    Raises:
+      UserError: the memory does not suffice.
+    """
     rows = [row for row in setup.held_out_rows if not row.plain][: setup.config.sample_questions]
-    made: list[Generator] = []
+    if not rows:
+        return lambda adapter: ()
 
-    def answers(adapter: Adapter) -> Iterator[str]:
-        if not rows:
-            return iter(())
-        forms = {"adapter": (adapter, recorded_spec(setup.record))}
-        if made:
-            made[0].replace_adapters(adapter_set(forms))
-        else:
-            made.append(make_generator(setup.directory, setup.tokenizer, programs.base, forms, setup.compute))
-        return compare_answers(made[0], rows)
+    def named(adapter: Adapter) -> dict[str, combining.Form]:
+        return {"adapter": (adapter, recorded_spec(setup.record))}
 
-    return answers
+    base, compute = programs.base, setup.compute
+    comparison = Comparison(make_generator(setup.directory, setup.tokenizer, base, named(adapter), compute), rows)
+    print("Compiling the programs for sample answers", flush=True)
+    try:
+        comparison.compile_all()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"The memory does not suffice for {plural(len(rows), 'sample answer')}. Set a smaller sample_questions."
+        ) from None
+    return lambda adapter: comparison.texts(adapter_set(named(adapter)))
 
 
 def _evaluate(trained: TrainedRun, adapter: Adapter, target: Path) -> None:

@@ -35,11 +35,12 @@ def step(smollm):
     config = dataclasses.replace(Config(), remat="dots", mesh={})
 
     @functools.cache
-    def compile_step(rows, shape, packing):
+    def compile_step(rows, shape, packing, team=0):
         compute = ComputeSettings(jnp.bfloat16, jnp.bfloat16, attention="cudnn")
         job = make_job(config, model, compute, target, lambda config, ways: (1, rows, shape, packing))
-        programs, state = make_run_programs(job, 100)
-        return programs.compile_training(state, batch_shapes(1, rows, shape, job.mesh), lambda line: None)
+        programs, state = make_run_programs(dataclasses.replace(job, team=team), 100)
+        batch = batch_shapes(1, rows, shape, job.mesh, state.step.shape)
+        return programs.compile_training(state, batch, lambda line: None)
 
     return compile_step
 
@@ -67,6 +68,16 @@ def test_each_layer_calls_cudnn_and_holds_no_scores(step, rows, shape, packing):
     each = [L] * len(lengths - {shape.length})
     assert calls == {"Softmax": each, "SoftmaxBackward": each}
     assert not scores
+
+
+def test_adapters_that_train_in_one_step_share_the_base_and_the_calls_of_cudnn(step):
+    rows, shape, packing = LAW
+    lengths = lengths_of(shape.length, packing)
+    one, three = step(rows, shape, packing, 1), step(rows, shape, packing, 3)
+    assert calls_and_scores(three, lengths) == calls_and_scores(one, lengths)
+    sizes = [program.memory_analysis().argument_size_in_bytes for program in (one, three)]
+    state = step(rows, shape, packing).memory_analysis()
+    assert sizes[1] - sizes[0] < 2.1 * state.output_size_in_bytes  # two more adapters with their optimizer states
 
 
 def test_without_cudnn_scores_would_be_found(monkeypatch):

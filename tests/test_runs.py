@@ -80,8 +80,7 @@ def test_a_run_prints_its_progress_and_writes_its_files(whole):
         assert words in said, words
     assert said.rindex("Compiling the") < said.index("Held-out loss of the base model before training: ")
     before, _, rest = said.partition("Step 1 of 12: ")
-    training, _, answers = rest.partition("Held-out loss: ")
-    assert "Compiling" not in training and "Compiling jit" in before and "Compiling jit" in answers  # JAX reports each
+    assert "Compiling jit" in before and "Compiling" not in rest  # JAX reports each, also for the sample answers
     assert {p.name for p in run.iterdir()} - {".lock"} == {
         "config.json",
         "logs",

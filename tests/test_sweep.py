@@ -70,6 +70,17 @@ def test_adapters_that_train_in_one_step_compute_what_they_compute_alone(swept, 
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_adapters_that_train_in_one_step_share_devices(swept, tmp_path):
+    """Two adapters on four devices, which split the rows of a batch."""
+    _, root, file = swept
+    words = settings(lora_rank="2,4", learning_rate="1e-3", target_modules="q_proj+v_proj", together=2)
+    done = run_program("sweep", "--config", file, *words, f"--config.output_dir={tmp_path}/out", devices=4)
+    assert done.returncode == 0, done.stderr
+    for trial in (tmp_path / "out/trials").iterdir():
+        own, theirs = losses_of(trial), losses_of(root / "out/trials" / trial.name)
+        np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("values", "alone"),
     [

@@ -39,7 +39,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--target", default="here", help=f"the devices to plan for, for example {EXAMPLES}")
     parser.add_argument("--tokens", type=int, default=0, help="assume this length for every example")
     parser.add_argument("--only", action="store_true", help="do not search for other settings, which takes longer")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=0,
+        metavar="N",
+        help="plan a sweep that trains N adapters in one step (no search)",
+    )
     arguments, overrides = parser.parse_known_args(argv)
+    if arguments.together < 0:
+        parser.error(f"--together {arguments.together}: Expected 0 or more.")
     config = load_config(arguments.config, overrides)
     target = _find_target(arguments.target, config)
     directory = Path(config.base_model)
@@ -58,15 +67,16 @@ def main(argv: list[str]) -> None:
         job.packing,
         here=here,
     )
-    job = dataclasses.replace(job, compute=dataclasses.replace(job.compute, attention=attention))
+    compute = dataclasses.replace(job.compute, attention=attention)
+    job, only = dataclasses.replace(job, compute=compute, team=arguments.together), arguments.only or arguments.together
     with _compiler_of(target, here=here):
         forecast, *_ = choose_remat(job, target, 1000, lambda line: None)
     fits = forecast.fits(target.limit)
     for line in report(forecast, target, lengths):
         print(line)
-    if arguments.only and fits:
+    if only and fits:
         return
-    if arguments.only:
+    if only:
         raise UserError(describe_shortfall(forecast, target))
     with _compiler_of(target, here=here):
         best = find_fastest(forecast, target, layout, print)
@@ -133,7 +143,7 @@ def report(forecast: Forecast, target: Target, lengths: str) -> list[str]:
         f"{job.mesh.size} x {kind}, {describe(job.mesh)}; remat={compute.remat}, "
         f"{jax.numpy.dtype(compute.param_dtype).name} base, attention by {compute.attention}",
         f"Step: {job.micro_batches} forward and backward {'pass' if job.micro_batches == 1 else 'passes'} of "
-        f"{job.rows} x {job.shape.length} tokens; {lengths}",
+        f"{job.rows} x {job.shape.length} tokens{f' for each of {job.team} adapters' if job.team else ''}; {lengths}",
     ]
     room = "" if target.limit is None else f" of {target.limit / GIB:.2f}"
     verdict = "Fits" if forecast.fits(target.limit) else "DOES NOT FIT"

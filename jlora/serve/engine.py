@@ -110,7 +110,8 @@ class Engine:
         # The base model's devices, so that no program compiles again for arrays that are on the same device by default.
         self._devices = NamedSharding(mesh, PartitionSpec()) if mesh else None
         places_of_cache = cache_shardings(mesh) if mesh else None
-        self._cache = jax.jit(lambda: empty_kv_cache(config, compute_dtype, blocks), out_shardings=places_of_cache)()
+        self._empty = jax.jit(lambda: empty_kv_cache(config, compute_dtype, blocks), out_shardings=places_of_cache)
+        self._cache: KVCache | None = self._empty()
         self.adapter = jax.device_put(adapter, self._devices) if mesh else adapter
         self.pool = BlockPool(blocks)
         self._lock = threading.Lock()
@@ -160,6 +161,12 @@ class Engine:
     def replace_adapter(self, adapter: Adapter) -> None:
         """Sets the adapters side by side, of the same shapes; between two steps."""
         self.adapter = jax.device_put(adapter, self._devices) if self._devices else adapter
+        self.pool.forget()
+
+    def free_cache(self) -> None:
+        """Frees the memory of the cache until the next step; no request may run."""
+        assert not self.busy, "requests are running"
+        self._cache = None
         self.pool.forget()
 
     def submit(self, request: Request) -> None:
@@ -266,7 +273,8 @@ class Engine:
             blocks[row, : len(request.blocks)], mixture[row] = request.blocks, request.mixture
         adapter = self.adapter if self.spec.mixed or mixture.any() else self._base_alone()
         inputs = blocks, tokens, segments, positions, mixture
-        logits, self._cache = self._forward(adapter, self.base, self._cache, *inputs)
+        cache = self._empty() if self._cache is None else self._cache
+        logits, self._cache = self._forward(adapter, self.base, cache, *inputs)
         return logits
 
     def _base_alone(self) -> Adapter:

@@ -116,6 +116,12 @@ class Generator:
         engine.run()
         return [[token.id for token in request.answer] for request in requests]
 
+    def compile_for(self, mixtures: Sequence[Mixture], prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+        """Compiles all that `generate_batch` will need for the same prompts, and frees the memory of its cache."""
+        engine = self._engine_for([self._request(*one, max_new_tokens) for one in zip(mixtures, prompts, strict=True)])
+        self.generate_batch(mixtures, prompts, min(max_new_tokens, 2))
+        engine.free_cache()
+
     def generate_each(self, requests: Iterable[Request], longest: int, count: int) -> Iterator[Request]:
         """Yields requests as their answers are complete, in the order in which they end.
 
@@ -183,15 +189,32 @@ class Generator:
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
-def compare_answers(generator: Generator, rows: list[Conversation]) -> Iterator[str]:
-    """Yields, for each held-out row, its question, its own answer, and those of the base model and the adapter."""
-    first, none = generator.adapters.select(list(generator.adapters.places)[:1]), generator.adapters.none
-    expected = [row.messages[-1].full_text for row in rows]
-    room = max((len(generator.tokenizer(text)["input_ids"]) for text in expected), default=0) + 40
-    prompts = [encode_prompt(generator.tokenizer, row.messages[:-1], row.tools) for row in rows]
-    mixtures = [mixture for _ in rows for mixture in (none, first)]
-    answers = generator.generate_batch(mixtures, [prompt for prompt in prompts for _ in (none, first)], room)
-    texts = [" ".join(generator.tokenizer.decode(answer, skip_special_tokens=True).split()) for answer in answers]
-    for row, written, base, tuned in zip(rows, expected, texts[::2], texts[1::2], strict=True):
-        question = row.messages[-2].content
-        yield f"\nQuestion: {question}\n  expected: {written}\n  base:     {base}\n  adapter:  {tuned}"
+class Comparison:
+    """Answers of the base model and an adapter to held-out questions.
+
+    Args:
+      generator: has the adapter, under any name.
+    """
+
+    def __init__(self, generator: Generator, rows: Sequence[Conversation]) -> None:
+        self._generator, self._rows = generator, rows
+        first, none = generator.adapters.select(list(generator.adapters.places)[:1]), generator.adapters.none
+        self._expected = [row.messages[-1].full_text for row in rows]
+        room = max((len(generator.tokenizer(text)["input_ids"]) for text in self._expected), default=0) + 40
+        prompts = [encode_prompt(generator.tokenizer, row.messages[:-1], row.tools) for row in rows]
+        pairs = [(mixture, prompt) for prompt in prompts for mixture in (none, first)]
+        self._inputs = [mixture for mixture, _ in pairs], [prompt for _, prompt in pairs], room
+
+    def compile_all(self) -> None:
+        """Compiles everything before it is needed."""
+        self._generator.compile_for(*self._inputs)
+
+    def texts(self, adapters: AdapterSet) -> Iterator[str]:
+        """Yields, for each row, its question, its own answer, and those of the base model and the adapter."""
+        generator = self._generator
+        generator.replace_adapters(adapters)
+        answers = generator.generate_batch(*self._inputs)
+        texts = [" ".join(generator.tokenizer.decode(answer, skip_special_tokens=True).split()) for answer in answers]
+        for row, written, base, tuned in zip(self._rows, self._expected, texts[::2], texts[1::2], strict=True):
+            question = row.messages[-2].content
+            yield f"\nQuestion: {question}\n  expected: {written}\n  base:     {base}\n  adapter:  {tuned}"

@@ -83,6 +83,20 @@ def needed_bytes(analysis: Any) -> int:
     return int(arrays + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes)
 
 
+def _stacked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step over a new first axis of states or adapters, and of keys.
+
+    The trainings share the batch, but each gets its own copy: kernels of attention need this axis on all their inputs.
+    """
+
+    def run(state: Any, base: Any, batch: Batch, *keys: Array) -> Any:
+        count, shared = len(jax.tree.leaves(state)[0]), batch.targets.ndim  # weights may have the axis already
+        own = [x if x.ndim > shared else jnp.broadcast_to(x, (count, *x.shape)) for x in batch]
+        return jax.vmap(step, (0, None, 0, *(0 for _ in keys)))(state, base, Batch(*own), *keys)
+
+    return run
+
+
 class Programs:
     """The compiled steps of one run on one mesh. Shapes that `compile_all` has not compiled are compiled on first use.
 
@@ -116,9 +130,8 @@ class Programs:
         eval_step = make_eval_step(graphdef, loss, packing=held_out_packing, devices=devices)
         self._neutral = functools.partial(neutral_adapter, graphdef)
         if stacked:
-            own_weights = Batch(None, None, None, None, None, 0)
-            train_step = jax.vmap(train_step, (0, None, own_weights, 0))
-            eval_step, self._neutral = jax.vmap(eval_step, (0, None, None)), jax.vmap(self._neutral, (0, None))
+            train_step, eval_step = _stacked(train_step), _stacked(eval_step)
+            self._neutral = jax.vmap(self._neutral, (0, None))
         self._train_step, self._eval = train_step, jax.jit(eval_step, out_shardings=self.everywhere)
         self._compile = Compiler(mesh.devices.flat[0].platform)
         self.compiled: dict[tuple[str, Shape], Any] = {}

@@ -37,6 +37,10 @@ from jlora.training.metrics import Logger, loading_bar
 from jlora.training.setup import RunSetup, prepare_run
 from jlora.training.trackers import start_trackers
 
+# Answers held-out questions with an adapter; and what makes such a function, and compiles its programs.
+Answers = Callable[[params.Adapter], Iterable[str]]
+MakeAnswers = Callable[[RunSetup, Programs, params.Adapter], Answers]
+
 
 @dataclasses.dataclass
 class TrainedRun:
@@ -47,11 +51,8 @@ class TrainedRun:
     progress: Progress
     state: TrainState
     programs: Programs
+    answers: Answers
     stopped: signal.Signals | None  # the signal that stopped it before its last step
-
-
-# Makes the function that answers held-out questions with an adapter during a run, for `eval_answers_steps`.
-MakeAnswers = Callable[[RunSetup, Programs], Callable[[params.Adapter], Iterable[str]]]
 
 
 @contextlib.contextmanager
@@ -72,6 +73,7 @@ def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
         adapter = first_adapter(setup.config, setup.model, setup.compute, programs.base)
         state = fresh_state(adapter, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
         state, progress = restore(start, state)
+        answers = make_answers(setup, programs, state.lora)
         stop, checkpoints = StopSignal(), Checkpoints(run)
         warm_start = not start.exact and bool(start.source or config.init_adapter)
         with processes.fail_together(), checkpoints.explain_write_errors():
@@ -89,12 +91,11 @@ def train(config: Config, make_answers: MakeAnswers) -> Iterator[TrainedRun]:
         with logger:
             work = (setup.batches, setup.held_out, setup.steps)
             file = functools.partial(base_loss_file, setup)
-            answers = make_answers(setup, programs)
             loop = TrainingLoop(config, programs, *work, checkpoints, logger, progress, stop, file, answers, warm_start)
             state = loop.run(state)
         with processes.fail_together():
             checkpoints.wait()
-        yield TrainedRun(setup, checkpoints, progress, state, programs, stop.received)
+        yield TrainedRun(setup, checkpoints, progress, state, programs, answers, stop.received)
 
 
 def load(setup: RunSetup, first: int, *, team: int = 0) -> Programs:
@@ -107,24 +108,11 @@ def load(setup: RunSetup, first: int, *, team: int = 0) -> Programs:
     Raises:
       UserError: the run does not fit into memory, or a step takes too long; the message suggests other settings.
     """
-    config, mesh, batches = setup.config, setup.mesh, setup.batches
+    mesh, batches, job = setup.mesh, setup.batches, make_run_job(setup, team)
     _, _, base_shapes = hf_loader.abstract_model(setup.model, spec_of(setup.record["config"]), setup.compute)
-    here, layout = (
-        find_target("here", mesh.devices.flatten().tolist()),
-        layout_from_examples(setup.model, setup.examples),
-    )
+    here = find_target("here", mesh.devices.flatten().tolist())
     here = here._replace(limit=processes.minimum(here.limit))
-    job = Job(
-        config=config,
-        model=setup.model,
-        compute=setup.compute,
-        micro_batches=batches.micro_batches,
-        rows=batches.rows,
-        shape=batches.shapes[-1],
-        packing=Packing(*batches.packing),
-        held_out_packing=Packing(*setup.held_out.packing) if setup.held_out else UNKNOWN,
-        team=team,
-    )
+    layout = layout_from_examples(setup.model, setup.examples)
     placed = placed_shapes(base_shapes, mesh, "base")
     if first < setup.steps:
         with processes.fail_together():
@@ -147,6 +135,22 @@ def load(setup: RunSetup, first: int, *, team: int = 0) -> Programs:
     if jax.default_backend() == "cpu":
         malloc.retain_freed_memory()
     return programs
+
+
+def make_run_job(setup: RunSetup, team: int = 0) -> Job:
+    """Returns the training step of a run, for its largest batch; `team` as for `load`."""
+    batches = setup.batches
+    return Job(
+        config=setup.config,
+        model=setup.model,
+        compute=setup.compute,
+        micro_batches=batches.micro_batches,
+        rows=batches.rows,
+        shape=batches.shapes[-1],
+        packing=Packing(*batches.packing),
+        held_out_packing=Packing(*setup.held_out.packing) if setup.held_out else UNKNOWN,
+        team=team,
+    )
 
 
 def compile_programs(job: Job, here: Target, setup: RunSetup) -> tuple[Forecast, Programs]:
