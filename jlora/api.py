@@ -120,12 +120,7 @@ def finetune(config: Config) -> Result:
     config = Config(**settings)
     if problems := problems + validate(config):
         raise UserError("\n  ".join(["The config is not valid:", *problems]))
-    config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
-    configure_jax(config)
-    processes.connect(config.coordinator_address, config.num_processes, config.process_id)
-    find_devices(config.device)
-    processes.mute_all_but_first()
-    enable_compilation_cache()
+    config = _start(config)
     if config.evaluate:
         check_settings(config)
     with processes.exit_on_failure(), train(config, _sample_answers) as trained:
@@ -135,6 +130,16 @@ def finetune(config: Config) -> Result:
             adapter = _finish(trained, step)
         losses = progress.base_loss, progress.best_loss
         return Result(Path(config.output_dir), step, trained.setup.steps, adapter, *losses, trained.stopped)
+
+
+def _start(config: Config) -> Config:
+    """Prepares JAX and connects the processes of a run; returns the config with a complete output_dir."""
+    configure_jax(config)
+    processes.connect(config.coordinator_address, config.num_processes, config.process_id)
+    find_devices(config.device)
+    processes.mute_all_but_first()
+    enable_compilation_cache()
+    return dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +158,7 @@ def run_sweep(config: Config) -> SweepResult:
     Raises:
       UserError: the config, the data or the base model must change; or all trainings diverged.
     """
-    config = dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))
-    configure_jax(config)
-    find_devices(config.device)
-    enable_compilation_cache()
+    config = _start(config)
     with sweep_run.prepared(config) as sweep:
         print(f"Training {plural(len(sweep.trials), 'adapter')} for {plural(sweep.steps, 'step')} each", flush=True)
         stopped = sweep_run.train(sweep)

@@ -247,6 +247,7 @@ class Evaluated:
 
     def __init__(self, setting, losses):
         self.setting, self.held_out_losses, self.step, self.diverged = setting, losses, max(losses), False
+        self.base_loss = 3.0
 
     def loss_at(self, step):
         return self.held_out_losses[step]
@@ -262,6 +263,15 @@ def test_the_smaller_rank_wins_unless_the_larger_is_better_by_more_than_its_erro
     chosen, reason = winner(ranks, standings(ranks, folds))
     assert chosen.setting == 1
     assert "not better by more than its standard error" in reason
+
+
+def test_a_setting_that_is_not_better_than_the_base_model_is_not_called_so():
+    """With folds, by twice the standard error of the differences: 0.15 for 0.5, 0.1 and 0.0, and 0 for three times 0.3."""
+    one = grid([4])
+    for losses, better in (((2.9,), True), ((3.1,), False), ((2.5, 2.9, 3.0), False), ((2.7, 2.7, 2.7), True)):
+        found = standings(one, [Evaluated(0, {1: loss}) for loss in losses])
+        assert found[0].gains == better
+        assert ("no setting is better than the base model, 3.0000" in winner(one, found)[1]) != better
 
 
 def test_rungs_leave_enough_settings():

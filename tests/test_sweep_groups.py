@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
 from programs import losses_of, run_program, short_run
 
 from jlora import UserError
+from jlora.common.statistics import adjusted
 from jlora.config.schema import Config
 from jlora.data.batches import plan_batches
 from jlora.data.examples import Example
-from jlora.sweep.groups import adjusted, find_groups
+from jlora.sweep.groups import find_groups
 
 TOPICS = ("contracts", "wages", "hours", "leave", "notice", "union")
 WRONG = ("wages", "leave")
@@ -51,35 +53,61 @@ def sweep(tiny, root, output, *words, **changes):
     return run_program("sweep", "--config", file, *words)
 
 
-def test_planted_wrong_answers_are_found_and_no_other_group_is_blamed(tiny, planted, tmp_path):
-    done = sweep(tiny, planted, tmp_path / "out", "--groups", "topic")
+@pytest.mark.parametrize("seed", range(5))
+def test_twenty_wrong_answers_among_two_hundred_are_found_and_no_clean_group_is_blamed(tiny, tmp_path, seed):
+    """Four groups of five wrong answers, and six groups of five right ones; the other rows are in no group."""
+    chance = random.Random(seed)
+    names = [f"author {i}" for i in range(10) for _ in range(5)] + [None] * 150
+    chance.shuffle(names)
+    bad = {f"author {i}" for i in chance.sample(range(10), 4)}
+    wrong = ("No, not at all, never.", "Nobody knows that, sorry.", "Only on Sundays, I think.")
+    rows = [
+        {
+            "prompt": f"Is rule {i} on {chance.choice(TOPICS)} binding?",
+            "response": chance.choice(wrong) if name in bad else "Yes, by law, always.",
+            "author": name,
+        }
+        for i, name in enumerate(names)
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/rows.jsonl").write_text(lines_of(rows))
+    held_out = [{"prompt": f"Is rule {i} on pay binding?", "response": "Yes, by law, always."} for i in range(20)]
+    (tmp_path / "held_out.jsonl").write_text(lines_of(held_out))
+    settings = {"batch_size": 8, "max_steps": 50, "eval_steps": 50, "logging_steps": 50}
+    words = ("--groups", "author", "--sweep.seed=0,1,2,3,4", "--sweep.together=11")
+    done = sweep(tiny, tmp_path, tmp_path / "out", *words, **settings)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out/sweep.json").read_text())["groups"]
-    assert {own["group"] for own in found if own["verdict"] == "harms"} == set(WRONG), done.stdout
-    assert "2 groups harm the held-out loss" in done.stdout
-    assert "wages: rows.jsonl:2, rows.jsonl:8, rows.jsonl:14" in done.stdout
-    assert "leave" in (tmp_path / "out/sweep.html").read_text()
+    assert {own["group"] for own in found if own["verdict"] == "harms"} == bad, done.stdout
+    assert "4 groups harm the held-out loss" in done.stdout
+    first = next(name for name in dict.fromkeys(own["group"] for own in found))
+    places = ", ".join(f"rows.jsonl:{i}" for i, name in enumerate(names, 1) if name == first)
+    assert f"{first}: {places}" in done.stdout
+    assert places in (tmp_path / "out/sweep.html").read_text()
     assert not (tmp_path / "out/adapter").exists()
 
 
 def test_the_effect_is_the_difference_of_two_trainings(tiny, planted, tmp_path):
     """Each in turn and three in one step: the same losses, and with all rows those of a run of its own."""
-    words = ("--groups", "topic", "--sweep.together=3")
+    words = ("--groups", "topic", "--sweep.seed=0,1", "--sweep.together=3")
     assert sweep(tiny, planted, tmp_path / "teams", *words, max_steps=4, eval_steps=4).returncode == 0
-    assert sweep(tiny, planted, tmp_path / "turns", *words[:2], max_steps=4, eval_steps=4).returncode == 0
+    assert sweep(tiny, planted, tmp_path / "turns", *words[:3], max_steps=4, eval_steps=4).returncode == 0
     found = json.loads((tmp_path / "turns/sweep.json").read_text())["groups"]
-    losses = {}
-    for trial in (tmp_path / "turns/trials").iterdir():
-        own, theirs = losses_of(trial), losses_of(tmp_path / "teams/trials" / trial.name)
+    last = {}
+    for trial in (tmp_path / "turns/trials").glob("*/*"):
+        name = trial.relative_to(tmp_path / "turns/trials")
+        own, theirs = losses_of(trial), losses_of(tmp_path / "teams/trials" / name)
         np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
         lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
-        losses[trial.name] = lines[-1]["eval_loss"]
+        last[str(name)] = lines[-1]["eval_loss"]
+    assert len(last) == 2 * 7
     effects = {own["group"]: own["effect"] for own in found}
     for number, topic in enumerate(TOPICS, 1):
-        assert effects[topic] == pytest.approx(losses["all-rows"] - losses[f"without-group-{number}"], abs=1e-6)
+        pairs = [last[f"seed={seed}/all-rows"] - last[f"seed={seed}/without-group-{number}"] for seed in (0, 1)]
+        assert effects[topic] == pytest.approx(np.mean(pairs), abs=1e-6)
     file = (tmp_path / "turns").with_suffix(".yaml")
     assert run_program("train", "--config", file, f"--config.output_dir={tmp_path}/alone").returncode == 0
-    own, theirs = losses_of(tmp_path / "turns/trials/all-rows"), losses_of(tmp_path / "alone")
+    own, theirs = losses_of(tmp_path / "turns/trials/seed=0/all-rows"), losses_of(tmp_path / "alone")
     np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
 
 
@@ -145,6 +173,7 @@ def test_p_values_are_adjusted_for_the_number_of_groups():
     ("words", "message"),
     [
         (("--groups", "topic", "--sweep.lora_rank=2,4"), "set only seed and folds"),
+        (("--groups", "topic", "--sweep.seed=0"), "needs at least two seeds or folds"),
         (("--groups", "colour"), "no row is in a group"),
         (("--groups", "file"), "all rows are in one group"),
         (

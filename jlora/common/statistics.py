@@ -90,6 +90,13 @@ def difference(values: Values, others: Values, weights: Values) -> Difference:
     return Difference(value, low, high, float(tested.pvalue))
 
 
+def adjusted(p_values: np.ndarray) -> list[float]:
+    """Returns the p-values of several questions so that few "yes" are false (Benjamini and Hochberg 1995)."""
+    from scipy import stats
+
+    return list(map(float, stats.false_discovery_control(p_values)))
+
+
 def gap(values: Values, others: Values) -> Interval:
     """Returns the difference of the means of two independent sets of rows, with its bootstrap interval."""
     from scipy import stats

@@ -31,10 +31,11 @@ def fresh_state(
 ) -> TrainState:
     """Returns the training state before step 1, placed on the mesh."""
     out_shardings = places_of(state_shapes(adapter, optimizer, mesh, compute_dtype))
-    return jax.jit(lambda adapter: _first(adapter, optimizer, compute_dtype), out_shardings=out_shardings)(adapter)
+    return jax.jit(lambda adapter: first_state(adapter, optimizer, compute_dtype), out_shardings=out_shardings)(adapter)
 
 
-def _first(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
+def first_state(adapter: Adapter, optimizer: optax.GradientTransformation, compute_dtype: DTypeLike) -> TrainState:
+    """Returns the training state before step 1, inside a program."""
     scaling = loss_scale.init_loss_scale() if compute_dtype == jnp.float16 else None
     return TrainState(adapter, optim.init(optimizer, adapter), jnp.zeros((), jnp.int32), scaling)
 
@@ -52,7 +53,7 @@ def state_shapes(
     adapter: Adapter, optimizer: optax.GradientTransformation, mesh: Mesh, compute_dtype: DTypeLike
 ) -> TrainState:
     """Returns the result of `fresh_state` as shapes."""
-    made = jax.eval_shape(lambda adapter: _first(adapter, optimizer, compute_dtype), adapter)
+    made = jax.eval_shape(lambda adapter: first_state(adapter, optimizer, compute_dtype), adapter)
     return placed_shapes(made, mesh, "state")
 
 

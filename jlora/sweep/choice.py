@@ -19,6 +19,8 @@ class Standing(NamedTuple):
     error: float  # standard error of the mean over folds; NaN without folds
     step: int
     steps: int  # trained so far
+    base_loss: float | None  # of the base model, the mean over folds
+    gains: bool  # whether the loss is lower; with folds, by more than two standard errors of the difference
 
     @property
     def text(self) -> str:
@@ -34,7 +36,7 @@ def standings(grid: Grid, trials: Sequence[Trial]) -> list[Standing]:
     for number, own in enumerate(by_setting(grid, trials)):
         steps = sorted(set.intersection(*(set(trial.held_out_losses) for trial in own)))
         if any(trial.diverged for trial in own):
-            found.append(Standing(number, math.inf, math.nan, 0, min(trial.step for trial in own)))
+            found.append(Standing(number, math.inf, math.nan, 0, min(trial.step for trial in own), None, False))
             continue
         if not steps:
             continue
@@ -42,7 +44,11 @@ def standings(grid: Grid, trials: Sequence[Trial]) -> list[Standing]:
         at = int(np.argmin(losses.mean(axis=1)))
         count = losses.shape[1]
         error = float(losses[at].std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan
-        found.append(Standing(number, float(losses[at].mean()), error, steps[at], min(trial.step for trial in own)))
+        base = np.array([trial.base_loss for trial in own])
+        gain, spread = base - losses[at], (base - losses[at]).std(ddof=1) if count > 1 else 0.0
+        gains = bool(gain.mean() > 2 * spread / math.sqrt(count))
+        loss, done = float(losses[at].mean()), min(trial.step for trial in own)
+        found.append(Standing(number, loss, error, steps[at], done, float(base.mean()), gains))
     return sorted(found, key=lambda standing: (standing.loss, grid.configs[standing.setting].lora_rank))
 
 
@@ -68,6 +74,13 @@ def winner(grid: Grid, found: Sequence[Standing]) -> tuple[Standing, str]:
     With folds, a smaller rank wins if its loss is within one standard error of the best (Breiman et al. 1984).
     """
     best = found[0]
+    assert best.base_loss is not None
+    if not best.gains:
+        name = name_of(grid.settings[best.setting])
+        return (
+            best,
+            f"{name}: held-out loss {best.text}; no setting is better than the base model, {best.base_loss:.4f}",
+        )
     full = [standing for standing in found if standing.steps >= best.steps]
     limit = best.loss + (0.0 if math.isnan(best.error) else best.error)
     close = [standing for standing in full if standing.loss <= limit]

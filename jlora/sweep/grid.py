@@ -21,6 +21,7 @@ OPTIONS = {
     "together": "number of adapters that train in one step; 0: as many as fit, up to 8, but one on a CPU",
     "yes": "whether to train more than 60 settings",
 }
+SEEDS = 3  # with groups of rows, unless they are set
 MANY = 60  # trainings that need `sweep.yes`
 # Settings that the padded form of a sweep has no place for.
 FIXED = (
@@ -73,6 +74,8 @@ def read_grid(config: Config) -> Grid:
             varied[key] = _read_values(key, given, config)
         else:
             raise UserError(_unknown(key))
+    if options["groups"] and not options["folds"]:  # trainings differ by chance, and this shows by how much
+        varied.setdefault("seed", [config.seed + i for i in range(SEEDS)])
     if not varied and not options["groups"]:
         raise UserError(f"Nothing varies. Set --sweep.KEY=VALUE,VALUE for one or more of {', '.join(VARIES)}.")
     settings = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
@@ -83,6 +86,8 @@ def read_grid(config: Config) -> Grid:
         grid.check_size()
     elif varied.keys() - {"seed"} or grid.halving:
         raise UserError("--sweep.groups compares trainings with the same settings. Beside it, set only seed and folds.")
+    elif len(settings) * max(grid.folds, 1) < 2:
+        raise UserError("--sweep.groups needs at least two seeds or folds, because trainings differ by chance.")
     return grid
 
 

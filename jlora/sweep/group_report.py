@@ -19,8 +19,8 @@ def table_rows(found: Sequence[Effect]) -> tuple[list[str], list[list[str]]]:
         [
             effect.group.name,
             str(len(effect.group.rows)),
-            f"{effect.change.value:+.4f}",
-            f"{effect.change.low:+.4f} to {effect.change.high:+.4f}",
+            f"{effect.value:+.4f}",
+            f"{effect.low:+.4f} to {effect.high:+.4f}",
             f"{effect.p:.3f}",
             effect.verdict,
             effect.group.places,
@@ -44,8 +44,8 @@ def as_json(found: Sequence[Effect], step: int, about: dict[str, Any]) -> str:
         {
             "group": effect.group.name,
             "rows": sorted(effect.group.rows),
-            "effect": effect.change.value,
-            "interval": [effect.change.low, effect.change.high],
+            "effect": effect.value,
+            "interval": [effect.low, effect.high],
             "p": effect.p,
             "verdict": effect.verdict,
         }
@@ -57,14 +57,14 @@ def as_json(found: Sequence[Effect], step: int, about: dict[str, Any]) -> str:
 def as_html(found: Sequence[Effect], step: int, title: str) -> str:
     """Returns a self-contained page."""
     about = (
-        f"Each group was left out of one training. Its effect is the held-out loss after step {step} of the training "
-        "on all rows, less that of the training without the group: above 0, the model is better without it."
+        f"Each group was left out of some trainings. Its effect is the held-out loss after step {step} if all rows are "
+        "learned, less the loss if the group is not: above 0, the model is better without the group."
     )
     chart = interval_chart(
         [effect.group.name for effect in found],
-        [effect.change.value for effect in found],
-        [effect.change.low for effect in found],
-        [effect.change.high for effect in found],
+        [effect.value for effect in found],
+        [effect.low for effect in found],
+        [effect.high for effect in found],
         spec="+.4f",
         reference=0.0,
     )

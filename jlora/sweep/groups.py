@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jlora.common.errors import UserError
-from jlora.common.statistics import SIGNIFICANT, Difference, difference
+from jlora.common.statistics import LEVEL, SIGNIFICANT, adjusted
 from jlora.config.schema import Config
 from jlora.data.checks.report import DataReport
 from jlora.data.examples import SizedExamples
@@ -37,10 +37,12 @@ class Group(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What a group does to the held-out loss."""
+    """What a group does to the held-out loss, in nats per token."""
 
     group: Group
-    change: Difference  # of the loss if the group is trained on, in nats per token: above 0, it does harm
+    value: float  # the loss if the group is trained on, less the loss without it: above 0, it does harm
+    low: float  # of the interval
+    high: float
     p: float  # of "it changes nothing", adjusted for the number of groups
 
     @property
@@ -48,7 +50,7 @@ class Effect(NamedTuple):
         """The effect in a word."""
         if self.p >= SIGNIFICANT:
             return "no clear effect"
-        return "harms" if self.change.value > 0 else "helps"
+        return "harms" if self.value > 0 else "helps"
 
 
 def find_groups(config: Config, kind: str) -> list[Group]:
@@ -96,29 +98,51 @@ def left_out(examples: SizedExamples, group: Group) -> np.ndarray:
 def effects(groups: Sequence[Group], trials: Sequence[Trial]) -> tuple[int, list[Effect]]:
     """Returns the step at which the loss of training on all rows is lowest, and each group's effect there.
 
-    Every held-out row gives one difference, which is its mean over settings such as seeds. A group's own rows are no
-    measure of the group, so they are left out where they are held out (with folds). The groups with the worst effect
-    come first.
+    An effect is the mean over the pairs of trainings, with and without the group: one for each seed and fold. Its
+    standard error has two parts: the pairs differ by chance, about as much for all groups; and so do the held-out rows.
+    A group's own rows are no measure of it, so they are left out where they are held out. The worst groups come first.
     """
+    from scipy import stats
+
     whole = [trial for trial in trials if trial.group < 0]
     steps = sorted(set.intersection(*(set(trial.held_out_losses) for trial in trials)))
     step = min(steps, key=lambda step: np.mean([trial.held_out_losses[step] for trial in whole]))
-    changes = []
+    pairs, rows_errors = [], []
     for number, group in enumerate(groups):
         without = [trial for trial in trials if trial.group == number]
-        losses, counts, kept = [], [], []
-        for fold in sorted({trial.fold for trial in whole}):
-            all_rows, others = (
-                np.mean([trial.held_out_sums[step] for trial in some if trial.fold == fold], axis=0)
-                for some in (whole, without)
-            )
-            losses.append(np.stack([all_rows[:, 0], others[:, 0]]))
-            counts.append(all_rows[:, 1])
-            kept.append(~_own_batches(next(trial for trial in whole if trial.fold == fold), group))
-        (with_group, without_group), keeps = np.concatenate(losses, axis=1), np.concatenate(kept)
-        changes.append(difference(with_group, without_group, np.concatenate(counts) * keeps))
-    found = [Effect(*each) for each in zip(groups, changes, adjusted([change.p for change in changes]), strict=True)]
-    return step, sorted(found, key=lambda effect: -effect.change.value)
+        found = [_pair(group, *both, step) for both in zip(whole, without, strict=True)]
+        pairs.append([changes.sum() / counts.sum() for changes, counts in found])
+        rows_errors.append(_error_of_rows(found, [trial.fold for trial in whole]))
+    values, count = np.array(pairs), len(whole)
+    freedom = len(groups) * (count - 1)
+    errors = np.sqrt(values.var(axis=1, ddof=1).mean() / count + np.square(rows_errors))
+    means = values.mean(axis=1)
+    p_values = adjusted(2 * stats.t.sf(np.abs(means) / errors, freedom))
+    margins = stats.t.isf((1 - LEVEL) / 2, freedom) * errors
+    effects = [
+        Effect(group, float(mean), float(mean - margin), float(mean + margin), p)
+        for group, mean, margin, p in zip(groups, means, margins, p_values, strict=True)
+    ]
+    return step, sorted(effects, key=lambda effect: -effect.value)
+
+
+def _pair(group: Group, whole: Trial, without: Trial, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns by how much a group raises the summed loss of each held-out row, and the row's count; [rows] each."""
+    keeps = ~_own_batches(whole, group)
+    with_group, without_group = whole.held_out_sums[step], without.held_out_sums[step]
+    return (with_group[:, 0] - without_group[:, 0]) * keeps, with_group[:, 1] * keeps
+
+
+def _error_of_rows(found: Sequence[tuple[np.ndarray, np.ndarray]], folds: Sequence[int]) -> float:
+    """Returns the standard error of an effect if the held-out rows were drawn again (of a ratio: Cochran 1977)."""
+    by_fold = [
+        np.mean([pair for pair, own in zip(found, folds, strict=True) if own == fold], axis=0)
+        for fold in sorted(set(folds))
+    ]
+    changes, counts = np.concatenate(by_fold, axis=1)
+    changes, counts = changes[counts > 0], counts[counts > 0]
+    spread = changes - counts * changes.sum() / counts.sum()
+    return float(np.sqrt(len(counts) / max(len(counts) - 1, 1) * np.square(spread).sum()) / counts.sum())
 
 
 def _own_batches(trial: Trial, group: Group) -> np.ndarray:
@@ -130,13 +154,6 @@ def _own_batches(trial: Trial, group: Group) -> np.ndarray:
             for step in range(held_out.steps_per_epoch)
         ]
     )
-
-
-def adjusted(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values that keep the share of false discoveries down (Benjamini and Hochberg 1995)."""
-    from scipy import stats
-
-    return list(map(float, stats.false_discovery_control(p_values)))
 
 
 def _in_order(place: str) -> tuple[str, int]:

@@ -57,6 +57,7 @@ def as_json(grid: Grid, trials: Sequence[Trial], steps: int, about: dict[str, An
         }
         for standing in found
     ]
+    about = {**about, "base_loss": chosen.base_loss}
     winning = {"settings": grid.settings[chosen.setting], "reason": reason}
     return json.dumps({**about, "steps": steps, "winner": winning, "settings": settings}, indent=2) + "\n"
 
@@ -66,7 +67,11 @@ def as_html(grid: Grid, trials: Sequence[Trial], steps: int, title: str) -> str:
     found = standings(grid, trials)
     chosen, reason = winner(grid, found)
     folds = f", each on {grid.folds} folds of the rows" if grid.folds else ""
-    summary = [f"The winner is {reason}.", f"{plural(len(grid.settings), 'setting')}{folds}, {steps} steps each."]
+    summary = [
+        f"The winner is {reason}.",
+        f"The base model's held-out loss is {chosen.base_loss:.4f}.",
+        f"{plural(len(grid.settings), 'setting')}{folds}, {steps} steps each.",
+    ]
     curves = {
         name_of(grid.settings[standing.setting]): _mean_curve(by_setting(grid, trials)[standing.setting])
         for standing in found[:CURVES]

@@ -96,7 +96,7 @@ def make_trials(grid: Grid, groups: Sequence[Group], setup: RunSetup, output: Pa
                 own = batches
                 if group >= 0:
                     own = dataclasses.replace(batches, left_out=left_out(examples, groups[group]))
-                directory = trial_directory(output, grid.settings[number], fold, group)
+                directory = trial_directory(output, grid.settings[number], fold, group if groups else None)
                 run = dataclasses.replace(config, output_dir=str(directory))
                 trials.append(Trial(number, fold, group, run, directory, own, held_out))
                 all_steps.append(steps)
@@ -141,8 +141,11 @@ def train(sweep: Sweep) -> signal.Signals | None:
             for team in make_teams(left, most):
                 if not trainer.train(team, team_size(left, most), until, stop):
                     return stop.received
-            if all(trial.diverged for trial in left):
-                raise UserError("All settings diverged. Lower learning_rate.")
+            diverged = [trial.diverged for trial in left]
+            if all(diverged) or (sweep.groups and any(diverged)):
+                raise UserError(
+                    f"{'All settings' if all(diverged) else 'Some trainings'} diverged. Lower learning_rate."
+                )
             if until in rungs(grid, sweep.steps):
                 alive = survivors(grid, trials, until, alive)
             if until < sweep.steps:
@@ -173,7 +176,8 @@ def finish(sweep: Sweep) -> tuple[Path, str]:
     about = {"jlora": jlora.__version__, "base_model": sweep.setup.config.base_model}
     replace_text(output / "sweep.json", report.as_json(grid, sweep.trials, sweep.steps, about))
     replace_text(output / "sweep.html", report.as_html(grid, sweep.trials, sweep.steps, f"Sweep in {output.name}"))
-    print("", *_table(sweep), "", f"The winner is {reason}.", sep="\n")
+    base = f"The base model's held-out loss is {chosen.base_loss:.4f}."
+    print("", *_table(sweep), "", f"The winner is {reason}.", base, sep="\n")
     return best.directory, pasted(grid, chosen.setting)
 
 

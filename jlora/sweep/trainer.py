@@ -3,25 +3,28 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 from tqdm import tqdm
 
+from jlora.adapters import params
 from jlora.adapters.settings import spec_of
+from jlora.adapters.spec import AdapterSpec
+from jlora.config.schema import Config
 from jlora.data.batches import Batch
 from jlora.distributed.sharding import place, places_of
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
 from jlora.steps import optim
-from jlora.steps.programs import Programs, fresh_state, stacked_shapes, state_shapes
+from jlora.steps.programs import Programs, first_state, stacked_shapes, state_shapes
 from jlora.steps.train_step import TrainState
 from jlora.sweep.padded import cut, pad, stack, unstack
 from jlora.sweep.trials import Trial
-from jlora.training.run import first_adapter
 from jlora.training.setup import RunSetup
 
 STEPS_IN_FLIGHT = 2  # steps that may be queued on the devices at a time
@@ -45,6 +48,13 @@ def team_size(trials: Sequence[Trial], most: int) -> int:
     return -(-largest // -(-largest // most))
 
 
+class Form(NamedTuple):
+    """What trainings whose adapters have the same form share."""
+
+    shapes: TrainState  # the state of a run of its own, as shapes
+    first: Callable[[Any, int], TrainState]  # base model, seed -> the state before step 1
+
+
 class Trainer:
     """A context manager that trains teams with the programs of the sweep, and shows a progress bar on a terminal.
 
@@ -57,6 +67,8 @@ class Trainer:
     def __init__(self, setup: RunSetup, programs: Programs, steps: int, trainings: int) -> None:
         self._setup, self._programs, self._steps = setup, programs, steps
         self._base_losses: dict[int, float] = {}  # by fold
+        self._forms: dict[AdapterSpec, Form] = {}
+        self._make_keys = jax.jit(jax.vmap(jax.random.key), out_shardings=programs.everywhere)
         spec = dataclasses.replace(spec_of(setup.record["config"]), swept=True)
         _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
         self._bar = tqdm(total=steps * trainings, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
@@ -89,9 +101,9 @@ class Trainer:
         own = [self._start(trial, start) for trial in team]
         state = self._stacked([*own, *own[-1:] * (size - len(own))], team)
         for trial in team:
-            if trial.progress.base_loss is None:
-                trial.progress.base_loss = self._base_loss(trial, state)
-                trial.log(0, eval_loss=trial.progress.base_loss)
+            if trial.base_loss is None:
+                trial.base_loss = trial.progress.base_loss = self._base_loss(trial, state)
+                trial.log(0, eval_loss=trial.base_loss)
         state, done = self._run(team, size, state, start, until, stop)
         losses: list[float | None] = [None] * len(team)
         if not stop.received and not all(trial.diverged for trial in team):
@@ -111,7 +123,7 @@ class Trainer:
         """Trains up to a step, a signal, or the divergence of all; returns the state and the steps done."""
         seeds, every = np.array([trial.config.seed + 1 for trial in team]), self._setup.config.logging_steps
         seeds = np.concatenate([seeds, np.repeat(seeds[-1:], size - len(seeds))])
-        keys = jax.jit(jax.vmap(jax.random.key), out_shardings=self._programs.everywhere)(seeds)
+        keys = self._make_keys(seeds)
         pending: list[Any] = []
         done = start
         while done < until and not stop.received and not all(trial.diverged for trial in team):
@@ -175,14 +187,25 @@ class Trainer:
 
     def _start(self, trial: Trial, step: int) -> TrainState:
         """Returns the state of a trial after a step that it has saved, or before its first, in a run's own form."""
-        setup, spec = self._setup, spec_of(dataclasses.asdict(trial.config))
-        _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
-        optimizer = optim.make_optimizer(trial.config, spec, self._steps)
+        spec = spec_of(dataclasses.asdict(trial.config))
+        if spec not in self._forms:
+            self._forms[spec] = self._form(trial.config, spec)
+        form = self._forms[spec]
         if step:
-            return trial.restore(step, state_shapes(shapes, optimizer, setup.mesh, setup.compute.compute_dtype))
-        trial.start(setup.record)
-        adapter = first_adapter(trial.config, setup.model, setup.compute, self._programs.base)
-        return fresh_state(adapter, optimizer, setup.mesh, setup.compute.compute_dtype)
+            return trial.restore(step, form.shapes)
+        trial.start(self._setup.record)
+        return form.first(self._programs.base, trial.config.seed)
+
+    def _form(self, config: Config, spec: AdapterSpec) -> Form:
+        setup, dtype = self._setup, self._setup.compute.compute_dtype
+        _, adapter, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
+        optimizer = optim.make_optimizer(config, spec, self._steps)  # of which only the form of its state counts here
+        shapes = state_shapes(adapter, optimizer, setup.mesh, dtype)
+
+        def first(base: Any, seed: Int[Array, ""]) -> TrainState:
+            return first_state(params.start(spec, adapter, base, jax.random.key(seed)), optimizer, dtype)
+
+        return Form(shapes, jax.jit(first, out_shardings=places_of(shapes)))
 
 
 def _joint_batch(team: Sequence[Trial], size: int, step: int) -> Batch:

@@ -58,6 +58,7 @@ class Trial:
     progress: Progress = dataclasses.field(default_factory=Progress)
     step: int = 0  # trained so far
     diverged: bool = False
+    base_loss: float | None = None  # the base model's held-out loss
     held_out_losses: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
     held_out_sums: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by step: [batches, 2]
     _known: bool = False  # whether what an earlier process left has been read
@@ -124,7 +125,8 @@ class Trial:
 
     def _take(self, lines: Sequence[dict[str, Any]], last: int) -> None:
         """Takes the held-out losses up to a step from the lines of metrics."""
-        losses = {line["step"]: line["eval_loss"] for line in lines if line["step"] and "eval_loss" in line}
+        losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+        self.base_loss = losses.pop(0, None)
         self.held_out_losses = {step: loss for step, loss in losses.items() if step <= last}
         kept = keep_steps(self.sums, last) if self.sums.exists() else []
         self.held_out_sums = {line["step"]: np.array(line["sums"]) for line in kept}
@@ -146,14 +148,16 @@ class Trial:
         write_record(self.directory, {**record, "config": dataclasses.asdict(self.config)})
         replace_text(self.metrics, "")
         self.sums.unlink(missing_ok=True)
-        self.step, self.progress, self.held_out_losses, self.held_out_sums = 0, Progress(), {}, {}
+        self.step, self.progress, self.base_loss, self.held_out_losses, self.held_out_sums = 0, Progress(), None, {}, {}
 
 
-def trial_directory(output: Path, changes: dict[str, Any], fold: int, group: int) -> Path:
-    """Returns the directory of a trial."""
+def trial_directory(output: Path, changes: dict[str, Any], fold: int, group: int | None) -> Path:
+    """Returns the directory of a trial; `group` is None in a sweep that leaves out none."""
     parts = [name_of(changes).replace(" ", ",")] if changes else []
-    parts += [f"without-group-{group + 1}" if group >= 0 else "all-rows"] if group >= 0 or not changes else []
-    parts += [f"fold-{fold + 1}"] if fold >= 0 else []
+    if group is not None:
+        parts.append(f"without-group-{group + 1}" if group >= 0 else "all-rows")
+    if fold >= 0:
+        parts.append(f"fold-{fold + 1}")
     return Path(output, "trials", *parts)
 
 
