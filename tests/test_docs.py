@@ -114,7 +114,8 @@ def test_commands_parse(name, arguments, monkeypatch):
         assert not varied or name == "sweep"
         config = load_config(known.config, others)  # an unknown key or a wrong value is an error
         if name == "sweep":
-            read_grid(dataclasses.replace(config, sweep=varied))
+            groups = {"groups": known.groups} if known.groups else {}
+            read_grid(dataclasses.replace(config, sweep={**varied, **groups}))
     else:
         assert not left
 

@@ -165,7 +165,6 @@ class Engine:
 
     def free_cache(self) -> None:
         """Frees the memory of the cache until the next step; no request may run."""
-        assert not self.busy, "requests are running"
         self._cache = None
         self.pool.forget()
 
@@ -273,8 +272,7 @@ class Engine:
             blocks[row, : len(request.blocks)], mixture[row] = request.blocks, request.mixture
         adapter = self.adapter if self.spec.mixed or mixture.any() else self._base_alone()
         inputs = blocks, tokens, segments, positions, mixture
-        cache = self._empty() if self._cache is None else self._cache
-        logits, self._cache = self._forward(adapter, self.base, cache, *inputs)
+        logits, self._cache = self._forward(adapter, self.base, self._cache or self._empty(), *inputs)
         return logits
 
     def _base_alone(self) -> Adapter:
