@@ -51,7 +51,7 @@ def choose_remat(
 def choose_team(
     job: Job, target: Target, steps: int, log: Callable[[str], None]
 ) -> tuple[Forecast, Programs, TrainState]:
-    """Compiles the training step, as `choose_remat` does; a team of a sweep is halved until it fits with the fastest `remat`."""
+    """Compiles the training step, as `choose_remat` does; halves a sweep's team until the fastest `remat` fits."""
     while job.team > 1:
         found = choose_remat(job.with_remat(_remats(job, target)[0]), target, steps, log)
         if found[0].fits(target.limit):
