@@ -148,12 +148,16 @@ def test_losers_stop_early(tiny, pairs, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / "out", **{**BASE, "max_steps": 8, "eval_steps": 4})))
     words = settings(learning_rate="1e-5,1e-4,1e-3,1e-2", halving="2")
-    done = run_program("sweep", "--config", file, *words)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out/sweep.json").read_text())
-    assert sorted(own["steps"] for own in found["settings"]) == [2, 2, 4, 8]
-    assert "left out after step 2" in done.stdout
-    assert done.stdout.count("Compiling the training step") == 1
+    for name, together, compiled in (("out", 0, 1), ("teams", 4, 3)):  # teams of four, two and one
+        own = (*words, *settings(together=together), f"--config.output_dir={tmp_path / name}")
+        done = run_program("sweep", "--config", file, *own)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / name / "sweep.json").read_text())
+        assert sorted(own["steps"] for own in found["settings"]) == [2, 2, 4, 8]
+        assert "left out after step 2" in done.stdout
+        assert done.stdout.count("Compiling the training step") == compiled
+    losses = [losses_of(tmp_path / name / "trials/learning_rate=0.01") for name in ("out", "teams")]
+    np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-5)
 
 
 def test_a_setting_that_diverges_is_left_out(tiny, pairs, tmp_path):
@@ -209,6 +213,7 @@ def test_a_fold_equals_a_run_on_its_rows(tiny, pairs, tmp_path):
     np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_bytes(swept, tmp_path):
     """SIGKILL at random moments: after some more lines of metrics, and up to half a second later, in the saves too."""
     _, root, file = swept

@@ -53,6 +53,7 @@ def sweep(tiny, root, output, *words, **changes):
     return run_program("sweep", "--config", file, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_twenty_wrong_answers_among_two_hundred_are_found_and_no_clean_group_is_blamed(tiny, tmp_path, seed):
     """Four groups of five wrong answers, and six groups of five right ones; the other rows are in no group."""

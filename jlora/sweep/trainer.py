@@ -68,6 +68,7 @@ class Trainer:
         self._setup, self._programs, self._steps = setup, programs, steps
         self._base_losses: dict[int, float] = {}  # by fold
         self._forms: dict[AdapterSpec, Form] = {}
+        self._size = setup.record["runtime"]["team"]
         self._make_keys = jax.jit(jax.vmap(jax.random.key), out_shardings=programs.everywhere)
         spec = dataclasses.replace(spec_of(setup.record["config"]), swept=True)
         _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
@@ -98,6 +99,9 @@ class Trainer:
         if start >= until or not team:
             return True
         self._bar.set_description(f"{team[0].name}{f' and {len(team) - 1} more' if len(team) > 1 else ''}")
+        if size != self._size:  # settings were left out: the programs are for another number of adapters
+            self._programs.compiled.clear()
+            self._size = size
         own = [self._start(trial, start) for trial in team]
         state = self._stacked([*own, *own[-1:] * (size - len(own))], team)
         for trial in team:
