@@ -90,9 +90,10 @@ def _rows_by_name(kind: str, report: DataReport, labels: Sequence[str]) -> Itera
             yield (Path(name).name if kind == "file" else name), [i for i, own in enumerate(labels) if own == name]
 
 
-def left_out(examples: SizedExamples, group: Group) -> np.ndarray:
-    """Returns which examples are of the group's rows: [N] bool."""
-    return np.array([example.where in group.rows for example in examples])
+def left_out(examples: SizedExamples, groups: Sequence[Group]) -> list[np.ndarray]:
+    """Returns, for each group, which examples are of its rows: [N] bool."""
+    places = [example.where for example in examples] if groups else []
+    return [np.array([place in group.rows for place in places]) for group in groups]
 
 
 def effects(groups: Sequence[Group], trials: Sequence[Trial]) -> tuple[int, list[Effect]]:

@@ -84,18 +84,17 @@ def make_trials(grid: Grid, groups: Sequence[Group], setup: RunSetup, output: Pa
       UserError: there are no held-out rows, or fewer rows than folds.
     """
     trials, all_steps, devices = [], [], data_parallel_size(setup.mesh)
+    parts = [(*part, left_out(part[1], groups)) for part in _parts(grid, setup)]
     for number, config in enumerate(grid.configs):
         alike = dataclasses.replace(config, lora_dropout=setup.config.lora_dropout)  # which rules out a prefix
-        for fold, examples, left in _parts(grid, setup):
+        for fold, examples, left, masks in parts:
             steps, batches, held_out = make_run_batches(alike, setup.model, examples, left, devices)
             if groups:  # the losses of single rows are compared
                 single = dataclasses.replace(alike, batch_size=devices, gradient_accumulation_steps=1)
                 _, _, held_out = make_run_batches(single, setup.model, examples, left, devices)
             assert held_out is not None
-            for group in range(-1, len(groups)):
-                own = batches
-                if group >= 0:
-                    own = dataclasses.replace(batches, left_out=left_out(examples, groups[group]))
+            for group, mask in enumerate([None, *masks], start=-1):
+                own = dataclasses.replace(batches, left_out=mask)
                 directory = trial_directory(output, grid.settings[number], fold, group if groups else None)
                 run = dataclasses.replace(config, output_dir=str(directory))
                 trials.append(Trial(number, fold, group, run, directory, own, held_out))
@@ -138,8 +137,9 @@ def train(sweep: Sweep) -> signal.Signals | None:
     with StopSignal() as stop, trainer:
         for until in stages:
             left = [trial for trial in trials if trial.setting in alive]
-            for team in make_teams(left, most):
-                if not trainer.train(team, team_size(left, most), until, stop):
+            size = team_size(left, most)
+            for team in make_teams(left, size):
+                if not trainer.train(team, size, until, stop):
                     return stop.received
             diverged = [trial.diverged for trial in left]
             if all(diverged) or (sweep.groups and any(diverged)):
@@ -165,7 +165,8 @@ def finish_groups(sweep: Sweep) -> None:
     about = {"jlora": jlora.__version__, "base_model": sweep.setup.config.base_model}
     replace_text(output / "sweep.json", group_report.as_json(found, step, about))
     replace_text(output / "sweep.html", group_report.as_html(found, step, f"Groups of rows in {output.name}"))
-    print("", *_table(sweep), "", *group_report.summary(found, step), sep="\n")
+    rows = text_table(*group_report.table_rows(found))
+    print("", *rows, "", *group_report.summary(found, step), sep="\n")
 
 
 def finish(sweep: Sweep) -> tuple[Path, str]:

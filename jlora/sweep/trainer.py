@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,23 @@ from jlora.sweep.padded import cut, pad, stack, unstack
 from jlora.sweep.trials import Trial
 from jlora.training.setup import RunSetup
 
+Item = TypeVar("Item")
 STEPS_IN_FLIGHT = 2  # steps that may be queued on the devices at a time
 
 
-def make_teams(trials: Sequence[Trial], most: int) -> list[list[Trial]]:
-    """Returns the trials in teams of equal size, at most `most`; the batches of a team have the same examples.
+def make_teams(trials: Sequence[Trial], size: int) -> list[list[Trial]]:
+    """Returns the trials in teams of this size; the batches of a team have the same examples.
 
     The last team of those with the same batches may have fewer.
     """
     alike: dict[tuple[int, int], list[Trial]] = {}
     for trial in trials:
         alike.setdefault((trial.config.seed, trial.fold), []).append(trial)
-    size = team_size(trials, most)
     return [some[i : i + size] for some in alike.values() for i in range(0, len(some), size)]
 
 
 def team_size(trials: Sequence[Trial], most: int) -> int:
-    """Returns the size of the teams of `make_teams`, and of the program for them."""
+    """Returns the size of equal teams of these trials, at most `most`."""
     largest = max(Counter((trial.config.seed, trial.fold) for trial in trials).values())
     return -(-largest // -(-largest // most))
 
@@ -103,11 +103,11 @@ class Trainer:
             self._programs.compiled.clear()
             self._size = size
         own = [self._start(trial, start) for trial in team]
-        state = self._stacked([*own, *own[-1:] * (size - len(own))], team)
+        state = self._stacked(own, team, size)
         for trial in team:
             if trial.base_loss is None:
-                trial.base_loss = trial.progress.base_loss = self._base_loss(trial, state)
-                trial.log(0, eval_loss=trial.base_loss)
+                loss = trial.progress.base_loss = self._base_loss(trial, state)
+                trial.log(0, eval_loss=loss)
         state, done = self._run(team, size, state, start, until, stop)
         losses: list[float | None] = [None] * len(team)
         if not stop.received and not all(trial.diverged for trial in team):
@@ -125,9 +125,8 @@ class Trainer:
         stop: StopSignal,
     ) -> tuple[TrainState, int]:
         """Trains up to a step, a signal, or the divergence of all; returns the state and the steps done."""
-        seeds, every = np.array([trial.config.seed + 1 for trial in team]), self._setup.config.logging_steps
-        seeds = np.concatenate([seeds, np.repeat(seeds[-1:], size - len(seeds))])
-        keys = self._make_keys(seeds)
+        keys = self._make_keys(np.array(_filled([trial.config.seed + 1 for trial in team], size)))
+        every = self._setup.config.logging_steps
         pending: list[Any] = []
         done = start
         while done < until and not stop.received and not all(trial.diverged for trial in team):
@@ -174,12 +173,10 @@ class Trainer:
                 trial.log(trial.step, diverged=True)
                 self.print_lines(f"{trial.name} diverged before step {trial.step}")
 
-    def _stacked(self, own: Sequence[TrainState], team: Sequence[Trial]) -> TrainState:
+    def _stacked(self, own: Sequence[TrainState], team: Sequence[Trial], size: int) -> TrainState:
         """Returns states of runs in the padded form, stacked, on the mesh."""
-        configs = [trial.config for trial in team]
-        configs += configs[-1:] * (len(own) - len(configs))
-        padded = [pad(state, config, self._padded) for state, config in zip(own, configs, strict=True)]
-        return place(stack(padded), places_of(stacked_shapes(self._padded, len(own))))
+        padded = [pad(state, trial.config, self._padded) for state, trial in zip(own, team, strict=True)]
+        return place(stack(_filled(padded, size)), places_of(stacked_shapes(self._padded, size)))
 
     def _base_loss(self, trial: Trial, state: TrainState) -> float:
         """Returns the base model's loss on a trial's held-out rows, which is computed once for all settings."""
@@ -217,7 +214,12 @@ def _joint_batch(team: Sequence[Trial], size: int, step: int) -> Batch:
     whole = dataclasses.replace(team[0].batches, left_out=None)
     batch = whole[step]
     weights = [batch.weights if trial.group < 0 else trial.batches[step].weights for trial in team]
-    return batch._replace(weights=np.stack([*weights, *weights[-1:] * (size - len(weights))]))
+    return batch._replace(weights=np.stack(_filled(weights, size)))
+
+
+def _filled(items: list[Item], size: int) -> list[Item]:
+    """Returns the items of a team, filled up with the last one to the size of the program."""
+    return items + items[-1:] * (size - len(items))
 
 
 def _log(team: Sequence[Trial], step: int, pending: list[Any]) -> None:

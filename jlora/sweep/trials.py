@@ -58,7 +58,6 @@ class Trial:
     progress: Progress = dataclasses.field(default_factory=Progress)
     step: int = 0  # trained so far
     diverged: bool = False
-    base_loss: float | None = None  # the base model's held-out loss
     held_out_losses: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
     held_out_sums: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by step: [batches, 2]
     _known: bool = False  # whether what an earlier process left has been read
@@ -71,6 +70,11 @@ class Trial:
     def name(self) -> str:
         """The settings, and what is left out."""
         return str(self.directory).rpartition("/trials/")[2]
+
+    @property
+    def base_loss(self) -> float | None:
+        """The base model's held-out loss."""
+        return self.progress.base_loss
 
     @property
     def metrics(self) -> Path:
@@ -126,7 +130,7 @@ class Trial:
     def _take(self, lines: Sequence[dict[str, Any]], last: int) -> None:
         """Takes the held-out losses up to a step from the lines of metrics."""
         losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-        self.base_loss = losses.pop(0, None)
+        self.progress.base_loss = losses.pop(0, None)
         self.held_out_losses = {step: loss for step, loss in losses.items() if step <= last}
         kept = keep_steps(self.sums, last) if self.sums.exists() else []
         self.held_out_sums = {line["step"]: np.array(line["sums"]) for line in kept}
@@ -148,7 +152,7 @@ class Trial:
         write_record(self.directory, {**record, "config": dataclasses.asdict(self.config)})
         replace_text(self.metrics, "")
         self.sums.unlink(missing_ok=True)
-        self.step, self.progress, self.base_loss, self.held_out_losses, self.held_out_sums = 0, Progress(), None, {}, {}
+        self.step, self.progress, self.held_out_losses, self.held_out_sums = 0, Progress(), {}, {}
 
 
 def trial_directory(output: Path, changes: dict[str, Any], fold: int, group: int | None) -> Path:
