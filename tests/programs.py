@@ -140,10 +140,10 @@ def logged(run: Path, step: int):
     return lambda: (run / "metrics.jsonl").exists() and f'{{"step": {step},' in (run / "metrics.jsonl").read_text()
 
 
-def losses_of(run: Path) -> dict[int, float]:
-    """Step -> loss, as logged: in order, each step once."""
+def losses_of(run: Path, name: str = "loss") -> dict[int, float]:
+    """Step -> loss, as logged: in order, each step once; or "eval_loss"."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    steps = [(line["step"], line[name]) for line in lines if name in line]
     assert [step for step, _ in steps] == sorted({step for step, _ in steps}), "a step is logged twice"
     return dict(steps)
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from programs import losses_of, run_program, short_run, start_module, terminated
+from programs import losses_of, run_module, run_program, short_run, start_module, terminated
 
 from jlora import UserError
 from jlora.config.schema import Config
@@ -47,6 +47,27 @@ def test_every_training_equals_a_run_of_its_own(swept, tmp_path):
         own, theirs = losses_of(root / "out/trials" / name), losses_of(tmp_path / str(rank))
         assert own.keys() == theirs.keys()
         np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
+
+
+def test_trainings_in_turn_have_the_bits_of_runs(tiny, pairs, tmp_path, monkeypatch):
+    """With the compiler's own optimization; the tests' rounds in other places where a rate is an array."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    file = tmp_path / "config.yaml"
+    changes = {**BASE, "max_steps": 12, "eval_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1}
+    file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / "out", **changes)))
+    done = run_module("jlora.sweep", "--config", file, *settings(lora_rank="2,4", learning_rate="1e-3,3e-2"))
+    assert done.returncode == 0, done.stderr
+    for rank, rate in ((2, 0.03), (4, 0.001)):
+        words = [
+            f"--config.lora_rank={rank}",
+            f"--config.learning_rate={rate}",
+            f"--config.output_dir={tmp_path}/{rank}",
+        ]
+        alone = run_module("jlora.train", "--config", file, *words, f"--config.output_dir={tmp_path}/{rank}")
+        assert alone.returncode == 0, alone.stderr
+        trial = tmp_path / f"out/trials/lora_rank={rank},learning_rate={rate:g}"
+        for name in ("loss", "eval_loss"):
+            assert losses_of(trial, name) == losses_of(tmp_path / str(rank), name)
 
 
 def test_adapters_that_train_in_one_step_compute_what_they_compute_alone(swept, tmp_path):

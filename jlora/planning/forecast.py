@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.adapters.settings import spec_of
+from jlora.adapters.spec import AdapterSpec
 from jlora.config.schema import Config
 from jlora.data.batches import Shape
 from jlora.data.examples import Example
@@ -82,6 +83,11 @@ class Job:
     team: int = 0  # adapters of a sweep that train in one step, each with its own settings; 0: not a sweep
 
     @property
+    def spec(self) -> AdapterSpec:
+        """The adapter; if several train in one step, in the form that they share."""
+        return dataclasses.replace(spec_of(dataclasses.asdict(self.config)), swept=self.team > 1)
+
+    @property
     def mesh(self) -> Mesh:
         """The mesh of devices that it runs on."""
         assert self.compute.mesh is not None
@@ -149,10 +155,9 @@ class Forecast:
 
 def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
     """Returns the job's programs, not yet compiled, and its state as shapes; `steps` is the length of the whole run."""
-    spec = dataclasses.replace(spec_of(dataclasses.asdict(job.config)), swept=job.team > 0)
-    graphdef, adapter, base = hf_loader.abstract_model(job.model, spec, job.compute)
+    graphdef, adapter, base = hf_loader.abstract_model(job.model, job.spec, job.compute)
     make_optimizer = optim.make_swept_optimizer if job.team else optim.make_optimizer
-    optimizer, base = make_optimizer(job.config, spec, steps), placed_shapes(base, job.mesh, "base")
+    optimizer, base = make_optimizer(job.config, job.spec, steps), placed_shapes(base, job.mesh, "base")
     programs = Programs(
         graphdef,
         base,
@@ -160,7 +165,7 @@ def make_run_programs(job: Job, steps: int) -> tuple[Programs, TrainState]:
         job.mesh,
         packing=job.packing,
         held_out_packing=job.held_out_packing,
-        dropout=spec.draws,
+        dropout=job.spec.draws,
         seed=job.config.seed + 1,
         stacked=job.team > 0,
     )

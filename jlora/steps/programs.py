@@ -88,12 +88,16 @@ def _stacked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a step over a new first axis of states or adapters, and of keys.
 
     The trainings share the batch, but each gets its own copy: kernels of attention need this axis on all their inputs.
+    A single training does without the axis, so that it has the bits of a run.
     """
 
     def run(state: Any, base: Any, batch: Batch, *keys: Array) -> Any:
         count, shared = len(jax.tree.leaves(state)[0]), batch.targets.ndim  # weights may have the axis already
-        own = [x if x.ndim > shared else jnp.broadcast_to(x, (count, *x.shape)) for x in batch]
-        return jax.vmap(step, (0, None, 0, *(0 for _ in keys)))(state, base, Batch(*own), *keys)
+        own = Batch(*(x if x.ndim > shared else jnp.broadcast_to(x, (count, *x.shape)) for x in batch))
+        if count == 1:
+            state, own, keys = jax.tree.map(lambda x: x[0], (state, own, keys))
+            return jax.tree.map(lambda x: x[None], step(state, base, own, *keys))
+        return jax.vmap(step, (0, None, 0, *(0 for _ in keys)))(state, base, own, *keys)
 
     return run
 

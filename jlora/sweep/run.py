@@ -1,8 +1,8 @@
-"""Runs a sweep: every setting trains on the same base model, with the same compiled program, and the best is exported.
+"""Runs a sweep: every setting trains on the same base model, as in a run of its own, and the best is exported.
 
-All settings share one padded form (padded.py), whose scale, dropout, learning rate and weight decay are arrays. Each
-trains exactly as a run of its own would. Its directory is that of a run: it can be exported, and is what a sweep that
-was stopped continues from.
+Learning rate and weight decay are arrays, so that settings whose adapters have the same form share a program. Several
+adapters that train in one step have one padded form (padded.py), in which scale and dropout are arrays too. Each
+training's directory is that of a run: it can be exported, and is what a sweep that was stopped continues from.
 """
 
 import contextlib
@@ -128,7 +128,12 @@ def train(sweep: Sweep) -> signal.Signals | None:
     on_cpu = setup.mesh.devices.flat[0].platform == "cpu"  # which is busy with one adapter
     most = grid.together or setup.record["runtime"].get("team") or (1 if on_cpu else TOGETHER)
     setup = setup._replace(batches=longest.batches, held_out=trials[0].held_out, steps=sweep.steps)
-    programs = load(setup, 0, team=team_size(trials, most))
+    size = team_size(trials, most)
+    if size == 1:  # each trains in its own form
+        specs = [spec_of(dataclasses.asdict(config)) for config in grid.configs]
+        largest = max(range(len(specs)), key=lambda i: specs[i].rank * len(specs[i].target_modules))
+        setup = setup._replace(config=dataclasses.replace(grid.configs[largest], remat=setup.config.remat))
+    programs = load(setup, 0, team=size)
     most = setup.record["runtime"]["team"]
     write_record(sweep.output, sweep.record)  # a sweep that continues has the same teams
     trainer = Trainer(setup, programs, sweep.steps, len(trials))

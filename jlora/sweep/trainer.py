@@ -20,11 +20,13 @@ from jlora.data.batches import Batch
 from jlora.distributed.sharding import place, places_of
 from jlora.distributed.stop_signal import StopSignal
 from jlora.models import hf_loader
+from jlora.planning.forecast import Job, make_run_programs
 from jlora.steps import optim
 from jlora.steps.programs import Programs, first_state, stacked_shapes, state_shapes
 from jlora.steps.train_step import TrainState
 from jlora.sweep.padded import cut, pad, stack, unstack
 from jlora.sweep.trials import Trial
+from jlora.training.run import make_run_job
 from jlora.training.setup import RunSetup
 
 Item = TypeVar("Item")
@@ -55,25 +57,31 @@ class Form(NamedTuple):
     first: Callable[[Any, int], TrainState]  # base model, seed -> the state before step 1
 
 
+class TeamPrograms(NamedTuple):
+    """What a team trains with: a single training in the form of its adapter, several in the padded form."""
+
+    steps: Programs
+    shapes: TrainState  # of one training
+    size: int  # a smaller team is filled up with its last trial
+
+
 class Trainer:
-    """A context manager that trains teams with the programs of the sweep, and shows a progress bar on a terminal.
+    """A context manager that trains teams, and shows a progress bar on a terminal.
 
     Args:
-      programs: for states of the padded form, stacked.
+      programs: of the first teams, for the adapter of the setup's config.
       steps: of each whole training.
       trainings: the number of trainings, if none stops early.
     """
 
     def __init__(self, setup: RunSetup, programs: Programs, steps: int, trainings: int) -> None:
-        self._setup, self._programs, self._steps = setup, programs, steps
+        self._setup, self._base, self._steps = setup, programs.base, steps
         self._base_losses: dict[int, float] = {}  # by fold
         self._forms: dict[AdapterSpec, Form] = {}
-        self._size = setup.record["runtime"]["team"]
         self._make_keys = jax.jit(jax.vmap(jax.random.key), out_shardings=programs.everywhere)
-        spec = dataclasses.replace(spec_of(setup.record["config"]), swept=True)
-        _, shapes, _ = hf_loader.abstract_model(setup.model, spec, setup.compute)
         self._bar = tqdm(total=steps * trainings, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
-        self._padded = state_shapes(shapes, programs.optimizer, setup.mesh, setup.compute.compute_dtype)
+        job = self._job(setup.config, setup.record["runtime"]["team"])
+        self._programs = {job.spec: self._for_job(job, programs)}
 
     def __enter__(self) -> "Trainer":
         return self
@@ -99,38 +107,37 @@ class Trainer:
         if start >= until or not team:
             return True
         self._bar.set_description(f"{team[0].name}{f' and {len(team) - 1} more' if len(team) > 1 else ''}")
-        if size != self._size:  # settings were left out: the programs are for another number of adapters
-            self._programs.compiled.clear()
-            self._size = size
+        shared = self._programs_for(team, size)
         own = [self._start(trial, start) for trial in team]
-        state = self._stacked(own, team, size)
+        state = _stacked(own, team, shared)
         for trial in team:
             if trial.base_loss is None:
-                loss = trial.progress.base_loss = self._base_loss(trial, state)
+                loss = trial.progress.base_loss = self._base_loss(trial, state, shared.steps)
                 trial.log(0, eval_loss=loss)
-        state, done = self._run(team, size, state, start, until, stop)
+        state, done = self._run(team, shared, state, start, until, stop)
         losses: list[float | None] = [None] * len(team)
         if not stop.received and not all(trial.diverged for trial in team):
-            losses = self._evaluate(team, state, until)
+            losses = self._evaluate(team, state, until, shared.steps)
         self._save(team, own, state, done, losses)
         return not stop.received
 
     def _run(
         self,
         team: Sequence[Trial],
-        size: int,
+        shared: TeamPrograms,
         state: TrainState,
         start: int,
         until: int,
         stop: StopSignal,
     ) -> tuple[TrainState, int]:
         """Trains up to a step, a signal, or the divergence of all; returns the state and the steps done."""
-        keys = self._make_keys(np.array(_filled([trial.config.seed + 1 for trial in team], size)))
+        keys = self._make_keys(np.array(_filled([trial.config.seed + 1 for trial in team], shared.size)))
         every = self._setup.config.logging_steps
         pending: list[Any] = []
         done = start
         while done < until and not stop.received and not all(trial.diverged for trial in team):
-            state, metrics = self._programs.train_step(state, _joint_batch(team, size, done), self.print_lines, keys)
+            batch = _joint_batch(team, shared.size, done)
+            state, metrics = shared.steps.train_step(state, batch, self.print_lines, keys)
             pending.append(metrics)
             if len(pending) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - STEPS_IN_FLIGHT])
@@ -142,9 +149,9 @@ class Trainer:
             _log(team, done, pending)
         return state, done
 
-    def _evaluate(self, team: Sequence[Trial], state: TrainState, step: int) -> list[float | None]:
+    def _evaluate(self, team: Sequence[Trial], state: TrainState, step: int, programs: Programs) -> list[float | None]:
         """Records the held-out losses of a team; None for trials that diverged."""
-        sums = self._programs.held_out_sums(state.lora, team[0].held_out, self.print_lines)
+        sums = programs.held_out_sums(state.lora, team[0].held_out, self.print_lines)
         total, count = sums.sum(axis=0)
         losses: list[float | None] = []
         for trial, loss, own in zip(team, (total / count).tolist(), np.moveaxis(sums, 2, 0), strict=False):
@@ -173,15 +180,30 @@ class Trainer:
                 trial.log(trial.step, diverged=True)
                 self.print_lines(f"{trial.name} diverged before step {trial.step}")
 
-    def _stacked(self, own: Sequence[TrainState], team: Sequence[Trial], size: int) -> TrainState:
-        """Returns states of runs in the padded form, stacked, on the mesh."""
-        padded = [pad(state, trial.config, self._padded) for state, trial in zip(own, team, strict=True)]
-        return place(stack(_filled(padded, size)), places_of(stacked_shapes(self._padded, size)))
+    def _job(self, config: Config, size: int) -> Job:
+        runtime = self._setup.record["runtime"]
+        return make_run_job(self._setup._replace(config=config), size).with_remat(runtime["remat"])
 
-    def _base_loss(self, trial: Trial, state: TrainState) -> float:
+    def _for_job(self, job: Job, programs: Programs) -> TeamPrograms:
+        mesh, dtype = self._setup.mesh, self._setup.compute.compute_dtype
+        _, adapter, _ = hf_loader.abstract_model(self._setup.model, job.spec, job.compute)
+        return TeamPrograms(programs, state_shapes(adapter, programs.optimizer, mesh, dtype), job.team)
+
+    def _programs_for(self, team: Sequence[Trial], size: int) -> TeamPrograms:
+        """Returns what a team of this size trains with, not compiled yet if it is new."""
+        job = self._job(team[0].config if size == 1 else self._setup.config, size)
+        if job.spec not in self._programs or self._programs[job.spec].size != size:
+            if any(shared.size != size for shared in self._programs.values()):  # settings were left out
+                self._programs.clear()
+            programs, _ = make_run_programs(job, self._steps)
+            programs.base = self._base
+            self._programs[job.spec] = self._for_job(job, programs)
+        return self._programs[job.spec]
+
+    def _base_loss(self, trial: Trial, state: TrainState, programs: Programs) -> float:
         """Returns the base model's loss on a trial's held-out rows, which is computed once for all settings."""
         if trial.fold not in self._base_losses:
-            sums = self._programs.held_out_sums(self._programs.neutral(state.lora), trial.held_out, self.print_lines)
+            sums = programs.held_out_sums(programs.neutral(state.lora), trial.held_out, self.print_lines)
             total, count = sums[..., 0].sum(axis=0)
             self._base_losses[trial.fold] = float(total / count)
         return self._base_losses[trial.fold]
@@ -195,7 +217,7 @@ class Trainer:
         if step:
             return trial.restore(step, form.shapes)
         trial.start(self._setup.record)
-        return form.first(self._programs.base, trial.config.seed)
+        return form.first(self._base, trial.config.seed)
 
     def _form(self, config: Config, spec: AdapterSpec) -> Form:
         setup, dtype = self._setup, self._setup.compute.compute_dtype
@@ -207,6 +229,12 @@ class Trainer:
             return first_state(params.start(spec, adapter, base, jax.random.key(seed)), optimizer, dtype)
 
         return Form(shapes, jax.jit(first, out_shardings=places_of(shapes)))
+
+
+def _stacked(own: Sequence[TrainState], team: Sequence[Trial], shared: TeamPrograms) -> TrainState:
+    """Returns states of runs in the form that the team trains in, stacked, on the mesh."""
+    padded = [pad(state, trial.config, shared.shapes) for state, trial in zip(own, team, strict=True)]
+    return place(stack(_filled(padded, shared.size)), places_of(stacked_shapes(shared.shapes, shared.size)))
 
 
 def _joint_batch(team: Sequence[Trial], size: int, step: int) -> Batch:
