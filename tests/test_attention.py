@@ -204,11 +204,27 @@ def test_unusable_kernel_gives_one_message(tiny, wish, changes, message):
         assert name == "xla" and re.match(f"not cudnn: {message}", why)
 
 
-def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
+@pytest.mark.parametrize(
+    ("T", "packing", "faster"),
+    [
+        (320, Packing(0, 4, 109), False),  # saves little
+        (4096, Packing(0, 30, 500), False),
+        (4096, Packing(0, 8, 3000), False),  # slots have room for any lengths: more than the row
+        (2048, Packing(300, 10, 300), True),
+        (4096, Packing(1000, 20, 400), True),
+        (4096, UNKNOWN, False),
+    ],
+)
+def test_splash_moves_examples_to_slots_where_that_saves_more_than_it_costs(T, packing, faster):
+    """As compiled for TPU v5e: the bytes of the moves against the arithmetic of pairs that no example sees."""
+    assert splash_attention.faster_in_slots(T, packing) == faster
+
+
+def grad(kernel, H, N, K, T, dtype, window=None, sharding=None, packing=UNKNOWN):
     """The gradient's lowering for shapes alone."""
 
     def loss(q, k, v, segments):
-        places = {"q_segments": segments, "k_segments": segments, "q_start": 0, "window": window}
+        places = {"q_segments": segments, "k_segments": segments, "q_start": 0, "window": window, "packing": packing}
         return jnp.sum(attention.attention(q, k, v, **places, backend=kernel, mesh=None).astype(jnp.float32))
 
     shapes = [jax.ShapeDtypeStruct((2, T, heads, H), dtype, sharding=sharding) for heads in (N, K, K)]
@@ -219,7 +235,7 @@ def grad(kernel, H, N, K, T, dtype, window=None, sharding=None):
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_splash_compiles_for_a_tpu(monkeypatch):
-    """By libtpu, without a TPU: the head sizes of SmolLM2 and Llama 3, and a window."""
+    """By libtpu, without a TPU: the head sizes of SmolLM2 and Llama 3, a window, and slots."""
     monkeypatch.setattr(splash_attention, "INTERPRET", False)
     monkeypatch.setattr(splash_attention, "BLOCK", 512)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -229,6 +245,8 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
         program = traced.lower().compile()
         assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
         assert program.memory_analysis().temp_size_in_bytes < 2 * T * T * N  # no scores, in any dtype
+    traced = grad("splash", 128, 8, 2, 2048, jnp.bfloat16, None, SingleDeviceSharding(device), Packing(300, 10, 300))
+    assert traced.lower().compile().as_text().count('custom_call_target="tpu_custom_call"') == 6  # two sizes of slot
 
 
 @pytest.mark.slow

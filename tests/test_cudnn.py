@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 import re
 
 import jax
@@ -15,7 +16,7 @@ from test_attention import inputs, plain, run
 from test_model import SPEC, TOKENS, full, load
 
 from jlora.data.batches import Batch
-from jlora.models import attention, cudnn_attention, hf_loader
+from jlora.models import attention, cudnn_attention, hf_loader, splash_attention
 from jlora.models.compute_settings import FLOAT32_COMPUTE, UNKNOWN, Packing
 from jlora.models.families import read_config
 from jlora.models.unpack_examples import slot_sizes
@@ -26,6 +27,8 @@ from jlora.steps.loss import CROSS_ENTROPY
 @pytest.fixture
 def on_cpu(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(splash_attention, "INTERPRET", True)
+    monkeypatch.setattr(splash_attention, "PAIRS_PER_MOVE", -math.inf)  # always in slots
 
 
 def rows_of(*lengths, T):
@@ -47,15 +50,18 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_slots_equal_the_formula(name, on_cpu):
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [*(("cudnn", name) for name in LAYOUTS), *(("splash", name) for name in ("many", "prefix", "window"))],
+)
+def test_slots_equal_the_formula(kernel, name, on_cpu):
     """Forward and backward; a change in one example, or in the padding, changes nothing in another."""
     packing, lengths, window = LAYOUTS[name]
     segments = rows_of(*lengths, T=150)
     arrays, _ = inputs(150, 4, 2, 64, rows=len(lengths))
     real = np.asarray(segments != 0)  # the outputs of padding are arbitrary
     arrays[3] = arrays[3] * real[..., None, None]
-    got, want = run("cudnn", arrays, segments, window, packing=packing), run("xla", arrays, segments, window)
+    got, want = run(kernel, arrays, segments, window, packing=packing), run("xla", arrays, segments, window)
     assert np.abs(got[0] - plain(*arrays[:3], segments, window))[real].max() < 2e-5
     assert np.isfinite(got[0][real]).all()
     for a, b in zip(got[1:], want[1:], strict=True):
@@ -63,7 +69,7 @@ def test_slots_equal_the_formula(name, on_cpu):
     for changed in range(3):
         inside = np.asarray(segments == changed)
         loud = [jnp.where(inside[..., None, None], 1e3 * x[:, ::-1], x) for x in arrays]
-        other, kept = run("cudnn", loud, segments, window, packing=packing), real & ~inside
+        other, kept = run(kernel, loud, segments, window, packing=packing), real & ~inside
         if packing.prefix and changed:
             kept &= np.asarray(segments > 0)  # what comes after reaches the gradient of the prefix
         for a, b in zip(got, other, strict=True):

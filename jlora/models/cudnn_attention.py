@@ -5,7 +5,6 @@ cuDNN knows no segments, only a length for each row. So every example of a packe
 """
 
 import functools
-import itertools
 from typing import Literal
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.distributed.sharding import map_rows_and_heads
 from jlora.models.compute_settings import Packing
-from jlora.models.unpack_examples import make_slots, slot_sizes
+from jlora.models.unpack_examples import attend_in_slots
 
 BLOCK = 64  # tokens that cuDNN's kernels compute at a time; the size of a slot is a multiple
 IMPLEMENTATION: Literal["cudnn", "xla"] = "cudnn"  # tests set "xla", to run the same code on a CPU
@@ -38,45 +37,9 @@ def cudnn(
     """
     assert packing.examples, "the rows have no known bounds"
     assert not (packing.prefix and window), "a prefix that all examples share is not computed with a window"
-    if packing.examples == 1:
-        attend = functools.partial(_one_example, window=window)
-    else:
-        attend = functools.partial(_by_example, window=window, packing=packing)
-    return map_rows_and_heads(attend, mesh)(q, k, v, segments)
-
-
-def _by_example(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
-    *,
-    window: int | None,
-    packing: Packing,
-) -> Float[Array, "B T N H"]:
-    (B, T, N, H), P = q.shape, packing.prefix
-    sizes = slot_sizes(T, *packing, multiple=BLOCK)
-    slots = make_slots(segments, P, sizes)
-    empty = jnp.max(segments, axis=1) == 0
-    slots = slots._replace(fits=slots.fits & (jnp.all(segments[:, :P] < 0, axis=1) | empty))
-    q, k, v = slots.to_slots(q), slots.to_slots(k), slots.to_slots(v)
-    outputs: list[Array] = []
-    start, ranks = P, iter(range(len(sizes)))
-    for size, group in itertools.groupby(sizes):
-        count = len(list(group))
-        end = start + count * size
-
-        def behind_prefix(x: Array) -> Array:
-            own = x[:, start:end].reshape(B * count, size, *x.shape[2:])  # noqa: B023
-            return jnp.concatenate([jnp.repeat(x[:, :P], count, axis=0), own], axis=1)  # noqa: B023
-
-        tokens = slots.tokens[:, list(itertools.islice(ranks, count))].reshape(-1)
-        out = _attend(behind_prefix(q), behind_prefix(k), behind_prefix(v), P + tokens, window)
-        if not outputs:
-            outputs.append(out.reshape(B, count, -1, N, H)[:, 0, :P])
-        outputs.append(out[:, P:].reshape(B, count * size, N, H))
-        start = end
-    return slots.to_rows(jnp.concatenate(outputs, axis=1))
+    in_slots = attend_in_slots(functools.partial(_attend, window=window), packing, multiple=BLOCK)
+    one_example = functools.partial(_one_example, window=window)
+    return map_rows_and_heads(one_example if packing.examples == 1 else in_slots, mesh)(q, k, v, segments)
 
 
 def _one_example(

@@ -16,9 +16,13 @@ from jaxtyping import Array, Float, Int
 
 from jlora.distributed.sharding import map_rows_and_heads
 from jlora.models.compute_settings import Packing
+from jlora.models.unpack_examples import attend_in_slots, slot_sizes
 
 LANES = 128  # the block size is a multiple
 BLOCK = 512  # largest block size, in tokens
+# Pairs that a head computes in the time in which a position moves to a slot and back, forward and backward: from the
+# bytes of programs compiled for TPU v5e, with 32 heads of size 128, and the peaks of its arithmetic and memory.
+PAIRS_PER_MOVE = 800
 NO_SEGMENT = -2  # segment of keys that no example sees
 INTERPRET = False  # tests set this to run the kernels on a CPU
 
@@ -35,23 +39,77 @@ def splash(
 ) -> Float[Array, "B T N H"]:
     """Computes `attention.attention` of a row to itself.
 
-    The kernel compares segments for equality only. So the shared prefix is copied once per example, into that example's
-    segment: attention saves nothing by sharing, but all other layers do.
+    The kernel compares segments for equality only. So the shared prefix is copied once per example: before the row,
+    into the example's segment; or, where that is faster, before the example's own slot (unpack_examples.py). A row
+    beyond the bounds of `packing` may be NaN.
 
     On a mesh, each device works on its own rows and heads, without communication.
     """
+    in_slots = attend_in_slots(functools.partial(_first_tokens, window=window), packing, multiple=LANES)
+    whole_rows = functools.partial(_whole_rows, window=window, packing=packing)
+    return map_rows_and_heads(in_slots if faster_in_slots(q.shape[1], packing) else whole_rows, mesh)(q, k, v, segments)
+
+
+def faster_in_slots(T: int, packing: Packing) -> bool:
+    """Returns whether attention in slots saves more pairs of queries and keys than the moves to slots and back cost."""
+    P, E, _ = packing
+    if not E:
+        return False
+    sizes = [P + size for size in slot_sizes(T, *packing, multiple=LANES)]
+    return computed_pairs(T + P * E) - sum(map(computed_pairs, sizes)) > PAIRS_PER_MOVE * sum(sizes)
+
+
+def computed_pairs(T: int) -> int:
+    """Returns how many pairs of a query and a key a head computes in a row: whole blocks, unless all are acausal."""
+    block = block_size(T)
+    count = -(-T // block)
+    return count * (count + 1) // 2 * block**2
+
+
+def _whole_rows(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    *,
+    window: int | None,
+    packing: Packing,
+) -> Float[Array, "B T N H"]:
     copies = packing.prefix * packing.examples
     if copies:
         k, v, segments = _with_prefix_copies(k, v, segments, packing.prefix, packing.examples)
         q = jnp.pad(q, ((0, 0), (copies, 0), (0, 0), (0, 0)))  # the outputs of these queries are dropped
+    return _in_blocks(q, k, v, segments, window)[:, copies:]
+
+
+def _first_tokens(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    tokens: Int[Array, " B"],
+    *,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Attends causally within the first `tokens` of each row; the rest is arbitrary."""
+    segments = (jnp.arange(q.shape[1])[None] < tokens[:, None]).astype(jnp.int32)
+    return _in_blocks(q, k, v, segments, window)
+
+
+def _in_blocks(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Attends within the segments of rows of any length."""
     T, block = q.shape[1], block_size(q.shape[1])
     padding, window = -T % block, None if window is None or window >= T else window
 
     def pad(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
-    attend = map_rows_and_heads(functools.partial(_kernel, window=window, block=block), mesh)
-    return attend(pad(q), pad(k), pad(v), pad(segments))[:, copies:T]
+    return _kernel(pad(q), pad(k), pad(v), pad(segments), window=window, block=block)[:, :T]
 
 
 def _with_prefix_copies(

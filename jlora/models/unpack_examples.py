@@ -4,12 +4,18 @@ Axes: B row, T position in a row, P position in the shared prefix, E example of 
 the prefix and then the slots, end to end.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from jlora.models.compute_settings import Packing
+
+Attend = Callable[[Array, Array, Array, Array], Array]
 
 
 class Slots(NamedTuple):
@@ -76,6 +82,45 @@ def slot_sizes(T: int, prefix: int, examples: int, longest: int, multiple: int) 
         return max(multiple, -(-most // multiple) * multiple)
 
     return tuple(size(rank) for rank in range(1, min(examples, own) + 1))
+
+
+def attend_in_slots(attend: Attend, packing: Packing, *, multiple: int) -> Attend:
+    """Returns `f(q, k, v, segments)`, which attends within each example, behind a copy of the shared prefix.
+
+    Every row that has examples must begin with the whole prefix. A row beyond the bounds of `packing` is NaN.
+
+    Args:
+      attend: f(q [b, n, N, H], k, v, tokens [b]) -> [b, n, N, H], causal within the first `tokens` of each of b rows.
+      multiple: of the sizes of slots.
+    """
+    P = packing.prefix
+
+    def in_slots(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        B, T, N, H = q.shape
+        sizes = slot_sizes(T, *packing, multiple=multiple)
+        slots = make_slots(segments, P, sizes)
+        empty = jnp.max(segments, axis=1) == 0
+        slots = slots._replace(fits=slots.fits & (jnp.all(segments[:, :P] < 0, axis=1) | empty))
+        q, k, v = slots.to_slots(q), slots.to_slots(k), slots.to_slots(v)
+        outputs: list[Array] = []
+        start, ranks = P, iter(range(len(sizes)))
+        for size, group in itertools.groupby(sizes):
+            count = len(list(group))
+            end = start + count * size
+
+            def behind_prefix(x: Array) -> Array:
+                own = x[:, start:end].reshape(B * count, size, *x.shape[2:])  # noqa: B023
+                return jnp.concatenate([jnp.repeat(x[:, :P], count, axis=0), own], axis=1)  # noqa: B023
+
+            tokens = slots.tokens[:, list(itertools.islice(ranks, count))].reshape(-1)
+            out = attend(behind_prefix(q), behind_prefix(k), behind_prefix(v), P + tokens)
+            if not outputs:
+                outputs.append(out.reshape(B, count, -1, N, H)[:, 0, :P])
+            outputs.append(out[:, P:].reshape(B, count * size, N, H))
+            start = end
+        return slots.to_rows(jnp.concatenate(outputs, axis=1))
+
+    return in_slots
 
 
 @jax.custom_vjp
