@@ -122,8 +122,10 @@ def test_shared_prefix_is_seen_at_any_distance(window):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
-def test_kernel_on_eight_devices_equals_one_without_communication(kernel):
+@pytest.mark.parametrize(("kernel", "slots"), [("splash", False), ("splash", True), ("cudnn", True)])
+def test_kernel_on_eight_devices_equals_one_without_communication(monkeypatch, kernel, slots):
+    monkeypatch.setattr(splash_attention, "faster_in_slots", lambda *bounds: slots)
+    step.clear_cache()  # of what was traced with the other choice
     packing = Packing(0, 2, 60)
     arrays, segments = inputs(60, 2, 1, 64, rows=8)
     arrays[3] = arrays[3] * (segments != 0)[..., None, None]  # the outputs of padding are arbitrary
@@ -212,12 +214,16 @@ def test_unusable_kernel_gives_one_message(tiny, wish, changes, message):
         (4096, Packing(0, 8, 3000), False),  # slots have room for any lengths: more than the row
         (2048, Packing(300, 10, 300), True),
         (4096, Packing(1000, 20, 400), True),
+        (2000, Packing(1000, 1, 1000), False),  # one segment
+        (16, Packing(16, 2, 0), False),  # the prefix is all there is
         (4096, UNKNOWN, False),
     ],
 )
-def test_splash_moves_examples_to_slots_where_that_saves_more_than_it_costs(T, packing, faster):
+def test_splash_moves_examples_to_slots_where_that_saves_more_than_it_costs(monkeypatch, T, packing, faster):
     """As compiled for TPU v5e: the bytes of the moves against the arithmetic of pairs that no example sees."""
-    assert splash_attention.faster_in_slots(T, packing) == faster
+    monkeypatch.setattr(splash_attention, "BLOCK", 512)
+    assert splash_attention.faster_in_slots(T, packing, None) == faster
+    assert not splash_attention.faster_in_slots(T, packing, 100)
 
 
 def grad(kernel, H, N, K, T, dtype, window=None, sharding=None, packing=UNKNOWN):

@@ -28,6 +28,7 @@ from jlora.steps.loss import CROSS_ENTROPY
 def on_cpu(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "IMPLEMENTATION", "xla")
     monkeypatch.setattr(splash_attention, "INTERPRET", True)
+    monkeypatch.setattr(splash_attention, "BLOCK", 128)  # slots of several blocks
     monkeypatch.setattr(splash_attention, "PAIRS_PER_MOVE", -math.inf)  # always in slots
 
 
@@ -52,7 +53,7 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "name"),
-    [*(("cudnn", name) for name in LAYOUTS), *(("splash", name) for name in ("many", "prefix", "window"))],
+    [*(("cudnn", name) for name in LAYOUTS), ("splash", "many"), ("splash", "prefix")],
 )
 def test_slots_equal_the_formula(kernel, name, on_cpu):
     """Forward and backward; a change in one example, or in the padding, changes nothing in another."""
@@ -145,18 +146,21 @@ def test_a_whole_model_has_the_same_logits_and_gradients(name, model, on_cpu):
 @pytest.mark.parametrize(
     ("packing", "row"),
     [
-        (Packing(0, 2, 40), (0, 70, 20)),  # too long
+        (Packing(0, 2, 40), (0, 135, 10)),  # too long
         (Packing(0, 2, 90), (0, 50, 20, 30)),  # too many
         (Packing(12, 2, 60), (0, 50, 20)),  # without the prefix
         (Packing(12, 2, 60), (6, 50, 20)),  # with half of it
         (Packing(0, 1, 90), (0, 50, 20)),
     ],
 )
-def test_row_beyond_the_bounds_is_nan(packing, row, on_cpu):
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_row_beyond_the_bounds_is_nan(kernel, packing, row, on_cpu):
     """The row next to it is not."""
+    if kernel == "splash" and packing.examples == 1:
+        pytest.skip("splash computes whole rows then")
     segments = rows_of(row, (packing.prefix, 20), T=150)
     arrays, _ = inputs(150, 4, 2, 64, rows=2)
-    out, *_ = run("cudnn", arrays, segments, packing=packing)
+    out, *_ = run(kernel, arrays, segments, packing=packing)
     real = np.asarray(segments[1] != 0)
     assert np.isnan(out[0]).all() and np.isfinite(out[1][real]).all()
 

@@ -11,7 +11,6 @@ from programs import losses_of, run_module, run_program, short_run, start_module
 
 from jlora import UserError
 from jlora.config.schema import Config
-from jlora.sweep.choice import rungs, standings, survivors, winner
 from jlora.sweep.grid import read_grid
 from jlora.sweep.trials import fold_indices
 
@@ -168,8 +167,8 @@ def test_a_stopped_sweep_continues_to_the_same_bytes(swept, tmp_path):
 def test_losers_stop_early(tiny, pairs, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / "out", **{**BASE, "max_steps": 8, "eval_steps": 4})))
-    words = settings(learning_rate="1e-5,1e-4,1e-3,1e-2", halving="2")
-    for name, together, compiled in (("out", 0, 1), ("teams", 4, 3)):  # teams of four, two and one
+    words = settings(lora_rank="2,4", learning_rate="1e-4,1e-2", halving="2")
+    for name, together, compiled in (("out", 0, 2), ("teams", 4, 3)):  # each rank; teams of four, two and one
         own = (*words, *settings(together=together), f"--config.output_dir={tmp_path / name}")
         done = run_program("sweep", "--config", file, *own)
         assert done.returncode == 0, done.stderr
@@ -177,7 +176,9 @@ def test_losers_stop_early(tiny, pairs, tmp_path):
         assert sorted(own["steps"] for own in found["settings"]) == [2, 2, 4, 8]
         assert "left out after step 2" in done.stdout
         assert done.stdout.count("Compiling the training step") == compiled
-    losses = [losses_of(tmp_path / name / "trials/learning_rate=0.01") for name in ("out", "teams")]
+    (best,) = (own["settings"] for own in found["settings"] if own["steps"] == 8)
+    trial = f"trials/lora_rank={best['lora_rank']},learning_rate={best['learning_rate']:g}"
+    losses = [losses_of(tmp_path / name / trial) for name in ("out", "teams")]
     np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-5)
 
 
@@ -234,6 +235,19 @@ def test_a_fold_equals_a_run_on_its_rows(tiny, pairs, tmp_path):
     np.testing.assert_allclose(list(own.values()), list(theirs.values()), rtol=1e-5)
 
 
+def test_a_long_row_may_be_held_out_in_any_fold(tiny, tmp_path):
+    """Bounds on the held-out rows hold for all folds: a row beyond them would be NaN."""
+    (tmp_path / "rows").mkdir()
+    rows = [{"prompt": f"Is rule {i} binding?", "response": "Yes." * (40 if i == 7 else 1)} for i in range(12)]
+    (tmp_path / "rows/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert 7 not in fold_indices(12, 3, 0)[0][1]
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(short_run(tiny, tmp_path / "rows", tmp_path / "out", **{**BASE, "eval_share": 0.0})))
+    done = run_program("sweep", "--config", file, *settings(learning_rate="1e-3,1e-2", folds="3"))
+    assert done.returncode == 0, done.stderr
+    assert "diverged" not in done.stdout
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_bytes(swept, tmp_path):
     """SIGKILL at random moments: after some more lines of metrics, and up to half a second later, in the saves too."""
@@ -260,54 +274,6 @@ def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_bytes(swept, tmp_pa
     assert done.returncode == 0, done.stderr
     for name in ("sweep.json", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (root / "out" / name).read_bytes()
-
-
-def grid(ranks, halving=0):
-    """A grid of ranks."""
-    config = dataclasses.replace(Config(), train_data_dir="x", sweep={"lora_rank": ranks, "halving": halving})
-    return read_grid(config)
-
-
-class Evaluated:
-    """What the choice looks at in a trial."""
-
-    def __init__(self, setting, losses):
-        self.setting, self.held_out_losses, self.step, self.diverged = setting, losses, max(losses), False
-        self.base_loss = 3.0
-
-    def loss_at(self, step):
-        return self.held_out_losses[step]
-
-
-def test_the_smaller_rank_wins_unless_the_larger_is_better_by_more_than_its_error():
-    ranks = grid([16, 4])
-    same = standings(ranks, [Evaluated(0, {1: 2.0}), Evaluated(1, {1: 2.0})])
-    assert winner(ranks, same)[0].setting == 1
-    close = standings(ranks, [Evaluated(0, {1: 1.9}), Evaluated(1, {1: 2.0})])
-    assert winner(ranks, close)[0].setting == 0
-    folds = [Evaluated(0, {1: 1.8}), Evaluated(0, {1: 2.0}), Evaluated(1, {1: 1.9}), Evaluated(1, {1: 2.05})]
-    chosen, reason = winner(ranks, standings(ranks, folds))
-    assert chosen.setting == 1
-    assert "not better by more than its standard error" in reason
-
-
-def test_a_setting_that_is_not_better_than_the_base_model_is_not_called_so():
-    """With folds, by twice the standard error of the differences: of 0.5, 0.1 and 0.0 it is 0.31; of 0.3 thrice, 0."""
-    one = grid([4])
-    for losses, better in (((2.9,), True), ((3.1,), False), ((2.5, 2.9, 3.0), False), ((2.7, 2.7, 2.7), True)):
-        found = standings(one, [Evaluated(0, {1: loss}) for loss in losses])
-        assert found[0].gains == better
-        assert ("no setting is better than the base model, 3.0000" in winner(one, found)[1]) != better
-
-
-def test_rungs_leave_enough_settings():
-    many = grid(list(range(1, 13)), halving=3)
-    assert rungs(many, 150) == [16, 50]
-    trials = [Evaluated(i, {16: float(i), 50: float(-i)}) for i in range(12)]
-    alive = survivors(many, trials, 16, range(12))
-    assert alive == [0, 1, 2, 3]
-    assert survivors(many, trials, 50, alive) == [2, 3]
-    assert rungs(grid([1, 2]), 150) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """`jlora sweep --config C --sweep.lora_rank=4,8 --sweep.learning_rate=1e-4,3e-4`: trains all combinations at once.
 
-The settings share the base model and the compiled program. Exit codes as for `jlora train`.
+The settings share the base model and programs. Exit codes as for `jlora train`.
 """
 
 import dataclasses

@@ -83,8 +83,8 @@ def in_slots(T: int, packing: Packing) -> Packing | None:
 def pairs(backend: str, T: int, packing: Packing) -> float:
     """Returns how many pairs of a query and a key are compared in one row, by one head."""
     P, E, M = packing
-    if backend == "splash" and not faster_in_slots(T, packing):
-        return (T + P * E) ** 2 / 2  # skips what is not causal
+    if backend == "splash" and not faster_in_slots(T, packing, None):
+        return (T + P * E * (E > 1)) ** 2 / 2  # skips what is not causal
     if backend != "xla":
         return sum((P + size) ** 2 / 2 for size in slot_sizes(T, P, E, M, multiple=1))
     if slots := in_slots(T, packing):

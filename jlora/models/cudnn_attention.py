@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.distributed.sharding import map_rows_and_heads
 from jlora.models.compute_settings import Packing
-from jlora.models.unpack_examples import attend_in_slots
+from jlora.models.unpack_examples import Attend, attend_in_slots
 
 BLOCK = 64  # tokens that cuDNN's kernels compute at a time; the size of a slot is a multiple
 IMPLEMENTATION: Literal["cudnn", "xla"] = "cudnn"  # tests set "xla", to run the same code on a CPU
@@ -37,9 +37,11 @@ def cudnn(
     """
     assert packing.examples, "the rows have no known bounds"
     assert not (packing.prefix and window), "a prefix that all examples share is not computed with a window"
-    in_slots = attend_in_slots(functools.partial(_attend, window=window), packing, multiple=BLOCK)
-    one_example = functools.partial(_one_example, window=window)
-    return map_rows_and_heads(one_example if packing.examples == 1 else in_slots, mesh)(q, k, v, segments)
+    if packing.examples == 1:
+        attend: Attend = functools.partial(_one_example, window=window)
+    else:
+        attend = attend_in_slots(functools.partial(_attend, window=window), packing, multiple=BLOCK)
+    return map_rows_and_heads(attend, mesh)(q, k, v, segments)
 
 
 def _one_example(

@@ -40,20 +40,22 @@ def splash(
     """Computes `attention.attention` of a row to itself.
 
     The kernel compares segments for equality only. So the shared prefix is copied once per example: before the row,
-    into the example's segment; or, where that is faster, before the example's own slot (unpack_examples.py). A row
-    beyond the bounds of `packing` may be NaN.
+    into the example's segment; or, where that is faster, before the example's own slot (unpack_examples.py). There,
+    every row that has examples must begin with the whole prefix, and a row beyond the bounds of `packing` is NaN.
 
     On a mesh, each device works on its own rows and heads, without communication.
     """
-    in_slots = attend_in_slots(functools.partial(_first_tokens, window=window), packing, multiple=LANES)
-    whole_rows = functools.partial(_whole_rows, window=window, packing=packing)
-    return map_rows_and_heads(in_slots if faster_in_slots(q.shape[1], packing) else whole_rows, mesh)(q, k, v, segments)
+    if faster_in_slots(q.shape[1], packing, window):
+        attend = attend_in_slots(_first_tokens, packing, multiple=LANES)
+    else:
+        attend = functools.partial(_whole_rows, window=window, packing=packing)
+    return map_rows_and_heads(attend, mesh)(q, k, v, segments)
 
 
-def faster_in_slots(T: int, packing: Packing) -> bool:
+def faster_in_slots(T: int, packing: Packing, window: int | None) -> bool:
     """Returns whether attention in slots saves more pairs of queries and keys than the moves to slots and back cost."""
     P, E, _ = packing
-    if not E:
+    if E < 2 or T <= P or window:  # a window skips pairs without slots
         return False
     sizes = [P + size for size in slot_sizes(T, *packing, multiple=LANES)]
     return computed_pairs(T + P * E) - sum(map(computed_pairs, sizes)) > PAIRS_PER_MOVE * sum(sizes)
@@ -76,10 +78,12 @@ def _whole_rows(
     packing: Packing,
 ) -> Float[Array, "B T N H"]:
     copies = packing.prefix * packing.examples
+    if packing.examples == 1:  # the prefix is its beginning
+        copies, segments = 0, jnp.abs(segments)
     if copies:
         k, v, segments = _with_prefix_copies(k, v, segments, packing.prefix, packing.examples)
         q = jnp.pad(q, ((0, 0), (copies, 0), (0, 0), (0, 0)))  # the outputs of these queries are dropped
-    return _in_blocks(q, k, v, segments, window)[:, copies:]
+    return _in_whole_blocks(q, k, v, segments, window)[:, copies:]
 
 
 def _first_tokens(
@@ -87,15 +91,13 @@ def _first_tokens(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     tokens: Int[Array, " B"],
-    *,
-    window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Attends causally within the first `tokens` of each row; the rest is arbitrary."""
     segments = (jnp.arange(q.shape[1])[None] < tokens[:, None]).astype(jnp.int32)
-    return _in_blocks(q, k, v, segments, window)
+    return _in_whole_blocks(q, k, v, segments, None)
 
 
-def _in_blocks(
+def _in_whole_blocks(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],

@@ -1,1 +1,1 @@
-"""Sweeps: many trainings over one base model, with one compiled program."""
+"""Sweeps: many trainings over one base model, which share programs and steps."""

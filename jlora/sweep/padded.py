@@ -1,4 +1,4 @@
-"""The padded form in which all settings of a sweep share one compiled program, and a run's own form."""
+"""The forms of a state: that of a run, and the padded one in which adapters of other settings share a step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ def padded_config(config: Config, configs: Sequence[Config]) -> Config:
 
 
 def pad(own: TrainState, config: Config, like: TrainState) -> TrainState:
-    """Returns a run's state in the padded form.
+    """Returns a run's state in the form of a sweep: padded if several adapters share a step.
 
     Args:
       config: of the run.
-      like: a padded state, for its shapes.
+      like: a state of that form, for its shapes.
     """
     found = {"lora": own.lora, "optimizer": own.optimizer}
     leaves, spec = _by_path(found), spec_of(dataclasses.asdict(config))
@@ -59,7 +59,7 @@ def pad(own: TrainState, config: Config, like: TrainState) -> TrainState:
 
 
 def cut(padded: TrainState, like: TrainState) -> TrainState:
-    """Returns a padded state in the form of a run of its own.
+    """Returns a state of a sweep in the form of a run of its own.
 
     Args:
       like: the run's state as shapes.

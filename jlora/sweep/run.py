@@ -21,7 +21,7 @@ from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
 from jlora.common.text_table import text_table
 from jlora.config.schema import Config
-from jlora.data.batches import align_batches
+from jlora.data.batches import Batches, align_batches
 from jlora.data.examples import Example, SizedExamples
 from jlora.distributed.sharding import data_parallel_size
 from jlora.distributed.stop_signal import StopSignal
@@ -124,19 +124,18 @@ def _parts(grid: Grid, setup: RunSetup) -> list[tuple[int, SizedExamples, Sequen
 def train(sweep: Sweep) -> signal.Signals | None:
     """Trains all trials to the end, or until their settings are left out; returns the signal that stopped it."""
     grid, setup, trials = sweep.grid, sweep.setup, sweep.trials
-    longest = max(trials, key=lambda trial: trial.batches.packing[1:])
+    batches = max((trial.batches for trial in trials), key=_bounds)  # of folds, the longest row may be in any one
+    held_out = max((trial.held_out for trial in trials), key=_bounds)
     on_cpu = setup.mesh.devices.flat[0].platform == "cpu"  # which is busy with one adapter
-    most = grid.together or setup.record["runtime"].get("team") or (1 if on_cpu else TOGETHER)
-    setup = setup._replace(batches=longest.batches, held_out=trials[0].held_out, steps=sweep.steps)
+    most = setup.record["runtime"].get("team") or grid.together or (1 if on_cpu else TOGETHER)
+    setup = setup._replace(batches=batches, held_out=held_out, steps=sweep.steps)
     size = team_size(trials, most)
     if size == 1:  # each trains in its own form
-        specs = [spec_of(dataclasses.asdict(config)) for config in grid.configs]
-        largest = max(range(len(specs)), key=lambda i: specs[i].rank * len(specs[i].target_modules))
-        setup = setup._replace(config=dataclasses.replace(grid.configs[largest], remat=setup.config.remat))
-    programs = load(setup, 0, team=size)
+        largest = max(grid.configs, key=_memory)
+        setup = setup._replace(config=dataclasses.replace(largest, remat=setup.config.remat))
+    trainer = Trainer(setup, load(setup, 0, team=size), sweep.steps, len(trials))
     most = setup.record["runtime"]["team"]
     write_record(sweep.output, sweep.record)  # a sweep that continues has the same teams
-    trainer = Trainer(setup, programs, sweep.steps, len(trials))
     alive, every = list(range(len(grid.settings))), setup.config.eval_steps or trials[0].batches.steps_per_epoch
     stages = sorted({*range(every, sweep.steps, every), *rungs(grid, sweep.steps), sweep.steps})
     with StopSignal() as stop, trainer:
@@ -156,6 +155,16 @@ def train(sweep: Sweep) -> signal.Signals | None:
             if until < sweep.steps:
                 trainer.print_lines(f"\nAfter step {until} of {sweep.steps}:", *_table(sweep, alive), "")
     return None
+
+
+def _bounds(batches: Batches) -> tuple[int, ...]:
+    return batches.packing[1:]
+
+
+def _memory(config: Config) -> tuple[bool, int]:
+    """Returns a measure of the memory that a training takes."""
+    spec = spec_of(dataclasses.asdict(config))
+    return spec.draws, spec.rank * len(spec.target_modules)
 
 
 def _table(sweep: Sweep, alive: Sequence[int] = ()) -> list[str]:

@@ -81,7 +81,7 @@ class Trainer:
         self._make_keys = jax.jit(jax.vmap(jax.random.key), out_shardings=programs.everywhere)
         self._bar = tqdm(total=steps * trainings, unit="step", dynamic_ncols=True, smoothing=0.1, disable=None)
         job = self._job(setup.config, setup.record["runtime"]["team"])
-        self._programs = {job.spec: self._for_job(job, programs)}
+        self._programs = {job.spec: self._team_programs(job, programs)}
 
     def __enter__(self) -> "Trainer":
         return self
@@ -103,41 +103,44 @@ class Trainer:
           size: of the program; a smaller team is filled up with its last trial.
         """
         start = min(trial.saved_step() for trial in team)
+        for trial in team:
+            if trial.base_loss is not None:  # the first form's: another may round otherwise
+                self._base_losses.setdefault(trial.fold, trial.base_loss)
         team = [trial for trial in team if not trial.diverged]
         if start >= until or not team:
             return True
         self._bar.set_description(f"{team[0].name}{f' and {len(team) - 1} more' if len(team) > 1 else ''}")
-        shared = self._programs_for(team, size)
+        programs = self._programs_for(team, size)
         own = [self._start(trial, start) for trial in team]
-        state = _stacked(own, team, shared)
+        state = _place_together(own, team, programs)
         for trial in team:
             if trial.base_loss is None:
-                loss = trial.progress.base_loss = self._base_loss(trial, state, shared.steps)
+                loss = trial.progress.base_loss = self._base_loss(trial, state, programs.steps)
                 trial.log(0, eval_loss=loss)
-        state, done = self._run(team, shared, state, start, until, stop)
+        state, done = self._run(team, programs, state, start, until, stop)
         losses: list[float | None] = [None] * len(team)
         if not stop.received and not all(trial.diverged for trial in team):
-            losses = self._evaluate(team, state, until, shared.steps)
+            losses = self._evaluate(team, state, until, programs.steps)
         self._save(team, own, state, done, losses)
         return not stop.received
 
     def _run(
         self,
         team: Sequence[Trial],
-        shared: TeamPrograms,
+        programs: TeamPrograms,
         state: TrainState,
         start: int,
         until: int,
         stop: StopSignal,
     ) -> tuple[TrainState, int]:
         """Trains up to a step, a signal, or the divergence of all; returns the state and the steps done."""
-        keys = self._make_keys(np.array(_filled([trial.config.seed + 1 for trial in team], shared.size)))
+        keys = self._make_keys(np.array(_filled([trial.config.seed + 1 for trial in team], programs.size)))
         every = self._setup.config.logging_steps
         pending: list[Any] = []
         done = start
         while done < until and not stop.received and not all(trial.diverged for trial in team):
-            batch = _joint_batch(team, shared.size, done)
-            state, metrics = shared.steps.train_step(state, batch, self.print_lines, keys)
+            batch = _joint_batch(team, programs.size, done)
+            state, metrics = programs.steps.train_step(state, batch, self.print_lines, keys)
             pending.append(metrics)
             if len(pending) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - STEPS_IN_FLIGHT])
@@ -184,7 +187,7 @@ class Trainer:
         runtime = self._setup.record["runtime"]
         return make_run_job(self._setup._replace(config=config), size).with_remat(runtime["remat"])
 
-    def _for_job(self, job: Job, programs: Programs) -> TeamPrograms:
+    def _team_programs(self, job: Job, programs: Programs) -> TeamPrograms:
         mesh, dtype = self._setup.mesh, self._setup.compute.compute_dtype
         _, adapter, _ = hf_loader.abstract_model(self._setup.model, job.spec, job.compute)
         return TeamPrograms(programs, state_shapes(adapter, programs.optimizer, mesh, dtype), job.team)
@@ -193,11 +196,11 @@ class Trainer:
         """Returns what a team of this size trains with, not compiled yet if it is new."""
         job = self._job(team[0].config if size == 1 else self._setup.config, size)
         if job.spec not in self._programs or self._programs[job.spec].size != size:
-            if any(shared.size != size for shared in self._programs.values()):  # settings were left out
+            if any(own.size != size for own in self._programs.values()):  # settings were left out
                 self._programs.clear()
             programs, _ = make_run_programs(job, self._steps)
             programs.base = self._base
-            self._programs[job.spec] = self._for_job(job, programs)
+            self._programs[job.spec] = self._team_programs(job, programs)
         return self._programs[job.spec]
 
     def _base_loss(self, trial: Trial, state: TrainState, programs: Programs) -> float:
@@ -231,10 +234,10 @@ class Trainer:
         return Form(shapes, jax.jit(first, out_shardings=places_of(shapes)))
 
 
-def _stacked(own: Sequence[TrainState], team: Sequence[Trial], shared: TeamPrograms) -> TrainState:
+def _place_together(own: Sequence[TrainState], team: Sequence[Trial], programs: TeamPrograms) -> TrainState:
     """Returns states of runs in the form that the team trains in, stacked, on the mesh."""
-    padded = [pad(state, trial.config, shared.shapes) for state, trial in zip(own, team, strict=True)]
-    return place(stack(_filled(padded, shared.size)), places_of(stacked_shapes(shared.shapes, shared.size)))
+    padded = [pad(state, trial.config, programs.shapes) for state, trial in zip(own, team, strict=True)]
+    return place(stack(_filled(padded, programs.size)), places_of(stacked_shapes(programs.shapes, programs.size)))
 
 
 def _joint_batch(team: Sequence[Trial], size: int, step: int) -> Batch:
