@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -18,6 +19,7 @@ from jlora.models.unpack_examples import slot_sizes
 from jlora.planning import hardware
 from jlora.planning.forecast import make_job, make_run_programs
 from jlora.planning.hlo import SHAPE, Program
+from jlora.steps import compilation
 from jlora.steps.programs import batch_shapes
 
 pytestmark = [*NEEDS_COMPILER, pytest.mark.slow]
@@ -91,3 +93,25 @@ def test_without_cudnn_scores_would_be_found(monkeypatch):
 def test_memory_is_linear_in_the_length(step):
     short, long = (step(*rows).memory_analysis().temp_size_in_bytes for rows in (LONG, LONGEST))
     assert long < 8.2 * short
+
+
+def copied_weights(program, model):
+    """The kernels other than products that write a weight of a layer, or many at once."""
+    D, F, keys = model.hidden_size, model.intermediate_size, model.num_key_value_heads * model.head_dim
+    weights = {(D, D), *itertools.permutations((D, F)), *itertools.permutations((D, keys))}
+
+    def written(shape):
+        sizes = [tuple(int(n) for n in dims.split(",") if n not in ("", "1")) for _, dims in SHAPE.findall(shape)]
+        return {size[-2:] for size in sizes}
+
+    kernels = Program(program.as_text()).kernels()
+    others = [own for own in kernels if own.kind not in ("cuBLAS", "Triton product", "cuDNN")]
+    return [own.instruction.name for own in others if written(own.instruction.shape) & weights]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the CUDA compiler of jax 0.10 copies weights")
+def test_no_weight_is_copied_outside_of_a_product(step, smollm, monkeypatch):
+    model = read_config(smollm)
+    assert not copied_weights(step(*LAW), model)
+    monkeypatch.setitem(compilation.OPTIONS, "gpu", {})
+    assert copied_weights(step.__wrapped__(*LAW), model)  # the negative control
