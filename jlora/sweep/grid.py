@@ -106,7 +106,7 @@ def _unknown(key: str) -> str:
     known = (*VARIES, *OPTIONS)
     if key in Config.__dataclass_fields__:
         return (
-            f"--sweep.{key}: {key} cannot vary, because all trainings share the base model, the rows and the program. "
+            f"--sweep.{key}: {key} cannot vary, because all trainings share the base model and the rows. "
             f"Keys that can: {', '.join(VARIES)}."
         )
     return f"--sweep.{key}: Unknown key. Did you mean {suggest_nearest(key, known)}?"
