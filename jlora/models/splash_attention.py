@@ -62,7 +62,7 @@ def faster_in_slots(T: int, packing: Packing, window: int | None) -> bool:
 
 
 def computed_pairs(T: int) -> int:
-    """Returns how many pairs of a query and a key a head computes in a row: whole blocks, unless all are acausal."""
+    """Returns how many query-key pairs a head computes in a row: all those of each block with a causal pair."""
     block = block_size(T)
     count = -(-T // block)
     return count * (count + 1) // 2 * block**2

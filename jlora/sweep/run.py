@@ -124,7 +124,7 @@ def _parts(grid: Grid, setup: RunSetup) -> list[tuple[int, SizedExamples, Sequen
 def train(sweep: Sweep) -> signal.Signals | None:
     """Trains all trials to the end, or until their settings are left out; returns the signal that stopped it."""
     grid, setup, trials = sweep.grid, sweep.setup, sweep.trials
-    batches = max((trial.batches for trial in trials), key=_bounds)  # of folds, the longest row may be in any one
+    batches = max((trial.batches for trial in trials), key=_bounds)  # the longest row may be in any fold
     held_out = max((trial.held_out for trial in trials), key=_bounds)
     on_cpu = setup.mesh.devices.flat[0].platform == "cpu"  # which is busy with one adapter
     most = setup.record["runtime"].get("team") or grid.together or (1 if on_cpu else TOGETHER)

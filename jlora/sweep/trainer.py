@@ -1,4 +1,4 @@
-"""Trains the trials of a sweep in teams: those that see the same batches share each step of the compiled program."""
+"""Trains the trials of a sweep in teams: the trials of a team see the same batches and share each step."""
 
 import dataclasses
 import math
@@ -58,10 +58,10 @@ class Form(NamedTuple):
 
 
 class TeamPrograms(NamedTuple):
-    """What a team trains with: a single training in the form of its adapter, several in the padded form."""
+    """What a team trains with: a single trial in its own form, several in the padded form."""
 
     steps: Programs
-    shapes: TrainState  # of one training
+    shapes: TrainState  # of one trial
     size: int  # a smaller team is filled up with its last trial
 
 
@@ -104,7 +104,7 @@ class Trainer:
         """
         start = min(trial.saved_step() for trial in team)
         for trial in team:
-            if trial.base_loss is not None:  # the first form's: another may round otherwise
+            if trial.base_loss is not None:  # reused, as other forms round differently
                 self._base_losses.setdefault(trial.fold, trial.base_loss)
         team = [trial for trial in team if not trial.diverged]
         if start >= until or not team:
