@@ -54,17 +54,13 @@ def test_trainings_in_turn_have_the_bits_of_runs(tiny, pairs, tmp_path, monkeypa
     file = tmp_path / "config.yaml"
     changes = {**BASE, "max_steps": 12, "eval_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1}
     file.write_text(json.dumps(short_run(tiny, pairs, tmp_path / "out", **changes)))
-    done = run_module("jlora.sweep", "--config", file, *settings(lora_rank="2,4", learning_rate="1e-3,3e-2"))
+    done = run_module("jlora.sweep", "--config", file, *settings(lora_rank="2,4", learning_rate="3e-2"))
     assert done.returncode == 0, done.stderr
-    for rank, rate in ((2, 0.03), (4, 0.001)):
-        words = [
-            f"--config.lora_rank={rank}",
-            f"--config.learning_rate={rate}",
-            f"--config.output_dir={tmp_path}/{rank}",
-        ]
-        alone = run_module("jlora.train", "--config", file, *words, f"--config.output_dir={tmp_path}/{rank}")
+    for rank in (2, 4):
+        words = [f"--config.lora_rank={rank}", "--config.learning_rate=3e-2", f"--config.output_dir={tmp_path}/{rank}"]
+        alone = run_module("jlora.train", "--config", file, *words)
         assert alone.returncode == 0, alone.stderr
-        trial = tmp_path / f"out/trials/lora_rank={rank},learning_rate={rate:g}"
+        trial = tmp_path / f"out/trials/lora_rank={rank},learning_rate=0.03"
         for name in ("loss", "eval_loss"):
             assert losses_of(trial, name) == losses_of(tmp_path / str(rank), name)
 
