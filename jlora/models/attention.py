@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jlora.models.compute_settings import UNKNOWN, Packing
 from jlora.models.cudnn_attention import cudnn
 from jlora.models.remat import ATTENTION_OUTPUT
-from jlora.models.splash_attention import faster_in_slots, splash
+from jlora.models.splash_attention import copied_tokens, faster_in_slots, splash
 from jlora.models.unpack_examples import make_slots, slot_sizes
 
 BLOCK = 512  # queries computed at a time: the largest array is [B, N, BLOCK, S]
@@ -84,7 +84,7 @@ def pairs(backend: str, T: int, packing: Packing) -> float:
     """Returns how many pairs of a query and a key are compared in one row, by one head."""
     P, E, M = packing
     if backend == "splash" and not faster_in_slots(T, packing, None):
-        return (T + P * E * (E > 1)) ** 2 / 2  # skips what is not causal
+        return (T + copied_tokens(packing)) ** 2 / 2  # skips what is not causal
     if backend != "xla":
         return sum((P + size) ** 2 / 2 for size in slot_sizes(T, P, E, M, multiple=1))
     if slots := in_slots(T, packing):

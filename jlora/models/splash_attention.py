@@ -58,7 +58,13 @@ def faster_in_slots(T: int, packing: Packing, window: int | None) -> bool:
     if E < 2 or T <= P or window:  # a window skips pairs without slots
         return False
     sizes = [P + size for size in slot_sizes(T, *packing, multiple=LANES)]
-    return computed_pairs(T + P * E) - sum(map(computed_pairs, sizes)) > PAIRS_PER_MOVE * sum(sizes)
+    saved = computed_pairs(T + copied_tokens(packing)) - sum(map(computed_pairs, sizes))
+    return saved > PAIRS_PER_MOVE * sum(sizes)
+
+
+def copied_tokens(packing: Packing) -> int:
+    """Returns the tokens of all copies of the prefix before a row; the prefix of a single example is its beginning."""
+    return packing.prefix * packing.examples if packing.examples > 1 else 0
 
 
 def computed_pairs(T: int) -> int:
@@ -77,9 +83,9 @@ def _whole_rows(
     window: int | None,
     packing: Packing,
 ) -> Float[Array, "B T N H"]:
-    copies = packing.prefix * packing.examples
-    if packing.examples == 1:  # the prefix is its beginning
-        copies, segments = 0, jnp.abs(segments)
+    copies = copied_tokens(packing)
+    if packing.examples == 1:
+        segments = jnp.abs(segments)  # one segment: the prefix, -1, and the example, 1
     if copies:
         k, v, segments = _with_prefix_copies(k, v, segments, packing.prefix, packing.examples)
         q = jnp.pad(q, ((0, 0), (copies, 0), (0, 0), (0, 0)))  # the outputs of these queries are dropped

@@ -195,9 +195,9 @@ class Trainer:
     def _programs_for(self, team: Sequence[Trial], size: int) -> TeamPrograms:
         """Returns what a team of this size trains with, not compiled yet if it is new."""
         job = self._job(team[0].config if size == 1 else self._setup.config, size)
-        if job.spec not in self._programs or self._programs[job.spec].size != size:
-            if any(own.size != size for own in self._programs.values()):  # settings were left out
-                self._programs.clear()
+        if any(own.size != size for own in self._programs.values()):  # settings were left out
+            self._programs.clear()
+        if job.spec not in self._programs:
             programs, _ = make_run_programs(job, self._steps)
             programs.base = self._base
             self._programs[job.spec] = self._team_programs(job, programs)
