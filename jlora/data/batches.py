@@ -64,6 +64,7 @@ class Batches:
     seed: int | None  # None: always in the given order
     shapes: tuple[Shape, ...]
     examples_per_row: int = 0  # at most
+    longest: int = 0  # tokens of an example in a row, without the prefix, at most
     local_rows: frozenset[int] | None = None  # rows that this process fills; the others stay zero; None: all rows
     mixture: Mixture | None = None  # of several sets; without a seed, no step has examples of two sets
     left_out: np.ndarray | None = None  # [N] bool: examples of weight 0; None: no example
@@ -116,7 +117,7 @@ class Batches:
     @property
     def packing(self) -> tuple[int, int, int]:
         """The fields of `models.compute_settings.Packing`, bounds on the rows."""
-        return self.prefix, self.examples_per_row, int(self.sizes[:, 2].max())
+        return self.prefix, self.examples_per_row, self.longest
 
     def prefix_note(self) -> str:
         """Describes the shared prefix; "" if there is none."""
@@ -211,11 +212,12 @@ def plan_batches(
     rows = min((devices * m for m in range(1, most + 1)), key=cost)
     needed = required(rows, chosen)
     shapes, examples_per_row = choose_shapes(needed[:, :2], max_shapes), int(needed[:, 2].max())
-    return replace(rough, rows=rows, shapes=shapes, examples_per_row=examples_per_row)
+    longest = int(sizes[:, 2].max())
+    return replace(rough, rows=rows, shapes=shapes, examples_per_row=examples_per_row, longest=longest)
 
 
 def align_batches(several: Sequence[Batches], steps: Sequence[int], max_shapes: int = 4) -> list[Batches]:
-    """Returns batches that share the number of rows and their shapes, so that the same programs compute all of them.
+    """Returns batches that share the number of rows, their shapes and all bounds, so that they share programs.
 
     Args:
       several: batches with the same shared prefix.
@@ -230,7 +232,8 @@ def align_batches(several: Sequence[Batches], steps: Sequence[int], max_shapes: 
     ]
     needs = np.array(needed)
     shapes, most = choose_shapes(needs[:, :2], max_shapes), int(needs[:, 2].max())
-    return [replace(own, rows=first.rows, shapes=shapes, examples_per_row=most) for own in several]
+    longest = max(own.longest for own in several)
+    return [replace(own, rows=first.rows, shapes=shapes, examples_per_row=most, longest=longest) for own in several]
 
 
 def choose_shapes(needs: np.ndarray, count: int) -> tuple[Shape, ...]:

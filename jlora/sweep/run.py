@@ -21,7 +21,7 @@ from jlora.common.atomic_io import replace_text
 from jlora.common.errors import UserError
 from jlora.common.text_table import text_table
 from jlora.config.schema import Config
-from jlora.data.batches import Batches, align_batches
+from jlora.data.batches import align_batches
 from jlora.data.examples import Example, SizedExamples
 from jlora.distributed.sharding import data_parallel_size
 from jlora.distributed.stop_signal import StopSignal
@@ -124,11 +124,9 @@ def _parts(grid: Grid, setup: RunSetup) -> list[tuple[int, SizedExamples, Sequen
 def train(sweep: Sweep) -> signal.Signals | None:
     """Trains all trials to the end, or until their settings are left out; returns the signal that stopped it."""
     grid, setup, trials = sweep.grid, sweep.setup, sweep.trials
-    batches = max((trial.batches for trial in trials), key=_bounds)  # the longest row may be in any fold
-    held_out = max((trial.held_out for trial in trials), key=_bounds)
     on_cpu = setup.mesh.devices.flat[0].platform == "cpu"  # which is busy with one adapter
     most = setup.record["runtime"].get("team") or grid.together or (1 if on_cpu else TOGETHER)
-    setup = setup._replace(batches=batches, held_out=held_out, steps=sweep.steps)
+    setup = setup._replace(batches=trials[0].batches, held_out=trials[0].held_out, steps=sweep.steps)
     size = team_size(trials, most)
     if size == 1:  # each trains in its own form
         largest = max(grid.configs, key=_memory)
@@ -155,10 +153,6 @@ def train(sweep: Sweep) -> signal.Signals | None:
             if until < sweep.steps:
                 trainer.print_lines(f"\nAfter step {until} of {sweep.steps}:", *_table(sweep, alive), "")
     return None
-
-
-def _bounds(batches: Batches) -> tuple[int, ...]:
-    return batches.packing[1:]
 
 
 def _memory(config: Config) -> tuple[bool, int]:
